@@ -1,0 +1,64 @@
+"""Command lines from dataclasses (tyro), with one-line errors.
+
+Smelter's `cli.py` does the same for its own commands. The two packages share a file format and no
+code, so that either can be used without the other; these few lines are the price.
+"""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+from foundry.errors import FoundryError
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], argv: Sequence[str], prog: str) -> T:
+    """Parse `argv` into the dataclass `options`; its docstrings are the help texts. Raises FoundryError."""
+    noise = io.StringIO()
+    wants_help = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.redirect_stderr(noise), contextlib.nullcontext() if wants_help else _wide_terminal():
+            return tyro.cli(options, args=list(argv), prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise FoundryError(f"{_one_line(noise.getvalue())} (see {prog} --help)") from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """tyro breaks its error messages to the terminal's width; they are to stay in one piece."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(box: str) -> str:
+    """What tyro's box says first, and the option that it suggests.
+
+    The box is a title, a rule, the message, a rule, and maybe suggestions; where stdout is not UTF-8
+    it is drawn with dashes.
+    """
+    blocks: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        if line.startswith("╭") or not line.strip("│─- "):
+            blocks.append([])
+        else:
+            blocks[-1].append(line.strip("│ "))
+    messages = [block[0] for block in blocks[1:] if block]
+    # An Options class checks itself: its message is complete, and its name means nothing to a user.
+    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", messages[0] if messages else " ".join(box.split()))
+    options = [line.split()[0] for block in blocks for line in block if line.startswith("--")]
+    return f"{message}: did you mean {options[0]}?" if options else message

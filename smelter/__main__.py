@@ -1,0 +1,64 @@
+"""`smelter COMMAND`: each command's module is imported only when it is called, so `--help` is quick."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from smelter.config import nearest
+from smelter.errors import UserError
+
+COMMANDS = {
+    "tokenize": ("smelter.data", "JSONL records -> tokenizer and packed shards"),
+    "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
+    "evaluate": ("smelter.evaluate", "bits per byte and infilling on held-out data"),
+    "complete": ("smelter.generate", "complete or infill code from the command line"),
+    "export": ("smelter.export", "checkpoint -> Hugging Face folder or GGUF file"),
+    "report": ("smelter.report", "run folder -> one self-contained HTML page"),
+}
+
+USAGE = """usage: smelter COMMAND [OPTIONS]
+
+Train small ternary (BitNet b1.58) code models and hand them to the tools you use.
+
+commands:
+{commands}
+
+`smelter COMMAND --help` explains every option. Training data comes from `foundry`.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on bad input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from smelter import __version__
+
+        print(f"smelter {__version__}")
+        return 0
+    name = argv[0]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}: {nearest(name, list(COMMANDS))}")
+        return int(importlib.import_module(COMMANDS[name][0]).main(argv[1:]))
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}: check the path, its permissions and the free disk space"
+    except KeyboardInterrupt:
+        print("smelter: interrupted", file=sys.stderr)
+        return 130
+    print(f"smelter {name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

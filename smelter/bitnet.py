@@ -1,0 +1,87 @@
+"""BitLinear: a linear layer whose weights are ternary (BitNet b1.58, arXiv 2402.17764).
+
+The optimizer moves a float32 latent weight; the forward pass sees `scale * trit`. The trits are made
+once per optimizer step by `quantize_weights` and reused by every micro-batch and recompute, which is
+cheaper than quantising in each forward pass and gives identical numbers.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smelter.kernels import reference
+
+
+class BitLinear(nn.Module):
+    """Linear layer without bias, ternary by default.
+
+    Input [..., in_features] in the compute dtype, output [..., out_features] in the same. With
+    `use_ternary=False` it is an ordinary linear layer that casts its weight to the compute dtype.
+    """
+
+    trits: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, *, use_ternary: bool = True, activation_quant: str = "token"
+    ) -> None:
+        super().__init__()
+        self.use_ternary = use_ternary
+        self.activation_quant = activation_quant
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        if use_ternary:
+            # Derived from the weight, so neither saved nor moved by the optimizer.
+            self.register_buffer("trits", torch.zeros(out_features, in_features), persistent=False)
+            self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    @torch.no_grad()
+    def quantize(self, dtype: torch.dtype) -> None:
+        """Recompute trits and scale from the latent weight; trits are kept in the compute dtype."""
+        if not self.use_ternary:
+            return
+        trits, scale = reference.quantize_weight(self.weight)
+        if self.trits.dtype != dtype:
+            self.trits = self.trits.to(dtype)
+        self.trits.copy_(trits)
+        self.scale.copy_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_ternary:
+            return reference.ternary_linear(x, self.weight, self.trits, self.scale, self.activation_quant)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def bit_linears(module: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """Every ternary layer with its name."""
+    for name, child in module.named_modules():
+        if isinstance(child, BitLinear) and child.use_ternary:
+            yield name, child
+
+
+def quantize_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make the trits of every ternary layer from its latent weight: once per optimizer step."""
+    for _, layer in bit_linears(module):
+        layer.quantize(dtype)
+
+
+def pack_trits(trits: Tensor) -> Tensor:
+    """Four trits a byte, the first in the lowest two bits, stored as trit + 1.
+
+    trits [..., K] of any dtype with values -1, 0, 1 and K a multiple of 4. Returns uint8 [..., K / 4].
+    Raises ValueError for other values or sizes.
+    """
+    if trits.shape[-1] % 4:
+        raise ValueError(f"pack_trits: last dimension {trits.shape[-1]} is not a multiple of 4")
+    codes = trits + 1
+    if not bool(((codes == 0) | (codes == 1) | (codes == 2)).all()):
+        raise ValueError("pack_trits: values other than -1, 0 and 1")
+    codes = codes.to(torch.uint8).unflatten(-1, (-1, 4))
+    return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+
+
+def unpack_trits(packed: Tensor) -> Tensor:
+    """The inverse of `pack_trits`: uint8 [..., K / 4] -> int8 [..., K]."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(-2).to(torch.int8) - 1

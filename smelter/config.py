@@ -1,0 +1,428 @@
+"""The whole configuration, frozen: four dataclasses, named presets and strict TOML.
+
+Order of precedence: preset < recipe TOML < command line. An unknown key is an error that names the
+nearest known one; the resolved whole is saved in the run folder. Figures that follow from others
+(parameter count, KV-cache size, FLOPs) are properties, so nothing can drift apart.
+"""
+
+import difflib
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from smelter.errors import ConfigError
+
+ActivationQuant = Literal["token", "block256", "none"]
+Schedule = Literal["constant", "wsd", "cosine"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of the transformer (Qwen3's architecture plus logit soft-caps)."""
+
+    vocab_size: int = 32_000
+    """Rows of the embedding; at least the tokenizer's size, specials included."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_layers: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 12
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key/value heads (grouped-query attention); must divide num_heads."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    intermediate_size: int = 2_048
+    """Width of the SwiGLU."""
+    max_seq_len: int = 2_048
+    """Longest context in tokens, also the training sequence length."""
+    rope_base: float = 1_000_000.0
+    """Base of the rotary position embedding (theta)."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    use_qk_norm: bool = True
+    """RMSNorm on each query and key head."""
+    attn_logit_soft_cap: float = 50.0
+    """Attention logits become cap * tanh(logits / cap); 0 turns the cap off."""
+    final_logit_soft_cap: float = 30.0
+    """The same for the output logits; 0 turns the cap off."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output head."""
+    use_sub_norm: bool = False
+    """Extra RMSNorm before o_proj and down_proj (BitNet's SubLN). Not exportable as Qwen3."""
+    use_ternary: bool = True
+    """Ternary body linears. Off: the same model in full precision, for controls."""
+    activation_quant: ActivationQuant = "token"
+    """int8 activations per token, per block of 256 (as llama.cpp's Q8_K does), or none."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size max_seq_len"
+        ).split():
+            value = getattr(self, name)
+            _require(value > 0, f"model.{name} = {value}: must be at least 1")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}: "
+            f"choose one of {[n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]}",
+        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even for rotary embedding")
+        _require(self.rope_base > 1, f"model.rope_base = {self.rope_base}: must be above 1")
+        for name in ("attn_logit_soft_cap", "final_logit_soft_cap"):
+            value = getattr(self, name)
+            _require(value >= 0, f"model.{name} = {value}: must be positive, or 0 for no cap")
+        if self.use_ternary and self.activation_quant == "block256":
+            for name, value in (
+                ("hidden_size", self.hidden_size),
+                ("intermediate_size", self.intermediate_size),
+                ("num_heads * head_dim", self.query_size),
+            ):
+                _require(
+                    value % 256 == 0,
+                    f'model.{name} = {value}: must be a multiple of 256 for activation_quant = "block256"',
+                )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_matrix_params(self) -> int:
+        """Parameters in the body's 2-D matrices: those that become ternary."""
+        attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def num_embedding_params(self) -> int:
+        """Parameters of the embedding, and of the head where it is not tied."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+
+    @property
+    def num_params_estimate(self) -> int:
+        """Every parameter of the model; equal to the real count."""
+        norms = 2 * self.hidden_size
+        if self.use_qk_norm:
+            norms += 2 * self.head_dim
+        if self.use_sub_norm:
+            norms += self.query_size + self.intermediate_size
+        return self.num_matrix_params + self.num_embedding_params + self.num_layers * norms + self.hidden_size
+
+    @property
+    def kv_cache_size_per_token(self) -> int:
+        """Bytes of KV cache per token and layer at 16 bits."""
+        return 2 * self.kv_size * 2
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """Training FLOPs per token: 6 per matrix and head parameter, plus causal attention.
+
+        Causal attention costs 2 products of seq_len / 2 x query_size multiply-adds per layer forward and
+        twice that backward: 6 * seq_len * query_size FLOPs a layer.
+        """
+        seq_len = seq_len or self.max_seq_len
+        head = self.vocab_size * self.hidden_size
+        return 6 * (self.num_matrix_params + head) + 6 * self.num_layers * seq_len * self.query_size
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and how they are arranged."""
+
+    shards: str = "shards"
+    """Folder that `smelter tokenize` wrote."""
+    fim_rate: float = 0.5
+    """Share of documents rearranged for fill-in-the-middle."""
+    fim_spm_rate: float = 0.5
+    """Of those, the share in suffix-prefix-middle order; the rest is prefix-suffix-middle."""
+    fim_prefix_token: str = "<|fim_prefix|>"
+    """Token before the prefix."""
+    fim_middle_token: str = "<|fim_middle|>"
+    """Token before the middle, which the model then writes."""
+    fim_suffix_token: str = "<|fim_suffix|>"
+    """Token before the suffix."""
+    use_document_mask: bool = False
+    """Attention does not cross from one packed document into another."""
+
+    def __post_init__(self) -> None:
+        for name in ("fim_rate", "fim_spm_rate"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"data.{name} = {value}: must lie between 0 and 1")
+        tokens = {self.fim_prefix_token, self.fim_middle_token, self.fim_suffix_token}
+        _require(len(tokens) == 3 and all(tokens), "data.fim_*_token: the three must differ and not be empty")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Learning from teachers' probabilities in the same process; off while `teachers` is empty."""
+
+    teachers: tuple[str, ...] = ()
+    """Run folders or checkpoints of teachers with the same tokenizer."""
+    teacher_weights: tuple[float, ...] = ()
+    """Weight of each teacher in the mixture of probabilities; empty means equal weights."""
+    kl_weight: float = 0.9
+    """Share of the KL term in the loss; cross-entropy has the rest."""
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || student). reverse: KL(student || teacher)."""
+    temperature: float = 1.0
+    """Softens both distributions; the term is multiplied by its square."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
+        _require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
+        if self.teacher_weights:
+            _require(
+                len(self.teacher_weights) == len(self.teachers),
+                f"distillation.teacher_weights has {len(self.teacher_weights)} entries for "
+                f"{len(self.teachers)} teachers: give one weight per teacher or none",
+            )
+            _require(
+                min(self.teacher_weights) >= 0 and sum(self.teacher_weights) > 0,
+                "distillation.teacher_weights: none may be negative and one must be positive",
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: batch, length, optimizer, precision, and what is written down when."""
+
+    run_dir: str = "runs/default"
+    """Run folder: configuration, metrics, checkpoints, report."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Matrix products' precision. auto: bf16 where the hardware multiplies it, else fp16 on CUDA, fp32 on CPU."""
+    num_steps: int = 20_000
+    """Optimizer steps."""
+    train_minutes: float = 0.0
+    """If positive, train for this long instead: num_steps is set when the cool-down must begin. Not with cosine."""
+    device_batch_size: int = 8
+    """Sequences per forward pass on one device."""
+    total_batch_size: int = 262_144
+    """Tokens per optimizer step over all devices; a multiple of sequence length x device_batch_size x devices."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the body's matrices, AdamW for the rest. adamw: AdamW for all."""
+    muon_lr: float = 0.02
+    """Muon's learning rate."""
+    muon_momentum: float = 0.95
+    """Muon's (Nesterov) momentum, reached after muon_momentum_warmup steps from 0.85."""
+    muon_momentum_warmup: int = 300
+    """Steps over which Muon's momentum rises to its value."""
+    muon_weight_decay: float = 0.0
+    """Muon's decoupled weight decay, falling linearly to 0 over the run."""
+    muon_schedule: Schedule = "constant"
+    """Muon's learning-rate schedule."""
+    adamw_lr: float = 3e-3
+    """AdamW's learning rate for norms, and for matrices with optimizer = "adamw"."""
+    embedding_lr: float = 6e-3
+    """AdamW's learning rate for the embedding and the output head."""
+    adamw_beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    adamw_beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    adamw_weight_decay: float = 0.0
+    """AdamW's decoupled weight decay on matrices (never on norms)."""
+    adamw_schedule: Schedule = "wsd"
+    """AdamW's learning-rate schedule: constant, warm-up-stable-decay, or cosine."""
+    warmup_steps: int = 100
+    """Linear warm-up of every scheduled learning rate."""
+    cooldown_fraction: float = 0.25
+    """wsd: share of the steps over which the rate falls linearly to min_lr_ratio."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of its peak."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    z_loss: float = 1e-4
+    """Weight of the squared log-partition term that keeps logits small."""
+    loss_chunk_size: int = 2_048
+    """Tokens whose logits exist at once in the loss."""
+    use_torch_compile: bool = True
+    """Compile each block with torch.compile (needs a C++ compiler on CPU, Triton on CUDA)."""
+    use_gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    log_every: int = 10
+    """Steps between progress lines and metrics."""
+    eval_every: int = 250
+    """Steps between evaluations on held-out data; 0 for the end only."""
+    eval_tokens: int = 131_072
+    """Held-out tokens per evaluation."""
+    sample_every: int = 1_000
+    """Steps between written samples; 0 for none."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints; 0 for the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on from the run folder's last checkpoint if there is one. must: fail without. never: start anew."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Also send metrics to these; metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps device_batch_size total_batch_size muon_lr adamw_lr embedding_lr loss_chunk_size "
+            "log_every eval_tokens"
+        ).split():
+            value = getattr(self, name)
+            _require(value > 0, f"training.{name} = {value}: must be positive")
+        for name in (
+            "muon_weight_decay adamw_weight_decay warmup_steps grad_clip z_loss train_minutes eval_every "
+            "sample_every checkpoint_every keep_checkpoints muon_momentum_warmup"
+        ).split():
+            value = getattr(self, name)
+            _require(value >= 0, f"training.{name} = {value}: must not be negative")
+        for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"training.{name} = {value}: must lie in [0, 1)")
+        for name in ("cooldown_fraction", "min_lr_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
+        if self.train_minutes:
+            schedules = {self.adamw_schedule} | ({self.muon_schedule} if self.optimizer == "muon" else set())
+            _require(
+                "cosine" not in schedules,
+                "training.train_minutes needs a schedule that does not depend on the number of steps from the "
+                'start: use "wsd" or "constant" instead of "cosine", or set num_steps',
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def micro_steps(self, world_size: int = 1) -> int:
+        """Forward passes per optimizer step on each device; ConfigError where the batch does not divide."""
+        training, seq_len = self.training, self.model.max_seq_len
+        tokens = training.device_batch_size * seq_len * world_size
+        _require(
+            training.total_batch_size % tokens == 0,
+            f"training.total_batch_size = {training.total_batch_size} is not a multiple of device_batch_size x "
+            f"max_seq_len x devices = {training.device_batch_size} x {seq_len} x {world_size} = {tokens}: "
+            f"try {max(1, round(training.total_batch_size / tokens)) * tokens}",
+        )
+        return training.total_batch_size // tokens
+
+
+PRESETS: dict[str, Config] = {
+    "tiny": Config(
+        model=ModelConfig(
+            vocab_size=4_096,
+            hidden_size=256,
+            num_layers=6,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=768,
+            max_seq_len=512,
+        ),
+        training=TrainingConfig(total_batch_size=4_096, num_steps=2_000, eval_every=500, muon_schedule="wsd"),
+    ),
+    "50m": Config(
+        model=ModelConfig(hidden_size=512, num_heads=8, num_kv_heads=4, intermediate_size=1_280),
+    ),
+    "100m": Config(),
+    "125m": Config(model=ModelConfig(num_layers=16)),
+    "300m": Config(model=ModelConfig(hidden_size=1_024, num_layers=24, num_heads=16, intermediate_size=2_816)),
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint that names the known word nearest to `name`."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def preset(name: str) -> Config:
+    """The named preset; ConfigError with the nearest name where there is none."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: {nearest(name, list(PRESETS))}")
+    return PRESETS[name]
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, without guessing: an int may stand for a float, a list for a tuple."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        _require(value in get_args(hint), f"{where} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} = {value!r}: must be a list")
+        return tuple(_checked(item, get_args(hint)[0], where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) is hint, f"{where} = {value!r}: must be of type {hint.__name__}")
+    return value
+
+
+def _apply(base: Any, values: dict[str, Any], where: str) -> Any:
+    """`base` with `values` laid over it, strictly."""
+    hints = get_type_hints(type(base))
+    known = [item.name for item in fields(base)]
+    for key in values:
+        _require(key in known, f"{where}: unknown key {key!r}: {nearest(key, known)}")
+    return replace(base, **{key: _checked(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def config_from_dict(values: dict[str, Any], where: str, base: Config | None = None) -> Config:
+    """Lay the tables of a recipe over `base` (or over the recipe's `preset`, or 100m).
+
+    Raises ConfigError that names `where`, the key and the nearest known one.
+    """
+    values = dict(values)
+    name = values.pop("preset", None)
+    if base is None:
+        try:
+            base = preset(name if name is not None else "100m")
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    sections = [item.name for item in fields(Config)]
+    for key, table in values.items():
+        _require(key in sections, f"{where}: unknown table {key!r}: {nearest(key, sections)}")
+        _require(isinstance(table, dict), f"{where}: {key} must be a table ([{key}])")
+    return replace(
+        base, **{key: _apply(getattr(base, key), table, f"{where}: [{key}]") for key, table in values.items()}
+    )
+
+
+def load_config(path: Path) -> Config:
+    """Read a recipe. Raises ConfigError naming file, line (for syntax) or key, and the fix."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}: check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return config_from_dict(values, str(path))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain tables (tuples as lists), ready for TOML or JSON."""
+    result: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if hasattr(value, "__dataclass_fields__"):
+            value = config_to_dict(value)
+        result[item.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def config_to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; `load_config` gives it back unchanged."""
+    return tomli_w.dumps(config_to_dict(config))

@@ -1,0 +1,389 @@
+"""Writing code with a trained model: KV cache, sampling, batches of unequal prompts, infilling prompts.
+
+Prompts are padded on the right and each row of the cache is filled without holes, so one rule makes the
+mask of prefill and decoding alike: a query at position p sees the cached keys 0..p of its own row. What
+a row writes does not depend on the rows beside it; rows that are done are dropped from the batch. The
+random numbers of a row come from (seed, row) alone. Keys stay where they were written: a context that is
+full ends the text rather than being shifted.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from smelter.cache import KVCache
+from smelter.checkpoint import Checkpoint, load_checkpoint
+from smelter.cli import parse
+from smelter.errors import CheckpointError, ConfigError, UserError
+from smelter.infill import InfillCase, choose_cases, fit_context
+from smelter.model import Model
+from smelter.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one row wrote: token ids without the stop token, and their log-probabilities under the model.
+
+    `finish` is "stop" where one of the stop ids (`stop_id`) ended it, "length" where max_tokens or the end of
+    the context did.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length"]
+    stop_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completed text; `num_dropped` tokens of the given context did not fit and were left out."""
+
+    text: str
+    finish: Literal["stop", "length"]
+    num_prompt_tokens: int
+    num_dropped: int
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the GPU if there is one. Raises ConfigError for a name that is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r}: unknown: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices here: use auto or cpu")
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float32 on the CPU, where it is exact and no slower at small batches; bf16 or, before Ampere, fp16 on CUDA."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_model(
+    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, with_state: bool = False
+) -> tuple[Model, Tokenizer, Checkpoint]:
+    """A run folder's newest checkpoint, or a checkpoint, ready to use: trits made, in evaluation mode.
+
+    `dtype` is the compute dtype, by default `default_dtype`. Raises CheckpointError or DataError.
+    """
+    checkpoint = load_checkpoint(path, with_state=with_state)
+    where = torch.device(device)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's numbers alone
+        model = Model(checkpoint.config.model, dtype or default_dtype(where))
+    try:
+        model.load_state_dict(checkpoint.tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint.path}: the weights are of another model: {reason}") from None
+    model = model.to(where).eval()
+    model.quantize_weights()
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
+    if tokenizer.vocab_size > checkpoint.config.model.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.tokenizer_file}: has {tokenizer.vocab_size} tokens, the model's embedding "
+            f"{checkpoint.config.model.vocab_size}: copy the checkpoint again, with its own tokenizer"
+        )
+    return model, tokenizer, checkpoint
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """One token id [B] per row of logits [B, V]; `uniforms` [B] in [0, 1) decide.
+
+    temperature 0 takes the likeliest. Otherwise the top_k likeliest (0: all) are kept, of them the fewest
+    whose share reaches top_p (nucleus sampling, arXiv 1904.09751), and the inverse of their cumulative
+    distribution is read at the uniform number: the same number gives the same token in any batch.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, ids = (logits / temperature).softmax(dim=-1).double().sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        probs, ids = probs[:, :top_k], ids[:, :top_k]
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    before = probs.cumsum(dim=-1) - probs  # share of all likelier tokens
+    probs = probs.masked_fill(before >= top_p, 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    choice = (cumulative <= threshold).sum(dim=-1, keepdim=True)
+    choice = choice.clamp(max=(probs > 0).sum(dim=-1, keepdim=True) - 1)
+    return ids.gather(-1, choice).squeeze(-1)
+
+
+def _check_options(prompts: Sequence[Sequence[int]], context: int, sampling: dict[str, float]) -> None:
+    limits: dict[str, tuple[bool, str]] = {
+        "max_tokens": (sampling["max_tokens"] >= 1, "must be at least 1"),
+        "temperature": (0 <= sampling["temperature"] < float("inf"), "must be 0 (greedy) or positive"),
+        "top_k": (sampling["top_k"] >= 0, "must be positive, or 0 for all tokens"),
+        "top_p": (0 < sampling["top_p"] <= 1, "must lie above 0 and not above 1"),
+    }
+    for name, (fine, message) in limits.items():
+        if not fine:
+            raise UserError(f"{name} = {sampling[name]}: {message}")
+    for row, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) < context:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens: the model's context of {context} takes 1 to {context - 1}"
+            )
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled blocks uncompiled: each new length of the cache would compile them again."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+) -> list[Generation]:
+    """Continue every prompt (token ids, of any lengths) in one batch; results in the prompts' order.
+
+    Each row ends at the first of: a stop id, `max_tokens` new tokens, the end of the model's context. Raises
+    UserError for an empty prompt, one that leaves no room, or options out of range.
+    """
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    context = model.config.max_seq_len
+    _check_options(prompts, context, options)
+    if not prompts:
+        return []
+    device, stops = model.embed_tokens.weight.device, frozenset(stop_ids)
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    limits = [min(max_tokens, context - length) for length in lengths]
+    cache_len = max(length + limit for length, limit in zip(lengths, limits, strict=True))
+    cache = KVCache(model.config, len(prompts), cache_len, model.compute_dtype, device)
+    uniforms = torch.stack([_uniforms(seed + row, max_tokens) for row in range(len(prompts))]).to(device)
+    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+    new: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    stopped: list[int | None] = [None] * len(prompts)
+    rows = list(range(len(prompts)))  # of the prompts, in the order of the batch
+    done: set[int] = set()
+    with _eager():
+        hidden = model(tokens, positions=positions, cache=cache, mask=cache.advance(positions, longest))
+        hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # [B, C]
+        for step in range(max(limits)):
+            logits = model.logits(hidden)
+            chosen = sample(logits, uniforms[:, step], temperature, top_k, top_p)  # [B]
+            chosen_logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
+            for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
+                if row in done:
+                    continue
+                if token in stops:
+                    stopped[row] = token
+                    done.add(row)
+                    continue
+                new[row].append(token)
+                logprobs[row].append(logprob)
+                if len(new[row]) == limits[row]:
+                    done.add(row)
+            if len(done) == len(prompts):
+                break
+            active = [index for index, row in enumerate(rows) if row not in done]
+            if 2 * len(active) <= len(rows):
+                rows = [rows[index] for index in active]
+                keep = torch.tensor(active, device=device)
+                cache.select(keep)
+                uniforms, chosen = uniforms[keep], chosen[keep]
+            # A row that is done goes on writing to its last slot until it is dropped.
+            where = [min(lengths[row] + step, cache_len - 1) for row in rows]
+            positions = torch.tensor(where, device=device)[:, None]
+            mask = cache.advance(positions, max(where) + 1)
+            hidden = model(chosen[:, None], positions=positions, cache=cache, mask=mask)[:, 0]
+    return [
+        Generation(new[row], logprobs[row], "length" if stopped[row] is None else "stop", stopped[row])
+        for row in range(len(prompts))
+    ]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, budget: int | None = None) -> list[int]:
+    """Token ids that ask for what stands between prefix and suffix, in the order the model was trained on (PSM).
+
+    [fim_prefix] prefix [fim_suffix] suffix [fim_middle]: the model goes on with the middle and ends it with eos.
+    With `budget` (tokens, at least 3) only the context nearest to the gap is kept.
+    """
+    if budget is None:
+        return tokenizer.fim_prompt(prefix, suffix)
+    before, after = fit_context(tokenizer.encode(prefix), tokenizer.encode(suffix), budget - 3)
+    return [tokenizer.fim_prefix_id, *before, tokenizer.fim_suffix_id, *after, tokenizer.fim_middle_id]
+
+
+def _prompt_budget(context: int, max_tokens: int) -> int:
+    """Tokens of the context that a prompt may fill: all but the answer's, and never less than half."""
+    return max(context - max_tokens, context // 2)
+
+
+def complete_text(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    suffix: str | None = None,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Completion:
+    """Continue `prompt`, or fill in between `prompt` and `suffix` where a suffix (even "") is given.
+
+    A context longer than the model's is cut to what is nearest to the place of writing.
+    """
+    budget = _prompt_budget(model.config.max_seq_len, max_tokens)
+    if suffix is None:
+        whole = tokenizer.encode(prompt) or [tokenizer.eos_id]  # nothing: as at the beginning of a document
+        ids = whole[-budget:]
+    else:
+        whole = fim_prompt(tokenizer, prompt, suffix)
+        ids = fim_prompt(tokenizer, prompt, suffix, budget=budget) if len(whole) > budget else whole
+    (result,) = generate(
+        model,
+        [ids],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=[tokenizer.eos_id],
+    )
+    return Completion(tokenizer.decode(result.ids), result.finish, len(ids), len(whole) - len(ids))
+
+
+def infill_lines(
+    model: Model,
+    tokenizer: Tokenizer,
+    cases: Sequence[InfillCase],
+    *,
+    max_tokens: int = 64,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy line for every case: up to its end of text or the first line break.
+
+    `progress` is called with the number of cases done after each batch.
+    """
+    line_breaks = [i for i in range(tokenizer.vocab_size) if b"\n" in tokenizer.decode_bytes([i])]
+    context = model.config.max_seq_len
+    budget = _prompt_budget(context, max_tokens)
+    # The scores of a prefill are [B, H, T, T]: hold them below a few hundred megabytes.
+    batch_size = batch_size or max(1, min(32, 2**23 // context**2))
+    lines: list[str] = []
+    for start in range(0, len(cases), batch_size):
+        batch = cases[start : start + batch_size]
+        prompts = [fim_prompt(tokenizer, case.prefix, case.suffix, budget=budget) for case in batch]
+        results = generate(model, prompts, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id, *line_breaks])
+        for result in results:
+            # The token that ends the line may hold its last characters too, as in ")\n".
+            ids = result.ids + ([] if result.stop_id in (None, tokenizer.eos_id) else [result.stop_id])
+            lines.append(tokenizer.decode([i for i in ids if i is not None]).split("\n")[0])
+        if progress is not None:
+            progress(len(lines))
+    return lines
+
+
+def samples(
+    model: Model,
+    tokenizer: Tokenizer,
+    num_docs: int,
+    doc: Callable[[int], Sequence[int]],
+    *,
+    num_samples: int = 4,
+    max_tokens: int = 48,
+    context_characters: int = 400,
+    seed: int = 0,
+) -> list[dict[str, str]]:
+    """What the model writes into the same few held-out lines, as {prefix, suffix, completion, expected}.
+
+    `doc(i)` is held-out document i as token ids (`split.num_docs, split.doc`). Prefix and suffix are shortened
+    to `context_characters` each, in the prompt too, so that samples stay cheap and readable.
+    """
+    found = choose_cases(num_docs, lambda i: tokenizer.decode([int(t) for t in doc(i)]), num_samples, seed)
+    cases = [
+        InfillCase(case.doc, case.prefix[-context_characters:], case.middle, case.suffix[:context_characters])
+        for case in found
+    ]
+    lines = infill_lines(model, tokenizer, cases, max_tokens=max_tokens)
+    return [
+        {"prefix": case.prefix, "suffix": case.suffix, "completion": line, "expected": case.middle}
+        for case, line in zip(cases, lines, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class CompleteOptions:
+    """Complete or infill code with a trained model. Standard output is the completion alone."""
+
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CKPT")]]
+    """Run folder (its newest checkpoint) or checkpoint."""
+    prompt: str | None = None
+    """Text to continue. Give this, or prefix and suffix."""
+    prefix: str | None = None
+    """Text before the gap to fill in."""
+    suffix: str | None = None
+    """Text after the gap to fill in."""
+    max_tokens: int = 64
+    """Most tokens to write."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 samples as the model believes."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the sampling; the same seed writes the same text."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+
+
+def main(argv: list[str]) -> int:
+    """`smelter complete`."""
+    options = parse(CompleteOptions, argv, "smelter complete")
+    infill = options.prefix is not None or options.suffix is not None
+    if infill == (options.prompt is not None):
+        raise UserError("give either --prompt, or --prefix and/or --suffix")
+    model, tokenizer, _ = load_model(options.checkpoint, device=pick_device(options.device))
+    completion = complete_text(
+        model,
+        tokenizer,
+        (options.prefix if infill else options.prompt) or "",
+        (options.suffix or "") if infill else None,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if completion.num_dropped:
+        print(
+            f"smelter complete: the context is {completion.num_dropped} tokens longer than fits beside the answer: "
+            f"used the nearest {completion.num_prompt_tokens}",
+            file=sys.stderr,
+        )
+    sys.stdout.buffer.write(completion.text.encode())
+    if sys.stdout.isatty():
+        sys.stdout.buffer.write(b"\n")
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,218 @@
+"""Language-model losses from hidden states: cross-entropy, KL to teachers, z-loss, chunked over tokens.
+
+The [tokens x vocabulary] logits of a whole batch would dwarf the model (2 GB for 16k tokens at 32k
+entries). Here they exist for `chunk_size` tokens at a time, and the gradient is made in the same pass,
+so nothing is recomputed backward. `dense_loss` is the same in plain autograd: the specification.
+
+With logits c = soft_cap(u), student p, teacher mixture t, weight w per token and temperature T:
+
+    loss = sum_i w_i [ (1 - a) CE_i + z lse_i^2 + a T^2 KL_i ] / normalizer
+
+Labels below 0 carry no loss of any kind. Sources: z-loss PaLM (2204.02311), KL with temperature
+Hinton et al. (1503.02531).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smelter.kernels import reference
+
+Direction = Literal["forward", "reverse"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is summed: soft-cap of the logits, weight of z-loss and KL, temperature and direction of the KL."""
+
+    soft_cap: float = 0.0
+    z_loss: float = 0.0
+    kl_weight: float = 0.0
+    temperature: float = 1.0
+    direction: Direction = "forward"
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """A teacher's hidden states [N, C'], head [V, C'], soft-cap and weight in the mixture of probabilities."""
+
+    hidden: Tensor
+    head: Tensor
+    soft_cap: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is differentiable; the parts are detached. All are divided by the normalizer.
+
+    `total` = (1 - kl_weight) * ce + z_loss * z + kl_weight * kl.
+    """
+
+    total: Tensor
+    ce: Tensor
+    z: Tensor
+    kl: Tensor
+
+
+def teacher_log_probs(teachers: Sequence[TeacherHead], rows: slice, temperature: float) -> Tensor:
+    """Log-probabilities [n, V] of the weighted mixture of the teachers' softened distributions."""
+    total = sum(teacher.weight for teacher in teachers)
+    parts = []
+    for teacher in teachers:
+        logits = F.linear(teacher.hidden[rows], teacher.head.to(teacher.hidden.dtype)).float()
+        log_probs = F.log_softmax(reference.soft_cap(logits, teacher.soft_cap) / temperature, dim=-1)
+        if len(teachers) == 1:
+            return log_probs
+        if teacher.weight:
+            parts.append(log_probs + torch.tensor(teacher.weight / total, device=log_probs.device).log())
+    return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
+    valid = (targets >= 0).float()
+    return valid if weights is None else valid * weights
+
+
+def _losses_and_grad(
+    logits: Tensor, targets: Tensor, weights: Tensor, teacher: Tensor | None, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted sums of CE, squared lse and KL, and the gradient of the total to the uncapped logits [n, V]."""
+    capped = reference.soft_cap(logits.float(), config.soft_cap)
+    lse = torch.logsumexp(capped, dim=-1, keepdim=True)
+    index = targets.clamp_min(0).unsqueeze(-1)
+    ce = ((lse - capped.gather(-1, index)).squeeze(-1) * weights).sum()
+    z = (lse.squeeze(-1).square() * weights).sum()
+    probs = torch.exp(capped - lse)
+    ce_share = 1.0 - config.kl_weight if teacher is not None else 1.0
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    grad = probs * (ce_share + 2.0 * config.z_loss * lse) - ce_share * (columns == index)
+    kl = torch.zeros_like(ce)
+    if teacher is not None:
+        temperature = config.temperature
+        student = F.log_softmax(capped / temperature, dim=-1)
+        if config.direction == "forward":
+            # 0 * -inf where a teacher gives no probability at all: that term of the sum is 0.
+            terms = torch.where(teacher > float("-inf"), teacher.exp() * (teacher - student), 0.0)
+            token_kl = terms.sum(-1)
+            kl_grad = student.exp() - teacher.exp()
+        else:
+            difference = student - teacher
+            token_kl = (student.exp() * difference).sum(-1)
+            kl_grad = student.exp() * (difference - token_kl.unsqueeze(-1))
+        kl = (token_kl * weights).sum() * temperature**2
+        grad = grad + config.kl_weight * temperature * kl_grad
+    if config.soft_cap:
+        grad = grad * (1.0 - (capped / config.soft_cap).square())
+    return ce, z, kl, grad * weights.unsqueeze(-1)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Forward makes loss and gradients chunk by chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        normalizer: Tensor,
+        teachers: Sequence[TeacherHead],
+        config: LossConfig,
+        chunk_size: int,
+        use_compile: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs_grad = hidden.requires_grad or head.requires_grad
+        matrix = head.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_grad else None
+        step = _compiled_losses_and_grad if use_compile else _losses_and_grad
+        sums = torch.zeros(3, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, min(start + chunk_size, hidden.shape[0]))
+            teacher = teacher_log_probs(teachers, rows, config.temperature) if teachers else None
+            logits = F.linear(hidden[rows], matrix)
+            ce, z, kl, grad = step(logits, targets[rows], weights[rows], teacher, config)
+            sums += torch.stack((ce, z, kl))
+            if grad_hidden is not None and grad_head is not None:
+                grad = (grad / normalizer).to(hidden.dtype)
+                grad_hidden[rows] = grad @ matrix
+                grad_head += grad.T @ hidden[rows]
+        sums = sums / normalizer
+        ce_share = 1.0 - config.kl_weight if teachers else 1.0
+        total = ce_share * sums[0] + config.z_loss * sums[1] + config.kl_weight * sums[2]
+        if grad_hidden is not None and grad_head is not None:
+            ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        parts = sums[0].clone(), sums[1].clone(), sums[2].clone()
+        ctx.mark_non_differentiable(*parts)
+        return total, *parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *(None,) * 7
+
+
+_compiled_losses_and_grad = torch.compile(_losses_and_grad, dynamic=False)
+
+
+def chunked_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    config: LossConfig,
+    *,
+    weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    teachers: Sequence[TeacherHead] = (),
+    chunk_size: int = 2_048,
+    use_compile: bool = False,
+) -> Loss:
+    """Loss of hidden states [N, C] under head [V, C] and targets [N] (below 0: masked).
+
+    weights [N] multiply each token's loss. `normalizer` is the divisor, by default the sum of the weights
+    of unmasked tokens in this call; a trainer passes the sum over the whole optimizer step, so that
+    accumulation, ranks and padding never change the loss. At most chunk_size x V logits exist at once.
+    """
+    token_weights = _token_weights(targets, weights)
+    if normalizer is None:
+        normalizer = token_weights.sum().clamp_min(1e-8)
+    divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
+    parts = _ChunkedLoss.apply(
+        hidden, head, targets, token_weights, divisor, tuple(teachers), config, chunk_size, use_compile
+    )
+    return Loss(*parts)
+
+
+def dense_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    config: LossConfig,
+    *,
+    weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    teachers: Sequence[TeacherHead] = (),
+) -> Loss:
+    """The specification of `chunked_loss`: all logits at once, gradients by autograd."""
+    token_weights = _token_weights(targets, weights)
+    divisor = token_weights.sum().clamp_min(1e-8) if normalizer is None else normalizer
+    capped = reference.soft_cap(F.linear(hidden, head.to(hidden.dtype)).float(), config.soft_cap)
+    ce = (F.cross_entropy(capped, targets.clamp_min(0), reduction="none") * token_weights).sum() / divisor
+    z = (torch.logsumexp(capped, dim=-1).square() * token_weights).sum() / divisor
+    kl = torch.zeros_like(ce)
+    if teachers:
+        teacher = teacher_log_probs(teachers, slice(None), config.temperature)
+        student = F.log_softmax(capped / config.temperature, dim=-1)
+        forward = config.direction == "forward"
+        inputs, target = (student, teacher) if forward else (teacher, student)
+        token_kl = F.kl_div(inputs, target, reduction="none", log_target=True).sum(-1)
+        kl = (token_kl * token_weights).sum() * config.temperature**2 / divisor
+    ce_share = 1.0 - config.kl_weight if teachers else 1.0
+    total = ce_share * ce + config.z_loss * z + config.kl_weight * kl
+    return Loss(total, ce.detach(), z.detach(), kl.detach())

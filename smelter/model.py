@@ -1,0 +1,198 @@
+"""The transformer: Qwen3's architecture with ternary body linears and optional logit soft-caps.
+
+Pre-norm blocks of grouped-query attention (RoPE, RMSNorm on each query and key head) and SwiGLU, no
+biases, tied embedding. Parameter names are Hugging Face's, so export is a copy. Latent weights are
+float32; activations run in `compute_dtype`. The head is applied by the loss, chunk by chunk, so
+`forward` returns hidden states.
+
+Shapes: B batch, T tokens, C hidden_size, H query heads, G key/value heads, D head_dim, S cached keys.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smelter.bitnet import BitLinear, quantize_weights
+from smelter.config import ModelConfig
+from smelter.kernels import attention as run_attention
+from smelter.kernels import reference
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, kept by the decoder."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, G, T, D] of the current tokens; return all of them [B, G, S, D]."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned gain, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.rms_norm(x, self.weight, self.eps)
+
+
+def _linear(config: ModelConfig, in_features: int, out_features: int) -> BitLinear:
+    return BitLinear(
+        in_features, out_features, use_ternary=config.use_ternary, activation_quant=config.activation_quant
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QK-norm, RoPE and logit soft-cap."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.q_proj = _linear(config, config.hidden_size, config.query_size)
+        self.k_proj = _linear(config, config.hidden_size, config.kv_size)
+        self.v_proj = _linear(config, config.hidden_size, config.kv_size)
+        self.o_proj = _linear(config, config.query_size, config.hidden_size)
+        if config.use_qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.use_sub_norm:
+            self.sub_norm = RMSNorm(config.query_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        dim, cap = self.config.head_dim, self.config.attn_logit_soft_cap
+        q = self.q_proj(x).unflatten(-1, (-1, dim))  # [B, T, H, D]
+        k = self.k_proj(x).unflatten(-1, (-1, dim))  # [B, T, G, D]
+        v = self.v_proj(x).unflatten(-1, (-1, dim))
+        if self.config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or G, T, D]
+        q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # [B, G, S, D]
+        out = run_attention(q, k, v, mask, cap)  # [B, H, T, D]
+        out = out.transpose(1, 2).flatten(-2)  # [B, T, H * D]
+        if self.config.use_sub_norm:
+            out = self.sub_norm(out)
+        y: Tensor = self.o_proj(out)
+        return y
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size)
+        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size)
+        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size)
+        self.sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.use_sub_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if self.sub_norm is not None:
+            hidden = self.sub_norm(hidden)
+        y: Tensor = self.down_proj(hidden)
+        return y
+
+
+class Block(nn.Module):
+    """One transformer block; the unit that is compiled and recomputed."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
+
+
+class Model(nn.Module):
+    """Token ids in, normalised hidden states out; `logits` applies the head."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.use_gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        inverse = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), inverse).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # [max_seq_len, D]
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        if self.embed_tokens.weight.device.type != "meta":
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal initial weights of variance 1/fan_in; layers that write to the residual start smaller."""
+        residual_scale = 1 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name in ("embed_tokens.weight", "lm_head.weight"):
+                parameter.normal_(std=0.02)
+            else:
+                scale = residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                parameter.normal_(std=scale / math.sqrt(parameter.shape[1]))
+        self.quantize_weights()
+
+    def quantize_weights(self) -> None:
+        """Make every trit from its latent weight; call after each change of the weights."""
+        quantize_weights(self, self.compute_dtype)
+
+    @property
+    def head(self) -> Tensor:
+        """Output head [vocab_size, C]: the embedding itself when tied."""
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, C] of tokens [B, T].
+
+        doc_ids [B, T] keeps attention inside each packed document. A decoder passes its `cache`, the tokens'
+        `positions` [B, T] and the `mask` [B, 1, T, S] of keys each may see; without it attention is causal.
+        """
+        x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+        if positions is None:
+            cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]  # [T, D]
+        else:
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # [B, 1, T, D]
+        if doc_ids is not None:
+            mask = reference.causal_mask(doc_ids, tokens.shape[1], tokens.device)
+        for block in self.layers:
+            if self.use_gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        y: Tensor = self.norm(x)
+        return y
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped float32 logits [..., vocab_size] of hidden states [..., C]."""
+        logits = F.linear(hidden, self.head.to(hidden.dtype)).float()
+        return reference.soft_cap(logits, self.config.final_logit_soft_cap)

@@ -1,0 +1,44 @@
+"""What every test gets: one thread, no network beyond this machine, GPU tests only where a GPU is."""
+
+import os
+import socket
+from typing import Any
+
+# Before anything imports torch: small models are fastest on one thread, and test processes do not fight.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Libraries that would look for models or report home.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+from hypothesis import settings
+
+# Shared machines are slow now and then; a slow example is not a wrong one.
+settings.register_profile("smelter", deadline=None)
+settings.load_profile("smelter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests without a GPU, unless SMELTER_REQUIRE_GPU demands one."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items or os.environ.get("SMELTER_REQUIRE_GPU"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches for another machine fails, and says where to."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test connects to {address}: no network in tests")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)

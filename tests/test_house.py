@@ -1,0 +1,185 @@
+"""The house rules, held: who imports whom, what stays small, what stays light, what is explained.
+
+The import table reads from the bottom up: a file may import the files named beside it, and those all
+stand above it. A new file needs a line here, which is the moment to ask where it belongs.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 450
+
+BASE = "errors config cli"
+"""What everything in Smelter may import."""
+
+SMELTER = {
+    "__init__": "",
+    "errors": "",
+    "config": "errors",
+    "cli": "errors",
+    "tokenizer": BASE,
+    "sandbox": BASE,
+    "distributed": BASE,
+    "kernels.reference": "",
+    "kernels.triton_ops": "kernels.reference",
+    "kernels": "kernels.reference kernels.triton_ops",
+    "bitnet": f"{BASE} kernels kernels.reference",
+    "cache": BASE,
+    "infill": BASE,
+    "model": f"{BASE} kernels kernels.reference bitnet",
+    "loss": f"{BASE} kernels kernels.reference",
+    "muon": BASE,
+    "shards": f"{BASE} tokenizer",
+    "data": f"{BASE} tokenizer shards",
+    "checkpoint": f"{BASE} distributed",
+    "metrics": f"{BASE} distributed",
+    "optimizer_setup": f"{BASE} distributed bitnet model muon",
+    "plan": f"{BASE} distributed",
+    "generate": f"{BASE} tokenizer bitnet model cache infill checkpoint",
+    "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
+    "train": (
+        f"{BASE} tokenizer distributed kernels bitnet model infill loss muon shards data checkpoint metrics "
+        "optimizer_setup plan generate evaluate"
+    ),
+    "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
+    "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
+    "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export": (
+        f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate evaluate export_hf export_gguf"
+    ),
+    "serve": f"{BASE} tokenizer model checkpoint generate",
+    "report": f"{BASE} metrics",
+    "__main__": BASE,
+}
+
+FOUNDRY = {
+    "__init__": "",
+    "errors": "",
+    "cli": "errors",
+    "record": "errors",
+    "corpus": "errors cli record",
+    "__main__": "errors",
+}
+
+WITHOUT_TORCH = ["config", "tokenizer", "sandbox", "cli", "errors", "__main__"]
+
+SOURCES = sorted(path for package in ("smelter", "foundry") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> tuple[str, str]:
+    """("smelter", "kernels.reference") for smelter/kernels/reference.py."""
+    package, *parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return package, ".".join(parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions, as absolute names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import: name the package"
+            assert node.module is not None
+            folder = ROOT.joinpath(*node.module.split("."))
+            for alias in node.names:  # `from smelter.kernels import reference` imports a module
+                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name / "__init__.py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
+
+
+@pytest.mark.parametrize("table", [SMELTER, FOUNDRY], ids=["smelter", "foundry"])
+def test_the_table_reads_from_the_bottom_up(table: dict[str, str]) -> None:
+    above: set[str] = set()
+    for name, allowed in table.items():
+        assert set(allowed.split()) <= above, f"{name}: {set(allowed.split()) - above} must stand above it"
+        above.add(name)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_table(path: Path) -> None:
+    package, name = module_name(path)
+    table = {"smelter": SMELTER, "foundry": FOUNDRY}[package]
+    assert name in table, f"{path.relative_to(ROOT)} is not in this test's table: give it a line"
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        if top == package:
+            allowed = {"", "__init__", *table[name].split()}
+            assert rest in allowed, f"{path.relative_to(ROOT)} imports {module}: not allowed by the table"
+        elif top in ("smelter", "foundry"):
+            assert (package, module) == ("foundry", "smelter.sandbox"), f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("tests/*.py")) + SOURCES, ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_a_file_fits_a_head(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines, more than {MAX_LINES}: it has two ideas"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_light_modules_do_without_torch(name: str) -> None:
+    path = ROOT / "smelter" / f"{name}.py"
+    if not path.exists():
+        pytest.skip(f"no {name}.py yet")
+    code = f"import sys, smelter.{name}; print([m for m in ('torch', 'numpy.ma') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch" not in run.stdout
+    assert not [module for module in imports(path) if module.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("package", ["smelter", "foundry"])
+def test_help_answers_in_a_blink(package: str) -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run = subprocess.run([sys.executable, "-m", package, "--help"], cwd=ROOT, capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+        assert b"usage: " + package.encode() in run.stdout
+    assert min(times) < 0.5, f"{package} --help takes {min(times):.2f} s"
+
+
+def undocumented(node: ast.AST, prefix: str = "") -> Iterator[str]:
+    """Public functions, classes and methods without a docstring; a module's `forward` is its class's."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or child.name.startswith("_"):
+            continue
+        explained = child.name == "forward" or any(
+            isinstance(d, ast.Name) and d.id in ("override", "overload") for d in child.decorator_list
+        )
+        if ast.get_docstring(child) is None and not explained:
+            yield f"{prefix}{child.name}"
+        if isinstance(child, ast.ClassDef):
+            yield from undocumented(child, f"{child.name}.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_things_are_explained(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no docstring"
+    assert list(undocumented(tree)) == []
+
+
+def test_the_docstring_check_can_fail() -> None:
+    tree = ast.parse('def f(): ...\nclass A:\n    "doc"\n    def g(self): ...\n    def _h(self): ...\ndef _i(): ...\n')
+    assert list(undocumented(tree)) == ["f", "A.g"]
+
+
+def test_both_packages_have_one_version() -> None:
+    versions = {
+        package: re.search(r'^__version__ = "(.+)"$', (ROOT / package / "__init__.py").read_text(), re.MULTILINE)
+        for package in ("smelter", "foundry")
+    }
+    found = {match[1] for match in versions.values() if match}
+    assert len(found) == 1
+    assert all(versions.values())
+    assert found.pop() in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

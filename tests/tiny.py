@@ -1,0 +1,66 @@
+"""Small things that several tests need: a corpus, a tokenizer, a model, a checkpoint of it."""
+
+import textwrap
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smelter.checkpoint import save_checkpoint
+from smelter.config import Config, DataConfig, ModelConfig, TrainingConfig
+from smelter.model import Model
+from smelter.tokenizer import Tokenizer
+
+CODE = Path(textwrap.__file__).read_text(encoding="utf-8")
+
+TINY = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    max_seq_len=96,
+    rope_base=10_000.0,
+)
+
+
+@cache
+def tokenizer(vocab_size: int = 512) -> Tokenizer:
+    """Trained on a module of the standard library."""
+    return Tokenizer.train([CODE], vocab_size)
+
+
+def model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
+    """A small model of strong layers, so that it does not only repeat its last token; its logits reach about 30."""
+    torch.manual_seed(seed)
+    made = Model(replace(TINY, **changes), dtype)
+    with torch.no_grad():
+        made.embed_tokens.weight.mul_(10)
+        for name, parameter in made.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(12)
+        made.norm.weight.mul_(4)
+    made.quantize_weights()
+    return made.eval()
+
+
+def checkpoint(folder: Path, made: Model, tokens: Tokenizer | None = None, shards: str = "shards") -> Path:
+    """A run folder `folder` with one checkpoint of the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (tokens or tokenizer()).save(folder / "made_tokenizer.json")
+    save_checkpoint(
+        folder,
+        7,
+        config=Config(model=made.config, data=DataConfig(shards=shards), training=TrainingConfig(run_dir=str(folder))),
+        tensors=dict(made.state_dict()),
+        tokenizer_file=folder / "made_tokenizer.json",
+        state={"elapsed_seconds": 12.5, "tokens": 4_096},
+        keep=1,
+    )
+    return folder
