@@ -390,12 +390,11 @@ def _roles(values: dict[str, Any], preferred: SpecialTokens) -> tuple[SpecialTok
     added = {token["content"]: token for token in values.get("added_tokens", [])}
     present = set(added) | set(values["model"]["vocab"])
     stored = (values.get("post_processor") or {}).get("special_tokens") or {}
-    remembered: dict[str, str] = {role: entry["tokens"][0] for role, entry in stored.items() if entry.get("tokens")}
-
+    remembered = {role: entry["tokens"][0] for role, entry in stored.items() if entry.get("tokens")}
     wanted = {item.name: str(getattr(preferred, item.name)) for item in fields(preferred)}
 
     def first(role: str, names: Sequence[str]) -> str:
-        candidates = (wanted[role], remembered.get(role), *names)
+        candidates: list[str] = [wanted[role], remembered.get(role, wanted[role]), *names]
         return next((name for name in candidates if name in present), wanted[role])
 
     family = next((names for names in _FIM_NAMES if present.issuperset(names)), ())

@@ -1,0 +1,95 @@
+"""What this machine computes with: device, precision, compiler, and the peak it reaches.
+
+Decided once, at the start, and said: `smelter train` prints the line that `describe` gives.
+"""
+
+import os
+import shutil
+import time
+
+import torch
+
+from smelter import distributed
+from smelter.config import TrainingConfig
+from smelter.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this rank. Raises ConfigError where CUDA is asked for and absent, or the name is unknown."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'training.device = "{name}": not a device: use auto, cpu, cuda or cuda:N') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'training.device = "{name}": this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh')
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f'training.device = "{name}": use auto, cpu, cuda or cuda:N')
+    return device
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether matrix products in bf16 are native (AVX-512 BF16, AMX); emulated ones are far slower than fp32."""
+    cpu = torch.backends.cpu.get_capabilities() if hasattr(torch.backends.cpu, "get_capabilities") else {}
+    if cpu:
+        return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Compute dtype: bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on CPU."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError('training.precision = "fp16" needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
+    if precision in named:
+        return named[precision]
+    if device.type == "cuda":
+        # Turing emulates bf16; compute capability 8.0 is the first to have it.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def can_compile(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether to compile; says so once where it is wanted and no compiler is there."""
+    if not config.use_torch_compile:
+        return False
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        distributed.print0("no C++ compiler found: training without torch.compile, which is slower (install g++)")
+        return False
+    return True
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here and now: the 100% of the MFU that training reports."""
+    size = 8_192 if device.type == "cuda" else 1_024
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory used so far, in MiB: allocated on the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def describe(device: torch.device, dtype: torch.dtype, use_compile: bool, peak_flops: float) -> str:
+    """One line: where and how the run computes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    how = "compiled blocks" if use_compile else "eager"
+    return f"{name} | {str(dtype).removeprefix('torch.')} | {how} | measured peak {peak_flops / 1e9:,.0f} GFLOP/s"

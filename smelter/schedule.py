@@ -1,0 +1,83 @@
+"""How long a run is, and what the learning rates, momentum and weight decay are at each step.
+
+A run lasts `num_steps`, or `train_minutes`. In the second case the number of steps is fixed at the moment
+when the cool-down must begin for the run to end in time: warm-up-stable-decay needs to know no sooner.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from smelter.config import Schedule, TrainingConfig
+
+
+def lr_factor(schedule: Schedule, step: int, num_steps: int | None, config: TrainingConfig) -> float:
+    """Share of the peak learning rate at `step` (from 0); num_steps None: the end is not known yet."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if schedule == "constant" or num_steps is None:
+        return warmup
+    floor = config.min_lr_ratio
+    if schedule == "wsd":
+        length = max(1.0, config.cooldown_fraction * num_steps)
+        left = min(1.0, (num_steps - step) / length)
+        return warmup * (floor + (1 - floor) * left)
+    if step < config.warmup_steps:
+        return warmup
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def muon_momentum(step: int, config: TrainingConfig) -> float:
+    """Muon's momentum: rises linearly from 0.85, or from its own value where that is lower."""
+    start = min(0.85, config.muon_momentum)
+    rise = min(1.0, step / config.muon_momentum_warmup) if config.muon_momentum_warmup else 1.0
+    return start + (config.muon_momentum - start) * rise
+
+
+def set_rates(groups: list[dict[str, Any]], step: int, num_steps: int | None, config: TrainingConfig) -> None:
+    """Write learning rate, momentum and decay for `step` into the optimizer's groups (by their names)."""
+    peaks = {
+        "muon": config.muon_lr,
+        "matrices": config.adamw_lr,
+        "embedding": config.embedding_lr,
+        "vectors": config.adamw_lr,
+    }
+    for group in groups:
+        is_muon = group["name"] == "muon"
+        schedule = config.muon_schedule if is_muon else config.adamw_schedule
+        group["lr"] = peaks[group["name"]] * lr_factor(schedule, step, num_steps, config)
+        if is_muon:
+            group["momentum"] = muon_momentum(step, config)
+            group["weight_decay"] = config.muon_weight_decay * (1 - step / num_steps if num_steps else 1.0)
+
+
+@dataclass
+class RunLength:
+    """The number of steps: given, or fixed once the clock says that the cool-down must begin."""
+
+    config: TrainingConfig
+    num_steps: int | None
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "RunLength":
+        """Known from the start unless the run is limited by time."""
+        return cls(config, None if config.train_minutes else config.num_steps)
+
+    def update(self, step: int, elapsed: float, seconds_per_step: float) -> None:
+        """After `step` steps and `elapsed` seconds, fix the end if the cool-down is due."""
+        if self.num_steps is not None or step == 0:
+            return
+        left = max(0.0, self.config.train_minutes * 60 - elapsed)
+        total = step + int(left / seconds_per_step)
+        if step >= (1 - self.config.cooldown_fraction) * total:
+            self.num_steps = max(step, total)
+
+    def done(self, step: int) -> bool:
+        """Whether `step` steps complete the run."""
+        return self.num_steps is not None and step >= self.num_steps
+
+    def eta(self, step: int, elapsed: float, seconds_per_step: float) -> float:
+        """Seconds left."""
+        if self.num_steps is None:
+            return max(0.0, self.config.train_minutes * 60 - elapsed)
+        return (self.num_steps - step) * seconds_per_step
