@@ -1,7 +1,7 @@
 """Shards -> batches: documents permuted, packed into rows, rearranged for infilling.
 
 A row is a window of `seq_len + 1` ids of the epoch's stream: all documents in an order drawn from
-(seed, epoch), each followed by eos. Any row can be made alone, so a batch is a pure function of
+(seed, epoch), each followed by eos. The windows are drawn in random order too. Any row can be made alone, so a batch is a pure function of
 (seed, step, rank), and the rows of a step are the same however many ranks and micro-steps share them.
 
 Fill-in-the-middle (Bavarian et al., arXiv 2207.14255) is applied inside the window, to each piece of a
@@ -95,21 +95,23 @@ class BatchStream:
         # The order of the documents costs a permutation of all of them; neighbouring epochs share a step.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
-    def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Document order, the start of each in the epoch's stream, and where the stream's first row begins."""
+    def _make_epoch(self, epoch: int) -> tuple[Ids, Ids, Ids, int]:
+        """Order of the documents, start of each in the epoch's stream, order of the rows, start of the first row."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.split.num_docs)
         lengths = np.diff(self.split.offsets)[order]
         starts = np.concatenate(([0], np.cumsum(lengths)))
-        return order, starts, int(rng.integers(0, self.split.num_tokens))
+        # Neighbouring windows often come from one file: a batch of them would be far from a fair sample.
+        rows = rng.permutation(self.rows_per_epoch)
+        return order, starts, rows, int(rng.integers(0, self.split.num_tokens))
 
     def _pieces(self, row: int) -> list[Ids]:
         """The window of row `row`, as pieces of documents; eos ends a piece where its document ends."""
         epoch, index = divmod(row, self.rows_per_epoch)
-        order, starts, shift = self._epoch(epoch)
+        order, starts, rows, shift = self._epoch(epoch)
         total = self.split.num_tokens
         pieces: list[Ids] = []
-        position, left = (shift + index * self.seq_len) % total, self.seq_len + 1
+        position, left = (shift + int(rows[index]) * self.seq_len) % total, self.seq_len + 1
         while left:
             at = int(np.searchsorted(starts, position, side="right")) - 1
             inside = position - int(starts[at])

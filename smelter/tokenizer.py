@@ -173,14 +173,15 @@ class Tokenizer:
             raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: check the path") from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path}: not a tokenizer.json: {error}: the file is damaged or of another kind") from None
-        kind = values.get("model", {}).get("type") if isinstance(values, dict) else None
+        model = values.get("model") if isinstance(values, dict) else None
+        kind = model.get("type") if isinstance(model, dict) else None
         if kind != "BPE":
             raise DataError(f"{path}: model type is {kind!r}: only BPE tokenizers (tokenizer.json) can be used")
-        notices = _make_reversible(values)
         try:
+            notices = _make_reversible(values)
             names, found = _roles(values, special or SpecialTokens())
             backend = tokenizers.Tokenizer.from_str(json.dumps(values))
-        except Exception as error:  # the Rust library raises nothing more specific
+        except Exception as error:  # the Rust library raises nothing more specific; ours may miss any key
             raise DataError(f"{path}: not a usable tokenizer.json: {error}: fetch it anew") from None
         backend.add_special_tokens(list(names.names))
         notices += found
