@@ -78,7 +78,8 @@ def pack_trits(trits: Tensor) -> Tensor:
     if not bool(((codes == 0) | (codes == 1) | (codes == 2)).all()):
         raise ValueError("pack_trits: values other than -1, 0 and 1")
     codes = codes.to(torch.uint8).unflatten(-1, (-1, 4))
-    return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+    packed: Tensor = codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+    return packed
 
 
 def unpack_trits(packed: Tensor) -> Tensor:

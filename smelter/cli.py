@@ -22,18 +22,20 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
 
     Nested dataclasses appear without prefix (`--muon-lr`, or `--muon_lr`). Raises UserError.
     """
-    kwargs = {} if default is None else {"default": default}
     noise = io.StringIO()
     try:
         with contextlib.redirect_stderr(noise):
-            result: T = tyro.cli(
-                options, args=list(argv), prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes), **kwargs
+            return tyro.cli(
+                options,
+                args=list(argv),
+                prog=prog,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_one_line(noise.getvalue(), prog)) from None
-    return result
 
 
 def _one_line(box: str, prog: str) -> str:

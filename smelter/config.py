@@ -65,8 +65,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size max_seq_len"
-        ).split():
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+            *("intermediate_size", "max_seq_len"),
+        ):
             value = getattr(self, name)
             _require(value > 0, f"model.{name} = {value}: must be at least 1")
         _require(
@@ -273,15 +274,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "num_steps device_batch_size total_batch_size muon_lr adamw_lr embedding_lr loss_chunk_size "
-            "log_every eval_tokens"
-        ).split():
+            *("num_steps", "device_batch_size", "total_batch_size", "muon_lr", "adamw_lr", "embedding_lr"),
+            *("loss_chunk_size", "log_every", "eval_tokens"),
+        ):
             value = getattr(self, name)
             _require(value > 0, f"training.{name} = {value}: must be positive")
         for name in (
-            "muon_weight_decay adamw_weight_decay warmup_steps grad_clip z_loss train_minutes eval_every "
-            "sample_every checkpoint_every keep_checkpoints muon_momentum_warmup"
-        ).split():
+            *("muon_weight_decay", "adamw_weight_decay", "warmup_steps", "grad_clip", "z_loss", "train_minutes"),
+            *("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "muon_momentum_warmup"),
+        ):
             value = getattr(self, name)
             _require(value >= 0, f"training.{name} = {value}: must not be negative")
         for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):

@@ -1,8 +1,9 @@
 """Shards -> batches: documents permuted, packed into rows, rearranged for infilling.
 
 A row is a window of `seq_len + 1` ids of the epoch's stream: all documents in an order drawn from
-(seed, epoch), each followed by eos. The windows are drawn in random order too. Any row can be made alone, so a batch is a pure function of
-(seed, step, rank), and the rows of a step are the same however many ranks and micro-steps share them.
+(seed, epoch), each followed by eos. The windows are drawn in random order too. Any row can be made
+alone, so a batch is a pure function of (seed, step, rank), and the rows of a step are the same however
+many ranks and micro-steps share them.
 
 Fill-in-the-middle (Bavarian et al., arXiv 2207.14255) is applied inside the window, to each piece of a
 document with probability `fim_rate`, at two character positions drawn uniformly, before tokenising:
@@ -35,7 +36,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. inputs, targets, doc_ids [B, T] (targets IGNORED where there is no loss); weights [B, T] or None."""
+    """One micro-batch: inputs, targets (IGNORED: no loss) and doc_ids [B, T]; weights [B, T], None for all 1."""
 
     inputs: Ids
     targets: Ids
@@ -87,7 +88,9 @@ class BatchStream:
             ("fim_suffix_token", config.fim_suffix_token, tokenizer.fim_suffix_id),
         ):
             if config.fim_rate and tokenizer.token_to_id(token) != known:
-                raise DataError(f"data.{name} = {token!r} is not the tokenizer's: see special tokens in its tokenizer.json")
+                raise DataError(
+                    f"data.{name} = {token!r} is not the tokenizer's: see special tokens in its tokenizer.json"
+                )
         self.split, self.tokenizer, self.config = split, tokenizer, config
         self.seq_len, self.seed = seq_len, seed
         self.device_batch_size, self.rows_per_step = device_batch_size, rows_per_step

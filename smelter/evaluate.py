@@ -64,7 +64,8 @@ def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> 
     Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all these windows
     every n-th is taken, so the same are taken each time and every part of the split has its share.
     """
-    counts = [-(-len(split.doc(i)) // seq_len) for i in range(split.num_docs)]
+    lengths = np.diff(split.offsets) - 1  # without the eos behind each document
+    counts = -(-lengths // seq_len)
     starts = np.concatenate(([0], np.cumsum(counts)))
     total = int(starts[-1])
     wanted = min(total, max(1, max_tokens // seq_len))
@@ -130,7 +131,9 @@ def bits_per_byte(
         raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
     nats, num_tokens = 0.0, 0
     for inputs, targets in _batches(eval_windows(split, model.config.max_seq_len, stride), batch_size):
-        used = int((targets >= 0).any(axis=0).nonzero()[0].max(initial=-1)) + 1  # short documents leave columns empty
+        used = (
+            int(np.flatnonzero((targets >= 0).any(axis=0)).max(initial=-1)) + 1
+        )  # short documents leave columns empty
         nats += nll_sum(model, inputs[:, :used], targets[:, :used])
         num_tokens += int((targets >= 0).sum())
         if progress is not None:

@@ -25,7 +25,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f'training.device = "{name}": not a device: use auto, cpu, cuda or cuda:N') from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f'training.device = "{name}": this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh')
+        raise ConfigError(
+            f'training.device = "{name}": this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh'
+        )
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f'training.device = "{name}": use auto, cpu, cuda or cuda:N')
     return device

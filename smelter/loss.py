@@ -12,7 +12,8 @@ Labels below 0 carry no loss of any kind. Sources: z-loss PaLM (2204.02311), KL 
 Hinton et al. (1503.02531).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_grad else None
-        step = _compiled_losses_and_grad if use_compile else _losses_and_grad
+        step = _compiled() if use_compile else _losses_and_grad
         sums = torch.zeros(3, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, min(start + chunk_size, hidden.shape[0]))
@@ -158,7 +159,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *(None,) * 7
 
 
-_compiled_losses_and_grad = torch.compile(_losses_and_grad, dynamic=False)
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The same, fused by torch.compile; made at its first use, since the compiler takes a second to import."""
+    return torch.compile(_losses_and_grad, dynamic=False)
 
 
 def chunked_loss(
@@ -183,7 +187,7 @@ def chunked_loss(
     if normalizer is None:
         normalizer = token_weights.sum().clamp_min(1e-8)
     divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
-    parts = _ChunkedLoss.apply(
+    parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, token_weights, divisor, tuple(teachers), config, chunk_size, use_compile
     )
     return Loss(*parts)

@@ -146,7 +146,9 @@ class MuonAdamW(torch.optim.Optimizer):
         adamw_weight_decay: float = 0.0,
         newton_schulz_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        matrices, embedding, vectors = [], [], []
+        matrices: list[nn.Parameter] = []
+        embedding: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue

@@ -38,7 +38,10 @@ class Plan:
             ("activations of one micro-batch", f"{self.activations_bytes / gib:.2f} GiB"),
             ("logits chunk and head gradient", f"{self.loss_bytes / gib:.2f} GiB"),
             ("predicted peak memory", f"{self.peak_bytes / gib:.2f} GiB per device"),
-            ("predicted time", "-" if self.seconds is None else f"{self.seconds / 3600:.2f} h at 40% of the measured peak"),
+            (
+                "predicted time",
+                "-" if self.seconds is None else f"{self.seconds / 3600:.2f} h at 40% of the measured peak",
+            ),
         ]
         return "\n".join(f"{name:32} {value}" for name, value in rows)
 

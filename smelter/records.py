@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from smelter.config import nearest
 from smelter.errors import DataError
@@ -39,7 +39,7 @@ class Document:
 
     text: str
     source: str
-    split: Literal["train", "val", ""]
+    split: str
 
 
 @dataclass
@@ -81,7 +81,7 @@ def read_documents(path: Path, *, skip_invalid: bool, tally: Tally, seen: set[st
     Raises DataError with file and line at the first invalid line, unless `skip_invalid`.
     """
     with path.open("rb") as file:
-        if not file.peek(1):  # type: ignore[attr-defined]
+        if not file.peek(1):
             if not skip_invalid:
                 raise DataError(f"{path}: empty file: remove it, or use --skip-invalid")
             tally.skipped["empty file"] += 1
@@ -95,7 +95,9 @@ def read_documents(path: Path, *, skip_invalid: bool, tally: Tally, seen: set[st
                 documents = _documents(line, seen)
             except _Invalid as problem:
                 if not skip_invalid:
-                    raise DataError(f"{path}:{number}: {problem} (or pass over such lines with --skip-invalid)") from None
+                    raise DataError(
+                        f"{path}:{number}: {problem} (or pass over such lines with --skip-invalid)"
+                    ) from None
                 tally.skipped[problem.kind] += 1
                 continue
             tally.records += 1
@@ -161,4 +163,3 @@ def _texts(record: dict[str, Any]) -> list[str]:
                 raise _Invalid("unknown key", f"responses: unknown key {key!r}: {nearest(key, list(RESPONSE_KEYS))}")
         texts.append(f"{record['prompt']}\n{response['text']}")
     return texts
-

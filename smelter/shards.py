@@ -122,9 +122,13 @@ class ShardSet:
                 if not part.is_file():
                     raise DataError(f"{part}: missing: run `smelter tokenize` again")
                 if part.stat().st_size != expected:
-                    raise DataError(f"{part}: {part.stat().st_size} bytes instead of {expected}: run `smelter tokenize` again")
+                    raise DataError(
+                        f"{part}: {part.stat().st_size} bytes instead of {expected}: run `smelter tokenize` again"
+                    )
         if shards.tokenizer.hash != index["tokenizer_hash"]:
-            raise DataError(f"{path / 'tokenizer.json'}: not the tokenizer of these shards: run `smelter tokenize` again")
+            raise DataError(
+                f"{path / 'tokenizer.json'}: not the tokenizer of these shards: run `smelter tokenize` again"
+            )
         return shards
 
     @cached_property
@@ -136,7 +140,9 @@ class ShardSet:
         """`train` or `val`."""
         entry = self.index["splits"][name]
         counts = [item["num_tokens"] for item in entry["files"]]
-        files = tuple(np.memmap(self.path / item["name"], dtype=self.index["dtype"], mode="r") for item in entry["files"])
+        files = tuple(
+            np.memmap(self.path / item["name"], dtype=self.index["dtype"], mode="r") for item in entry["files"]
+        )
         return Split(
             name=name,
             eos_id=self.tokenizer.eos_id,

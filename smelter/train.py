@@ -8,10 +8,12 @@ the losses of one that was never killed.
 
 import contextlib
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,6 +41,7 @@ from smelter.schedule import RunLength, set_rates
 from smelter.shards import ShardSet
 
 MAX_SKIPPED = 10
+MIN_TIMED_STEPS = 10
 
 
 class Objective(nn.Module):
@@ -223,8 +226,8 @@ class Trainer:
         sums = torch.zeros(4, device=self.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            no_sync = isinstance(self.objective, DistributedDataParallel) and not is_last
-            with self.objective.no_sync() if no_sync else contextlib.nullcontext():
+            parallel = self.objective if isinstance(self.objective, DistributedDataParallel) else None
+            with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
                 parts = self.objective(
                     self._tensor(batch.inputs),
                     self._tensor(batch.targets),
@@ -280,7 +283,8 @@ class Trainer:
     def _sample(self) -> None:
         split = self.shards.split("val")
         self.model.eval()
-        self.metrics.samples(self.step, samples(self.model, self.tokenizer, split.num_docs, split.doc))
+        made = samples(self.model, self.tokenizer, split.num_docs, lambda index: split.doc(index).tolist())
+        self.metrics.samples(self.step, made)
         self.model.train()
 
     def _due(self, every: int) -> bool:
@@ -288,7 +292,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns 0, or 128 + the signal's number."""
-        training, length = self.training, self.length
+        training = self.training
         peak = hardware.describe(self.device, self.dtype, self.use_compile, self.peak_flops)
         print0(f"{peak} | {self.config.model.num_params_estimate:,} parameters")
         stream = BatchStream(
@@ -311,7 +315,8 @@ class Trainer:
     def _loop(self, batches: Iterator[list[Batch]], stop: StopSignal) -> int:
         training, length = self.training, self.length
         flops_per_step = self.config.model.flops_per_token() * training.total_batch_size
-        saved_step, log_step, log_elapsed, step_seconds = self.step, self.step, self.elapsed, 0.0
+        log_step, log_elapsed = self.step, self.elapsed
+        recent: deque[float] = deque(maxlen=50)
         previous = time.perf_counter()
         while not length.done(self.step):
             set_rates(self.optimizer.param_groups, self.step, length.num_steps, training)
@@ -320,18 +325,20 @@ class Trainer:
             values = self._train_step(next(batches))
             if self.skipped_in_a_row == MAX_SKIPPED:
                 raise UserError(
-                    f"loss or gradient not finite {MAX_SKIPPED} steps in a row, at step {self.step}: lower the learning "
-                    f"rates; last good checkpoint: {latest_checkpoint(self.run_dir) or 'none yet'}"
+                    f"loss or gradient not finite {MAX_SKIPPED} steps in a row, at step {self.step}: lower the "
+                    f"learning rates; last good checkpoint: {latest_checkpoint(self.run_dir) or 'none yet'}"
                 )
             now = time.perf_counter()
             seconds, previous = now - previous, now
-            # The first steps compile: they would make the rest look slow.
-            step_seconds = seconds if self.step - log_step < 3 and not step_seconds else 0.95 * step_seconds + 0.05 * seconds
+            # The median: steps that compile would make the rest look slow.
+            recent.append(seconds)
+            step_seconds = statistics.median(recent)
             self.elapsed += seconds
             self.step += 1
             self.tokens += training.total_batch_size
             self.elapsed, step_seconds = distributed.agree(self.elapsed), distributed.agree(step_seconds)
-            length.update(self.step, self.elapsed, step_seconds)
+            if len(recent) >= MIN_TIMED_STEPS:
+                length.update(self.step, self.elapsed, step_seconds)
             stopping = distributed.any_rank(stop.number != 0)
             if self._due(training.log_every) or self._due(training.eval_every) or stopping:
                 span = self.elapsed - log_elapsed
@@ -357,13 +364,11 @@ class Trainer:
                 self._sample()
             if self._due(training.checkpoint_every) or stopping:
                 path = self.save()
-                saved_step = self.step
                 if stopping:
                     print0(f"saved {path}; the same command goes on from here")
                     return 128 + (stop.number or signal.SIGTERM)
             previous = time.perf_counter()
         print0(f"trained {short_number(self.tokens)} tokens in {short_duration(self.elapsed)} -> {self.run_dir}")
-        assert saved_step == self.step or not training.num_steps
         return 0
 
 
@@ -388,7 +393,7 @@ class TrainOptions:
     """Without a recipe: tiny, 50m, 100m, 125m or 300m."""
     dry_run: bool = False
     """Print the resolved configuration and what the run would cost; train nothing."""
-    config: Config = Config()
+    config: Config = field(default_factory=Config)
 
 
 def parse_options(argv: list[str]) -> TrainOptions:

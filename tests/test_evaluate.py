@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from smelter.shards import ShardSet
 
 from smelter import evaluate as module
 from smelter.__main__ import main
@@ -31,10 +30,9 @@ from smelter.evaluate import (
 )
 from smelter.infill import InfillCase
 from smelter.model import Model
+from smelter.shards import ShardSet
 
-PIECES = [
-    tiny.CODE[i : i + size] for i, size in ((0, 4_000), (4_000, 90), (5_000, 700), (6_000, 2_500), (9_000, 8_000))
-]
+PIECES = [tiny.CODE[i : i + size] for i, size in ((0, 900), (4_000, 60), (5_000, 400), (6_000, 700), (9_000, 8_000))]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,8 @@ def test_bits_per_byte_scores_every_token_once(shards: Path) -> None:
 
 
 def test_progress_counts_tokens(shards: Path) -> None:
-    split, done = ShardSet.open(shards).split("val"), []
+    split = ShardSet.open(shards).split("val")
+    done: list[int] = []
     bits_per_byte(tiny.model(), split, stride=48, progress=done.append)
     assert done == sorted(done)
     assert done[-1] == sum(len(split.doc(i)) for i in range(split.num_docs))

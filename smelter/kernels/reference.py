@@ -41,7 +41,8 @@ def quantize_activations(x: Tensor, block_size: int | None = None) -> tuple[Tens
 
 
 def _dequantize_blocks(q: Tensor, scale: Tensor) -> Tensor:
-    return (q.unflatten(-1, (-1, BLOCK)) * scale).flatten(-2)
+    blocks: Tensor = q.unflatten(-1, (-1, BLOCK)) * scale
+    return blocks.flatten(-2)
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -88,7 +89,7 @@ def ternary_linear(x: Tensor, weight: Tensor, trits: Tensor, scale: Tensor, acti
     in the compute dtype; scale float32 scalar. Returns [..., N] in x's dtype. `activation_quant` is
     "token", "block256" or "none".
     """
-    result: Tensor = _TernaryLinear.apply(x, weight, trits, scale, activation_quant)
+    result: Tensor = _TernaryLinear.apply(x, weight, trits, scale, activation_quant)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -127,8 +128,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float) -> Tens
     q [B, H, T, D]; k and v [B, G, S, D] with G dividing H; mask bool, broadcastable to [B, H, T, S].
     Returns [B, H, T, D].
     """
-    batch, num_heads, length, dim = q.shape
-    groups = num_heads // k.shape[1]
+    groups, dim = q.shape[1] // k.shape[1], q.shape[-1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = soft_cap((q @ k.mT).float() * dim**-0.5, cap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
