@@ -22,7 +22,7 @@ help: ## this list
 		| while IFS='|' read -r name text; do printf 'make %-11s %s\n' "$$name" "$$text"; done
 
 quickstart: setup ## from the standard library's source to a trained, measured and exported model
-	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/quickstart.sh
+	@scripts/quickstart.sh
 
 test: lint ## style, types and all tests but those that need outside programs
 	$(PYTEST) -m "not real" -n $(JOBS) --dist worksteal

@@ -257,7 +257,7 @@ def _known(values: Any, kind: type, where: str) -> dict[str, Any]:
     known = [item.name for item in fields(kind)]
     for key in values:
         _require(key in known, f"{where} has an unknown key {_short(key)}: {nearest(key, known)}")
-    return dict(values)
+    return {key: value for key, value in values.items() if value is not None}  # null: not given
 
 
 def _no_constant(name: str) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From source code on this machine to a small ternary model in three formats: the whole way, readable.
 #
-#   make quickstart          # or, with smelter and foundry on the PATH: scripts/quickstart.sh
+#   make quickstart          # or, after `make setup`: scripts/quickstart.sh
 #
 # The corpus is the Python standard library's own source, so nothing is downloaded. Safe to repeat: a
 # training that was interrupted goes on from its last checkpoint, a finished one is not done again.
@@ -11,6 +11,9 @@ cd "$(dirname "$0")/.."
 # glibc would give large blocks back to the system after each step, and fault them in again: training is faster without.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
+if [[ -d .venv/bin ]]; then
+    PATH=$PWD/.venv/bin:$PATH
+fi
 data=data/quickstart
 run=runs/quickstart
 seconds=()
@@ -22,7 +25,7 @@ step() { # NAME COMMAND...: run it, showing the command and keeping its time
     printf ' %q' "$@"
     printf '\n'
     "$@"
-    seconds+=("$(printf '%-10s %6d s' "$name" $((SECONDS - start)))")
+    seconds+=("$(printf '%-11s %5d s' "$name" $((SECONDS - start)))")
 }
 
 # 1. Source files -> records, one JSON object a line. One file in twenty is held out.

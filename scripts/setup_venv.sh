@@ -35,9 +35,9 @@ if [[ -f $stamp && "$(cat "$stamp")" == "$wanted" ]] && .venv/bin/python -c '' 2
     exit 0
 fi
 
-# An environment that belongs here is brought up to date; one that cannot run, or was moved, is made anew.
-here="$(.venv/bin/python -c 'import sys; print(sys.prefix)' 2>/dev/null || true)"
-if [[ $here != "$PWD/.venv" ]] || ! usable .venv/bin/python; then
+# An environment that belongs here is brought up to date; one that cannot run, or was moved (its programs'
+# first lines name the old place), is made anew.
+if ! grep -qsF -- "$PWD/.venv" .venv/bin/activate || ! usable .venv/bin/python; then
     python="$(find_python)"
     echo "setup: making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv

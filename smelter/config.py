@@ -6,6 +6,7 @@ nearest known one; the resolved whole is saved in the run folder. Figures that f
 """
 
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,13 @@ Schedule = Literal["constant", "wsd", "cosine"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_finite(table: str, config: Any) -> None:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _require(finite, f"{table}.{item.name} = {value}: must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class ModelConfig:
     """int8 activations per token, per block of 256 (as llama.cpp's Q8_K does), or none."""
 
     def __post_init__(self) -> None:
+        _require_finite("model", self)
         for name in (
             *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("intermediate_size", "max_seq_len"),
@@ -76,6 +85,7 @@ class ModelConfig:
             f"choose one of {[n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]}",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even for rotary embedding")
+        _require(self.rms_norm_eps > 0, f"model.rms_norm_eps = {self.rms_norm_eps}: must be positive")
         _require(self.rope_base > 1, f"model.rope_base = {self.rope_base}: must be above 1")
         for name in ("attn_logit_soft_cap", "final_logit_soft_cap"):
             value = getattr(self, name)
@@ -158,6 +168,7 @@ class DataConfig:
     """Attention does not cross from one packed document into another."""
 
     def __post_init__(self) -> None:
+        _require_finite("data", self)
         for name in ("fim_rate", "fim_spm_rate"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"data.{name} = {value}: must lie between 0 and 1")
@@ -181,6 +192,7 @@ class DistillationConfig:
     """Softens both distributions; the term is multiplied by its square."""
 
     def __post_init__(self) -> None:
+        _require_finite("distillation", self)
         _require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
         _require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
         if self.teacher_weights:
@@ -273,6 +285,7 @@ class TrainingConfig:
     """Also send metrics to these; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
+        _require_finite("training", self)
         for name in (
             *("num_steps", "device_batch_size", "total_batch_size", "muon_lr", "adamw_lr", "embedding_lr"),
             *("loss_chunk_size", "log_every", "eval_tokens"),
@@ -291,6 +304,7 @@ class TrainingConfig:
         for name in ("cooldown_fraction", "min_lr_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
+        _require(0 <= self.seed < 2**63, f"training.seed = {self.seed}: must lie in [0, 2**63)")
         if self.train_minutes:
             schedules = {self.adamw_schedule} | ({self.muon_schedule} if self.optimizer == "muon" else set())
             _require(
@@ -372,13 +386,17 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _apply(base: Any, values: dict[str, Any], where: str) -> Any:
-    """`base` with `values` laid over it, strictly."""
+def _apply(base: Any, values: dict[str, Any], where: str, table: str) -> Any:
+    """`base` with the values of `[table]` laid over it, strictly."""
     hints = get_type_hints(type(base))
     known = [item.name for item in fields(base)]
     for key in values:
-        _require(key in known, f"{where}: unknown key {key!r}: {nearest(key, known)}")
-    return replace(base, **{key: _checked(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+        _require(key in known, f"{where}: [{table}]: unknown key {key!r}: {nearest(key, known)}")
+    checked = {key: _checked(value, hints[key], f"{where}: [{table}]: {key}") for key, value in values.items()}
+    try:
+        return replace(base, **checked)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def config_from_dict(values: dict[str, Any], where: str, base: Config | None = None) -> Config:
@@ -388,6 +406,7 @@ def config_from_dict(values: dict[str, Any], where: str, base: Config | None = N
     """
     values = dict(values)
     name = values.pop("preset", None)
+    _require(name is None or isinstance(name, str), f"{where}: preset = {name!r}: must be a name in quotes")
     if base is None:
         try:
             base = preset(name if name is not None else "100m")
@@ -397,9 +416,7 @@ def config_from_dict(values: dict[str, Any], where: str, base: Config | None = N
     for key, table in values.items():
         _require(key in sections, f"{where}: unknown table {key!r}: {nearest(key, sections)}")
         _require(isinstance(table, dict), f"{where}: {key} must be a table ([{key}])")
-    return replace(
-        base, **{key: _apply(getattr(base, key), table, f"{where}: [{key}]") for key, table in values.items()}
-    )
+    return replace(base, **{key: _apply(getattr(base, key), table, where, key) for key, table in values.items()})
 
 
 def load_config(path: Path) -> Config:

@@ -167,6 +167,8 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer, *, name: str, ste
         activation_quant=config.activation_quant,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    # safetensors makes files that only their owner can read.
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
 def read_hf(folder: Path) -> Callable[[str], Tensor]:

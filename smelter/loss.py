@@ -113,7 +113,11 @@ def _losses_and_grad(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Forward makes loss and gradients chunk by chunk; backward only scales them."""
+    """Forward makes loss and gradients chunk by chunk; backward only scales them.
+
+    Until backward the gradients are those of the sum over tokens: divided by the normalizer before the loss
+    scale multiplies them, most of them would be 0 in fp16.
+    """
 
     @staticmethod
     def forward(
@@ -127,8 +131,8 @@ class _ChunkedLoss(torch.autograd.Function):
         config: LossConfig,
         chunk_size: int,
         use_compile: bool,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs_grad = hidden.requires_grad or head.requires_grad
         matrix = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_grad else None
@@ -141,22 +145,25 @@ class _ChunkedLoss(torch.autograd.Function):
             ce, z, kl, grad = step(logits, targets[rows], weights[rows], teacher, config)
             sums += torch.stack((ce, z, kl))
             if grad_hidden is not None and grad_head is not None:
-                grad = (grad / normalizer).to(hidden.dtype)
+                grad = grad.to(hidden.dtype)
                 grad_hidden[rows] = grad @ matrix
                 grad_head += grad.T @ hidden[rows]
         sums = sums / normalizer
         ce_share = 1.0 - config.kl_weight if teachers else 1.0
         total = ce_share * sums[0] + config.z_loss * sums[1] + config.kl_weight * sums[2]
         if grad_hidden is not None and grad_head is not None:
-            ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+            ctx.save_for_backward(grad_hidden, grad_head, normalizer)
+            ctx.head_dtype = head.dtype
         parts = sums[0].clone(), sums[1].clone(), sums[2].clone()
         ctx.mark_non_differentiable(*parts)
         return total, *parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *(None,) * 7
+        grad_hidden, grad_head, normalizer = ctx.saved_tensors
+        factor = grads[0] / normalizer  # float32: a loss scale of 2**16 is infinite in fp16
+        grad_hidden = (grad_hidden.float() * factor).to(grad_hidden.dtype)
+        return grad_hidden, (grad_head * factor).to(ctx.head_dtype), *(None,) * 8
 
 
 @functools.cache
@@ -187,8 +194,9 @@ def chunked_loss(
     if normalizer is None:
         normalizer = token_weights.sum().clamp_min(1e-8)
     divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, token_weights, divisor, tuple(teachers), config, chunk_size, use_compile
+        hidden, head, targets, token_weights, divisor, tuple(teachers), config, chunk_size, use_compile, needs_grad
     )
     return Loss(*parts)
 

@@ -332,6 +332,7 @@ def test_hf_command_checks_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureF
     assert "0 of 61,440" in text
     assert sorted(path.name for path in out.iterdir()) == sorted([*report["files"], "export.json"])
     assert "model.safetensors" in report["files"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "all files are as readable as each other"
     transformers.AutoModelForCausalLM.from_pretrained(str(out))
 
 

@@ -300,12 +300,9 @@ def test_generation_leaves_compiled_blocks_alone() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cuda_writes_what_the_cpu_writes(dtype: torch.dtype) -> None:
-    cpu = tiny.model(dtype=dtype)
-    gpu = tiny.model(dtype=dtype).to("cuda")
-    first = generate(cpu, PROMPTS, max_tokens=4)
-    second = generate(gpu, PROMPTS, max_tokens=4)
+def test_cuda_writes_what_the_cpu_writes() -> None:
+    first = generate(tiny.model(), PROMPTS, max_tokens=4)
+    second = generate(tiny.model().to("cuda"), PROMPTS, max_tokens=4)
     assert [result.ids for result in first] == [result.ids for result in second]
 
 

@@ -37,17 +37,19 @@ SMELTER = {
     "model": f"{BASE} kernels kernels.reference bitnet",
     "loss": f"{BASE} kernels kernels.reference",
     "muon": BASE,
-    "shards": f"{BASE} tokenizer",
+    "records": BASE,
+    "shards": f"{BASE} tokenizer records",
     "data": f"{BASE} tokenizer shards",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
-    "optimizer_setup": f"{BASE} distributed bitnet model muon",
-    "plan": f"{BASE} distributed",
+    "schedule": BASE,
+    "hardware": f"{BASE} distributed",
+    "plan": BASE,
     "generate": f"{BASE} tokenizer bitnet model cache infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill loss muon shards data checkpoint metrics "
-        "optimizer_setup plan generate evaluate"
+        "schedule hardware plan generate evaluate"
     ),
     "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",

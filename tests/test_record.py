@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from foundry.errors import FoundryError
 from foundry.record import Record, Response, content_id, read_records, record_from_json, write_records
+from smelter.records import Tally, read_documents
 
 TEXT = {"kind": "text", "text": "x = 1\n"}
 ANSWER = {"teacher": "human", "text": "4"}
@@ -63,6 +64,22 @@ def test_file_gives_back_the_records(tmp_path_factory: pytest.TempPathFactory, w
     assert list(read_records(path)) == written
 
 
+@given(st.lists(records, max_size=5, unique_by=lambda record: record.id))
+def test_smelter_reads_what_foundry_writes(tmp_path_factory: pytest.TempPathFactory, written: list[Record]) -> None:
+    path = tmp_path_factory.mktemp("records") / "r.jsonl"
+    write_records(path, written)
+    texts = []
+    for record in written:
+        texts += [record.text] if record.kind == "text" else [f"{record.prompt}\n{r.text}" for r in record.responses]
+    if written:
+        documents = read_documents(path, skip_invalid=False, tally=Tally(), seen=set())
+        assert [document.text for document in documents] == texts
+
+
+def test_null_is_not_given() -> None:
+    assert record_from_json(json.dumps(TEXT | {"split": None, "meta": None})) == Record(kind="text", text="x = 1\n")
+
+
 def test_text_id_is_the_sha256_of_the_text() -> None:
     record = Record(kind="text", text="naïve = 1\n", source="a.py")
     assert record.id == hashlib.sha256("naïve = 1\n".encode()).hexdigest()
@@ -86,7 +103,7 @@ def test_a_given_id_stays() -> None:
         ({"text": "x"}, '"kind" is missing'),
         (TEXT | {"kind": "code"}, 'must be "text" or "instruct"'),
         (TEXT | {"text": ""}, '"text" is missing or empty'),
-        (TEXT | {"text": None}, '"text" = None: must be a string'),
+        (TEXT | {"text": None}, '"text" is missing or empty'),
         (TEXT | {"text": 7}, '"text" = 7: must be a string'),
         (TEXT | {"prompt": "p"}, "do not belong in a text record"),
         (TEXT | {"split": "test"}, '"split" = \'test\': must be "train" or "val"'),

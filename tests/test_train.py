@@ -1,0 +1,211 @@
+"""The loop: resumed, shared, accumulated and interrupted runs give the losses of the plain one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_data
+import torch
+
+from smelter.__main__ import main
+from smelter.config import load_config
+from smelter.metrics import read_metrics
+from smelter.shards import TokenizeOptions, tokenize
+
+SHAPE = (
+    *("--vocab-size=512", "--hidden-size=32", "--num-layers=2", "--num-heads=2", "--num-kv-heads=1", "--head-dim=16"),
+    *("--intermediate-size=64", "--max-seq-len=64", "--total-batch-size=512", "--device-batch-size=8"),
+    *("--precision=fp32", "--no-use-torch-compile", "--device=cpu", "--num-steps=12", "--warmup-steps=2"),
+    *("--log-every=1", "--sample-every=0", "--eval-every=0", "--eval-tokens=128"),
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    records = test_data.write_records(folder / "records.jsonl")
+    return tokenize(TokenizeOptions(records=(records,), out=folder / "shards", vocab_size=512, val_fraction=0.2))
+
+
+def command(shards: Path, run: Path, *options: str) -> list[str]:
+    return ["train", *SHAPE, "--shards", str(shards), "--run-dir", str(run), *options]
+
+
+def losses(run: Path) -> list[float]:
+    rows: list[dict[str, Any]] = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def plain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = tmp_path_factory.mktemp("runs") / "plain"
+    assert main(command(shards, run)) == 0
+    found = losses(run)
+    assert len(found) == 12
+    assert found[-1] < found[0] - 0.3
+    return found
+
+
+def test_accumulation_changes_nothing(shards: Path, plain: list[float], tmp_path: Path) -> None:
+    assert main(command(shards, tmp_path / "r", "--device-batch-size", "2")) == 0
+    assert losses(tmp_path / "r") == pytest.approx(plain, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_bit(shards: Path, plain: list[float], tmp_path: Path) -> None:
+    assert main(command(shards, tmp_path / "r", "--use-gradient-checkpointing")) == 0
+    assert losses(tmp_path / "r") == plain
+
+
+def test_trits_are_made_once_a_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smelter.kernels import reference
+
+    calls = []
+    original = reference.quantize_weight
+
+    def counted(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return original(weight)
+
+    monkeypatch.setattr(reference, "quantize_weight", counted)
+    options = ("--device-batch-size", "2", "--use-gradient-checkpointing", "--num-steps", "5")
+    assert main(command(shards, tmp_path / "r", *options)) == 0
+    assert len(calls) == 2 * 7 * (5 + 2)  # 2 layers of 7; at initialisation, at the start, and after each step
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_shows_the_losses_of_the_run_never_killed(
+    shards: Path, plain: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "r"
+    start = [sys.executable, "-m", "smelter", *command(shards, run, "--checkpoint-every", "2")]
+    whole = tmp_path / "whole"
+    subprocess.run([*start, "--run-dir", str(whole)], check=True, env=environment(), capture_output=True)
+    for kill_at in (1, 3, 4, 8, 11):
+        process = subprocess.Popen(start, env=environment(), stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step ") and int(line.split("/")[0].split()[1]) >= kill_at:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(start, check=True, env=environment(), capture_output=True)
+    assert losses(run) == losses(whole)
+    assert losses(run) == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "r"
+    start = [sys.executable, "-m", "smelter", *command(shards, run, "--num-steps", "4000")]
+    process = subprocess.Popen(start, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the same command goes on" in rest
+    done = len(losses(run))
+    assert (run / "checkpoints" / f"step_{done:07d}").is_dir()
+    assert main(command(shards, run, "--num-steps", str(done + 2))) == 0
+    assert len(losses(run)) == done + 2
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(shards: Path, plain: list[float], tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "smelter"]
+    arguments = command(shards, run, "--device-batch-size", "4")
+    subprocess.run([*launch, *arguments], check=True, env=environment(), capture_output=True, timeout=200)
+    assert losses(run) == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(shards: Path, plain: list[float], tmp_path: Path) -> None:
+    assert main([*command(shards, tmp_path / "r", "--num-steps", "4"), "--use-torch-compile"]) == 0
+    assert losses(tmp_path / "r") == pytest.approx(plain[:4], rel=1e-3)
+
+
+def test_a_teacher_in_the_same_process(shards: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    assert main(command(shards, teacher, "--num-steps", "2")) == 0
+    assert main(command(shards, tmp_path / "r", "--num-steps", "2", "--teachers", str(teacher))) == 0
+    rows = read_metrics(tmp_path / "r" / "metrics.jsonl")
+    for row in rows:
+        total = 0.1 * row["ce_loss"] + 0.9 * row["kl_loss"] + 1e-4 * row["z_loss"]
+        assert row["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_training_for_a_time_ends_in_time(shards: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert main(command(shards, tmp_path / "r", "--train-minutes", "0.03")) == 0
+    assert time.monotonic() - start < 20
+    assert len(losses(tmp_path / "r")) > 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--muon-lrr", "1"], "--muon-lr"),
+        (["--muon-lr", "fast"], "--muon-lr"),
+        (["--num-kv-heads", "3"], "does not divide"),
+        (["--total-batch-size", "100"], "multiple"),
+        (["--vocab-size", "300"], "vocab_size = 512"),
+        (["--resume", "must"], "--resume auto"),
+        (["--train-minutes", "1", "--adamw-schedule", "cosine"], "cosine"),
+        (["--device", "tpu9"], "device"),
+    ],
+)
+def test_bad_options_are_one_line(
+    shards: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(shards, tmp_path / "r", *options)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_divides(recipe: Path) -> None:
+    assert load_config(recipe).micro_steps() >= 1
+
+
+def test_a_recipe_with_a_typo_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[model]\nnum_kv_head = 2\n")
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert f"{recipe}: [model]: unknown key 'num_kv_head': did you mean 'num_kv_heads'?" in error
+    assert main(["train", str(tmp_path / "none.toml")]) == 2
+    assert "check the path" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_it_would_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--preset", "tiny", "--dry-run", "--muon-lr", "0.03"]) == 0
+    out = capsys.readouterr().out
+    assert "muon_lr = 0.03" in out
+    for word in ("parameters", "tokens", "FLOPs", "predicted peak memory", "predicted time"):
+        assert word in out
+
+
+def test_results_are_json_lines(shards: Path, tmp_path: Path) -> None:
+    assert main(command(shards, tmp_path / "r", "--num-steps", "3", "--eval-every", "3")) == 0
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss", "val_bpb", "val_loss", "trit_flips", "sparsity/q_proj", "tok_per_sec", "lr_muon"} <= last.keys()
