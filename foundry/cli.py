@@ -1,7 +1,7 @@
 """Command lines from dataclasses (tyro), with one-line errors.
 
 Smelter's `cli.py` does the same for its own commands. The two packages share a file format and no
-code, so that either can be used without the other; these few lines are the price.
+code, so that either can be used without the other; these few lines are the price (a test keeps them equal).
 """
 
 import contextlib
@@ -46,19 +46,27 @@ def _wide_terminal() -> Iterator[None]:
 
 
 def _one_line(box: str) -> str:
-    """What tyro's box says first, and the option that it suggests.
+    """What tyro's box says first, and the options that it suggests.
 
-    The box is a title, a rule, the message, a rule, and maybe suggestions; where stdout is not UTF-8
-    it is drawn with dashes.
+    The box is a title, the message, and maybe suggestions, with rules between them; where stdout is not
+    UTF-8 it is drawn with dashes.
     """
     blocks: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
-        if line.startswith("╭") or not line.strip("│─- "):
+        if line.startswith("╭") or not line.strip("│─╰╯- "):
             blocks.append([])
         else:
-            blocks[-1].append(line.strip("│ "))
-    messages = [block[0] for block in blocks[1:] if block]
-    # An Options class checks itself: its message is complete, and its name means nothing to a user.
-    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", messages[0] if messages else " ".join(box.split()))
-    options = [line.split()[0] for block in blocks for line in block if line.startswith("--")]
-    return f"{message}: did you mean {options[0]}?" if options else message
+            blocks[-1].append(re.sub(r"^[│ ] |[│ ]+$", "", line))
+    blocks = [block for block in blocks[1:] if block] or [[" ".join(box.split())]]
+    # A configuration checks itself: its message names table and key, and the class means nothing to a user.
+    message = re.sub(r"^Error parsing [A-Za-z][\w.]*: ", "", blocks[0][0])
+    if message.endswith(":"):
+        # The options that are missing, each with its help indented below.
+        message += f" {', '.join(line.strip() for line in blocks[0] if re.match(r' {4}[^ ]', line))}"
+    options = [
+        next((line.split()[0].rstrip(",") for line in block[1:] if line.startswith("    -")), "")
+        for block in blocks[1:]
+        if block[0].startswith(("Perhaps you meant", "Arguments similar to"))
+    ]
+    hint = " and ".join(filter(None, options))
+    return f"{message}: did you mean {hint}?" if hint else message

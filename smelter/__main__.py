@@ -9,7 +9,7 @@ from smelter.config import nearest
 from smelter.errors import UserError
 
 COMMANDS = {
-    "tokenize": ("smelter.shards", "JSONL records -> tokenizer and packed shards"),
+    "tokenize": ("smelter.write_shards", "JSONL records -> tokenizer and packed shards"),
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
     "evaluate": ("smelter.evaluate", "bits per byte and infilling on held-out data"),
     "complete": ("smelter.generate", "complete or infill code from the command line"),

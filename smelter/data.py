@@ -1,20 +1,25 @@
-"""Shards -> batches: documents permuted, packed into rows, rearranged for infilling.
+"""Batches: documents arranged for fill-in-the-middle, packed into rows, each a pure function of its number.
 
-A row is a window of `seq_len + 1` ids of the epoch's stream: all documents in an order drawn from
-(seed, epoch), each followed by eos. The windows are drawn in random order too. Any row can be made
-alone, so a batch is a pure function of (seed, step, rank), and the rows of a step are the same however
-many ranks and micro-steps share them.
+Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): a document is cut at two uniformly random *characters*
+before tokenisation, so that a cursor inside a word is nothing new to the model, and rearranged as
 
-Fill-in-the-middle (Bavarian et al., arXiv 2207.14255) is applied inside the window, to each piece of a
-document with probability `fim_rate`, at two character positions drawn uniformly, before tokenising:
+    PSM: [fim_prefix] prefix [fim_suffix] suffix [fim_middle] middle [eos]
+    SPM: [fim_prefix][fim_suffix] suffix [fim_middle] prefix middle [eos]        (the paper's SPM variant 2)
 
-    PSM  [fim_prefix] prefix [fim_suffix] suffix [fim_middle] middle eos
-    SPM  [fim_prefix][fim_suffix] suffix [fim_middle] prefix middle eos     (their variant 2)
+In SPM the prefix and the middle are one text and encoded as one; else the parts are encoded separately. This
+happens to the piece of a document that a row holds ("context level"), so no middle is ever cut off.
 
-A rearranged piece has some more tokens than before; its text is cut first, so that the middle and its
-eos always fit. What remains of a row is padding without loss.
+Packing: the documents of an epoch, in an order drawn from (seed, epoch), form one endless stream separated by eos.
+Rows are windows of it that overlap by one token, so that each token is a target once an epoch; they are drawn in
+random order, and the stream begins elsewhere each epoch. Fill-in-the-middle lengthens a piece by a few tokens:
+what no longer fits at the end of a row is left out *before* rearranging, and a few positions may stay empty.
+
+Row g depends on (seed, g) alone: no state to save, any row at once, and the same set of rows in every optimizer
+step however the step is divided among devices and micro-steps. Randomness comes from Philox, which counts instead
+of remembering.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -25,46 +30,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smelter.config import DataConfig
-from smelter.errors import DataError
+from smelter.errors import ConfigError, DataError
 from smelter.shards import Split
 from smelter.tokenizer import Tokenizer
 
 IGNORED = -100
+"""Target that counts for nothing (torch's `ignore_index`)."""
+
 MIN_FIM_CHARACTERS = 8
+NUM_SENTINELS = 4
+"""Tokens that arrangement adds to a piece: three sentinels and eos."""
+FIM_SLACK = 3
+"""Tokens that the two cuts typically add besides: a word cut in two takes more tokens."""
+
 Ids = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: inputs, targets (IGNORED: no loss) and doc_ids [B, T]; weights [B, T], None for all 1."""
-
-    inputs: Ids
-    targets: Ids
-    doc_ids: NDArray[np.int32]
-    weights: NDArray[np.float32] | None = None
-
-
 def apply_fim(tokenizer: Tokenizer, text: str, rng: np.random.Generator, spm_rate: float) -> list[int]:
-    """Ids of `text` rearranged at two uniformly drawn character positions, eos included."""
+    """`text` cut at two characters drawn uniformly (the ends included) and rearranged, with sentinels and eos."""
     first, second = sorted(rng.integers(0, len(text) + 1, size=2).tolist())
     prefix, middle, suffix = text[:first], text[first:second], text[second:]
     if rng.random() < spm_rate:
-        head = [tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, *tokenizer.encode(suffix)]
-        # Prefix and middle are one text here: no token boundary is forced between them (variant 2).
-        return [*head, tokenizer.fim_middle_id, *tokenizer.encode(prefix + middle), tokenizer.eos_id]
+        return [*tokenizer.fim_prompt("", suffix, use_spm=True), *tokenizer.encode(prefix + middle), tokenizer.eos_id]
     return [*tokenizer.fim_prompt(prefix, suffix), *tokenizer.encode(middle), tokenizer.eos_id]
 
 
 def undo_fim(tokenizer: Tokenizer, ids: list[int]) -> bytes:
-    """The text that `apply_fim` rearranged. ValueError for ids without the three tokens."""
-    ids = [i for i in ids if i != tokenizer.eos_id]
-    suffix_at, middle_at = ids.index(tokenizer.fim_suffix_id), ids.index(tokenizer.fim_middle_id)
-    prefix, suffix, middle = ids[1:suffix_at], ids[suffix_at + 1 : middle_at], ids[middle_at + 1 :]
-    return tokenizer.decode_bytes(prefix) + tokenizer.decode_bytes(middle) + tokenizer.decode_bytes(suffix)
+    """The text, byte for byte, that `apply_fim` rearranged. Raises DataError if `ids` are something else."""
+    sentinels = [tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, tokenizer.fim_middle_id]
+    if [i for i in ids if i in sentinels] != sentinels or ids[0] != sentinels[0] or ids[-1] != tokenizer.eos_id:
+        raise DataError("not a fill-in-the-middle example: its sentinels are missing or out of order")
+    suffix_at, middle_at = ids.index(sentinels[1]), ids.index(sentinels[2])
+    before, suffix, after = ids[1:suffix_at], ids[suffix_at + 1 : middle_at], ids[middle_at + 1 : -1]
+    return tokenizer.decode_bytes(before + after + suffix)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs; arrays are [device_batch_size, seq_len]."""
+
+    inputs: Ids
+    """Token ids, int64."""
+    targets: Ids
+    """The next token of each, int64; -100 where there is none."""
+    doc_ids: NDArray[np.int32]
+    """Number of the document within the row. eos counts to the document it begins, as it does in evaluation."""
+    weights: NDArray[np.float32] | None = None
+    """Loss weight of each target; None if all are 1."""
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Order of documents and rows in one epoch."""
+
+    docs: NDArray[np.int64]
+    """[num_docs]: document at each place of the stream."""
+    ends: NDArray[np.int64]
+    """[num_docs]: where in the stream the document at each place ends."""
+    rows: NDArray[np.int64]
+    """[rows_per_epoch]: window that each row takes."""
+    offset: int
+    """Where in the stream the first window begins."""
 
 
 class BatchStream:
-    """Every batch of a run, by number. `rows_per_step` rows make one optimizer step over all ranks."""
+    """The training data as an endless, randomly accessible sequence of rows."""
 
     def __init__(
         self,
@@ -77,129 +107,189 @@ class BatchStream:
         device_batch_size: int,
         rows_per_step: int,
     ) -> None:
-        if split.num_tokens <= seq_len:
-            raise DataError(
-                f"{split.num_tokens} tokens of training data do not fill one row of {seq_len + 1}: "
-                "give more data, or lower max_seq_len"
+        """`rows_per_step` rows make an optimizer step, `device_batch_size` of them a batch.
+
+        Raises DataError if the tokenizer has other fill-in-the-middle tokens than `config`, and ConfigError for sizes
+        that do not divide.
+        """
+        if min(seq_len, device_batch_size, rows_per_step) < 1 or rows_per_step % device_batch_size:
+            raise ConfigError(
+                f"{rows_per_step} rows a step, {device_batch_size} a batch, {seq_len} tokens a row: all must be "
+                "positive and the first a multiple of the second"
             )
-        for name, token, known in (
-            ("fim_prefix_token", config.fim_prefix_token, tokenizer.fim_prefix_id),
-            ("fim_middle_token", config.fim_middle_token, tokenizer.fim_middle_id),
-            ("fim_suffix_token", config.fim_suffix_token, tokenizer.fim_suffix_id),
-        ):
-            if config.fim_rate and tokenizer.token_to_id(token) != known:
-                raise DataError(
-                    f"data.{name} = {token!r} is not the tokenizer's: see special tokens in its tokenizer.json"
-                )
-        self.split, self.tokenizer, self.config = split, tokenizer, config
-        self.seq_len, self.seed = seq_len, seed
-        self.device_batch_size, self.rows_per_step = device_batch_size, rows_per_step
-        self.rows_per_epoch = (split.num_tokens - 1) // seq_len
-        # The order of the documents costs a permutation of all of them; neighbouring epochs share a step.
+        self.split = split
+        self.tokenizer = tokenizer
+        self.config = config
+        self.seq_len = seq_len
+        self.seed = seed
+        self.device_batch_size = device_batch_size
+        self.rows_per_step = rows_per_step
+        if config.fim_rate > 0:
+            _check_fim_tokens(config, tokenizer)
+        self.rows_per_epoch = max(1, split.num_tokens // seq_len)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
-    def _make_epoch(self, epoch: int) -> tuple[Ids, Ids, Ids, int]:
-        """Order of the documents, start of each in the epoch's stream, order of the rows, start of the first row."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.split.num_docs)
-        lengths = np.diff(self.split.offsets)[order]
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        # Neighbouring windows often come from one file: a batch of them would be far from a fair sample.
-        rows = rng.permutation(self.rows_per_epoch)
-        return order, starts, rows, int(rng.integers(0, self.split.num_tokens))
-
-    def _pieces(self, row: int) -> list[Ids]:
-        """The window of row `row`, as pieces of documents; eos ends a piece where its document ends."""
-        epoch, index = divmod(row, self.rows_per_epoch)
-        order, starts, rows, shift = self._epoch(epoch)
-        total = self.split.num_tokens
-        pieces: list[Ids] = []
-        position, left = (shift + int(rows[index]) * self.seq_len) % total, self.seq_len + 1
-        while left:
-            at = int(np.searchsorted(starts, position, side="right")) - 1
-            inside = position - int(starts[at])
-            count = min(left, int(starts[at + 1]) - position)
-            begin = int(self.split.offsets[order[at]]) + inside
-            pieces.append(self.split.read(begin, begin + count))
-            left -= count
-            position = (position + count) % total
-        return pieces
-
-    def _rearranged(self, piece: Ids, room: int, rng: np.random.Generator) -> list[int] | None:
-        """The piece rearranged in at most `room` ids, or None where it is too short or not text."""
-        ids = piece[:-1] if piece[-1] == self.split.eos_id else piece
-        # A window may begin or end inside a character: those bytes are left out.
-        text = self.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
-        state = rng.bit_generator.state
-        while len(text) >= MIN_FIM_CHARACTERS:
-            rng.bit_generator.state = state
-            made = apply_fim(self.tokenizer, text, rng, self.config.fim_spm_rate)
-            if len(made) <= room:
-                return made
-            # About 3 characters a token; at least one.
-            text = text[: len(text) - max(1, 2 * (len(made) - room))]
-        return None
-
-    def row(self, row: int) -> tuple[Ids, NDArray[np.int32]]:
-        """Ids [seq_len + 1] and document numbers of one row; padding has document number -1."""
-        rng = np.random.default_rng((self.seed, 1, row))
-        size = self.seq_len + 1
-        ids = np.full(size, self.tokenizer.pad_id, dtype=np.int64)
-        docs = np.full(size, -1, dtype=np.int32)
-        filled = 0
-        for number, piece in enumerate(self._pieces(row)):
-            room = size - filled
-            made = self._rearranged(piece, room, rng) if rng.random() < self.config.fim_rate else None
-            taken = piece[:room] if made is None else np.array(made)
-            ids[filled : filled + len(taken)] = taken
-            docs[filled : filled + len(taken)] = number
-            filled += len(taken)
-            if filled == size:
-                break
-        return ids, docs
-
     def batch(self, step: int, micro_step: int, rank: int, world_size: int) -> Batch:
-        """Micro-batch `micro_step` of `rank` in optimizer step `step`."""
-        first = step * self.rows_per_step + (micro_step * world_size + rank) * self.device_batch_size
-        rows = [self.row(first + i) for i in range(self.device_batch_size)]
-        ids, docs = np.stack([ids for ids, _ in rows]), np.stack([docs for _, docs in rows])
-        targets = np.where(docs[:, 1:] < 0, IGNORED, ids[:, 1:])
-        return Batch(ids[:, :-1].copy(), targets, docs[:, :-1].copy())
+        """Batch of a device in a micro-step of an optimizer step.
+
+        All batches of a step together are rows [step * rows_per_step, (step + 1) * rows_per_step), whatever
+        `world_size`.
+        """
+        first = (micro_step * world_size + rank) * self.device_batch_size
+        if not (0 <= rank < world_size and micro_step >= 0 and first + self.device_batch_size <= self.rows_per_step):
+            raise ValueError(f"micro_step {micro_step} of rank {rank} / {world_size} lies outside the step")
+        start = step * self.rows_per_step + first
+        rows = [self._row(start + i) for i in range(self.device_batch_size)]
+        tokens = np.stack([row for row, _ in rows])
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        doc_ids = np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32)
+        weights = None if self.split.weights is None else np.stack([weight for _, weight in rows])[:, 1:]
+        return Batch(
+            inputs=np.ascontiguousarray(inputs),
+            targets=np.where(targets == self.tokenizer.pad_id, IGNORED, targets),
+            weights=weights if weights is None else np.ascontiguousarray(weights),
+            doc_ids=doc_ids,
+        )
 
     def step(self, step: int, rank: int, world_size: int) -> list[Batch]:
-        """All micro-batches of `rank` in optimizer step `step`."""
-        micro_steps = self.rows_per_step // (self.device_batch_size * world_size)
+        """All batches of a device in an optimizer step."""
+        micro_steps, rest = divmod(self.rows_per_step, self.device_batch_size * world_size)
+        if rest:
+            raise ValueError(f"{self.rows_per_step} rows do not divide among {world_size} x {self.device_batch_size}")
         return [self.batch(step, micro_step, rank, world_size) for micro_step in range(micro_steps)]
+
+    def row(self, index: int) -> Ids:
+        """Row `index` of the endless sequence, [seq_len + 1] ids."""
+        return self._row(index)[0]
+
+    def _row(self, index: int) -> tuple[Ids, NDArray[np.float32]]:
+        """A row's ids and the loss weight of each, [seq_len + 1]."""
+        epoch, number = divmod(index, self.rows_per_epoch)
+        size = self.seq_len + 1
+        tokens = np.full(size, self.tokenizer.pad_id, dtype=np.int64)
+        weights = np.ones(size, dtype=np.float32)
+        filled = 0
+        for place, (doc, ids) in enumerate(self._pieces(epoch, number)):
+            if filled == size:
+                break
+            made = self._arranged(ids, size - filled, (epoch, number, place))
+            end = filled + len(made)
+            tokens[filled:end] = made
+            if self.split.weights is not None:
+                weights[filled:end] = self.split.weights[doc]
+            filled = end
+        return tokens, weights
+
+    def _pieces(self, epoch: int, number: int) -> Iterator[tuple[int, Ids]]:
+        """Documents, or parts of them, that make up window `number` of the stream: seq_len + 1 tokens in all."""
+        plan = self._epoch(epoch)
+        missing = self.seq_len + 1
+        start = (plan.offset + int(plan.rows[number]) * self.seq_len) % self.split.num_tokens
+        place = int(np.searchsorted(plan.ends, start, side="right"))
+        while missing:
+            doc = int(plan.docs[place])
+            ids = self.split.doc_with_eos(doc)
+            begin = max(0, start - (int(plan.ends[place]) - len(ids)))
+            ids = ids[begin : begin + missing]
+            yield doc, ids
+            missing -= len(ids)
+            place = (place + 1) % len(plan.docs)
+            if place == 0:
+                start = 0
+
+    def _arranged(self, ids: Ids, room: int, key: tuple[int, int, int]) -> "Ids | list[int]":
+        """A piece, rearranged or as it is, in at most `room` tokens."""
+        if self.config.fim_rate > 0:
+            rng = _philox(self.seed, "fim", *key)
+            if rng.random() < self.config.fim_rate:
+                made = fit_fim(self.tokenizer, ids, room, rng, self.config.fim_spm_rate)
+                if made is not None:
+                    return made
+        return ids[:room]
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        docs = _permutation(self.split.num_docs, _philox(self.seed, "documents", epoch))
+        return _Epoch(
+            docs=docs,
+            ends=np.cumsum(np.diff(self.split.offsets)[docs]),
+            rows=_permutation(self.rows_per_epoch, _philox(self.seed, "rows", epoch)),
+            offset=int(_philox(self.seed, "offset", epoch).integers(self.split.num_tokens)),
+        )
+
+
+def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator, spm_rate: float) -> list[int] | None:
+    """A piece rearranged into at most `room` tokens, None if there is too little text to cut.
+
+    `ids` may end in eos. Tokens that would not fit are taken from the piece's end before it is cut, so the middle and
+    its eos are whole. A character that the window itself cut is kept, as bytes.
+    """
+    body = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
+    if len(body) > room - NUM_SENTINELS:
+        body = body[: max(0, room - NUM_SENTINELS - FIM_SLACK)]
+    while True:
+        text = tokenizer.decode_bytes(body).decode("utf-8", "surrogateescape")
+        if len(text) < MIN_FIM_CHARACTERS:
+            return None
+        made = apply_fim(tokenizer, text, rng, spm_rate)
+        excess = len(made) - room
+        if excess <= 0:
+            return made
+        body = body[: max(0, len(body) - excess)]
+
+
+def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:
+    for role in ("prefix", "middle", "suffix"):
+        wanted, present = getattr(config, f"fim_{role}_token"), getattr(tokenizer.special, f"fim_{role}")
+        if wanted != present:
+            raise DataError(
+                f"data.fim_{role}_token = {wanted!r}, but the shards' tokenizer has {present!r}: set it to that, or "
+                f"tokenize again with --fim-{role}-token"
+            )
+
+
+_STREAMS = ("documents", "rows", "offset", "fim")
+
+
+def _philox(seed: int, purpose: str, *counter: int) -> np.random.Generator:
+    """Random numbers that depend on the arguments alone (Salmon et al., "Parallel random numbers", 2011)."""
+    words = [0, *counter, 0, 0, 0][:4]  # the first word counts the numbers drawn
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, _STREAMS.index(purpose)], counter=words))
+
+
+def _permutation(size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A random order of range(size), from the bit stream itself, which NumPy promises never to change."""
+    raw = rng.bit_generator.random_raw(size)
+    return np.argsort(np.asarray(raw, dtype=np.uint64), kind="stable").astype(np.int64)
 
 
 def prefetch(
     stream: BatchStream, first_step: int, rank: int, world_size: int, depth: int = 4
 ) -> Generator[list[Batch], None, None]:
-    """The micro-batches of each step from `first_step`, made ahead by a thread; close the generator to end it.
+    """The batches of each step from `first_step` on, made ahead by a thread, at most `depth` steps.
 
-    An error in the thread is raised here.
+    An error in the thread is raised here; closing the generator (or leaving it to the garbage collector) ends the
+    thread.
     """
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    stop = threading.Event()
 
     def put(item: list[Batch] | BaseException) -> None:
-        while not stopped.is_set():
+        while not stop.is_set():
             try:
-                ready.put(item, timeout=0.1)
-                return
+                return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
     def work() -> None:
-        step = first_step
         try:
-            while not stopped.is_set():
+            for step in itertools.count(first_step):
+                if stop.is_set():
+                    return
                 put(stream.step(step, rank, world_size))
-                step += 1
-        except Exception as error:
+        except BaseException as error:  # raised again where the batches are used
             put(error)
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread = threading.Thread(target=work, name="smelter-prefetch", daemon=True)
     thread.start()
     try:
         while True:
@@ -208,25 +298,34 @@ def prefetch(
                 raise item
             yield item
     finally:
-        stopped.set()
+        stop.set()
         thread.join()
 
 
-def eval_windows(split: Split, seq_len: int, stride: int) -> Iterator[tuple[Ids, Ids]]:
-    """Windows (inputs [T], targets [T]) that score each id of each document once, left to right.
+def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None = None) -> Iterator[tuple[Ids, Ids]]:
+    """Windows (inputs [seq_len], targets [seq_len]) in which every document token is a target exactly once.
 
-    A document is read after eos; a window begins `stride` after the one before and scores only what that
-    one did not. Shorter windows are padded with eos, without loss.
+    A document is read from left to right with eos before it (its final eos is no target). Windows of long documents
+    begin every `stride` tokens; what the window before has scored is context here, its targets are -100, as are those
+    of empty positions. With `max_tokens`, documents come in a fixed random order until that many were scored,
+    whole windows only.
     """
-    for index in range(split.num_docs):
-        ids = np.concatenate(([split.eos_id], split.doc(index)))
-        scored = 0
-        for start in range(0, max(1, len(ids) - 1), stride):
-            end = min(start + seq_len, len(ids) - 1)
+    if not 1 <= stride <= seq_len:
+        raise ConfigError(f"stride = {stride}: must lie between 1 and the window's length, {seq_len}")
+    order = np.arange(split.num_docs) if max_tokens is None else _permutation(split.num_docs, _philox(0, "documents"))
+    scored = 0
+    for doc in order.tolist():
+        ids = np.concatenate(([split.eos_id], split.doc(doc))).astype(np.int64)
+        size, done = len(ids) - 1, 0
+        for start in range(0, size, stride):
+            if done == size:
+                break
+            if max_tokens is not None and scored >= max_tokens:
+                return
+            end = min(start + seq_len, size)
             inputs, targets = np.full(seq_len, split.eos_id), np.full(seq_len, IGNORED)
             inputs[: end - start] = ids[start:end]
-            targets[scored - start : end - start] = ids[scored + 1 : end + 1]
-            scored = end
+            targets[done - start : end - start] = ids[done + 1 : end + 1]
             yield inputs, targets
-            if end == len(ids) - 1:
-                break
+            scored += end - done
+            done = end

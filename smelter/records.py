@@ -1,23 +1,27 @@
-"""Reading records: the JSONL border between Foundry (or any other producer) and training.
+"""JSONL records, read strictly: what the trainer will see is what the file says, or an error names the line.
 
-One object a line, unknown keys refused. A line is read with a bound, so a 200 MB line costs neither
-memory nor the rest of the file. Each problem names file and line; with `skip_invalid` it is counted by
-its kind instead.
+One JSON object a line. `kind = "text"` has `text`, a document; `kind = "instruct"` has `prompt` and `responses`,
+of which each makes a document (prompt, line break, response) with the response's weight. An unknown key is an error,
+because a misspelt `split` would otherwise train on what was meant to be held out.
+
+Lines are read with a limit, so that no file, however odd, takes more memory than one line may have.
 """
 
+import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, NoReturn
 
 from smelter.config import nearest
 from smelter.errors import DataError
 
-MAX_LINE_BYTES = 64 * 2**20
-KEYS = {
+MAX_WEIGHT = 1_000_000_000
+"""A response that counts for more is a slip of the pen."""
+
+_FIELDS: dict[str, type] = {
     "id": str,
     "kind": str,
     "text": str,
@@ -29,137 +33,246 @@ KEYS = {
     "split": str,
     "meta": dict,
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")
-RESPONSE_KEYS = ("teacher", "text", "weight", "finish", "usage", "cost")
+_RESPONSE_FIELDS: dict[str, type] = {
+    "teacher": str,
+    "text": str,
+    "weight": float,
+    "finish": str,
+    "usage": dict,
+    "cost": float,
+}
+_TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", float: "a number"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text to learn from; `split` empty where the record leaves it open."""
+    """What becomes one sequence of tokens."""
 
     text: str
+    """Not empty, encodable as UTF-8."""
     source: str
+    """Where it comes from; documents of one source stay on one side of the split."""
     split: str
+    """Either "train" or "val", or "" if the record leaves it open."""
+    weight: float
+    """Weight in the loss, above 0."""
 
 
-@dataclass
-class Tally:
-    """What became of the lines read."""
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was when it was read."""
 
-    records: int = 0
-    documents: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    name: str
+    num_bytes: int
+    sha256: str
 
 
-class _Invalid(Exception):
-    """Kind of problem, its text, and the fix."""
+class _InvalidRecord(Exception):
+    """Why a line cannot be used: a category to count by, and what to tell."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.reason = reason
 
 
-def expand(paths: Sequence[Path]) -> list[Path]:
-    """Files as given, and the *.jsonl of folders. DataError for a missing path or a folder without any."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(path.glob("*.jsonl"))
-            if not found:
-                raise DataError(f"{path}: no *.jsonl in this folder: give a file of records, made by `foundry corpus`")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"{path}: no such file: give a file of records, made by `foundry corpus`")
-    return files
+def _invalid(reason: str, message: str) -> NoReturn:
+    raise _InvalidRecord(reason, message)
 
 
-def read_documents(path: Path, *, skip_invalid: bool, tally: Tally, seen: set[str]) -> Iterator[Document]:
-    """The documents of one file, in order; `tally` counts, `seen` holds the ids met so far over all files.
+class _LineReader:
+    """Lines of a file with their number, never more than `limit` bytes of one; counts and hashes all of it."""
 
-    Raises DataError with file and line at the first invalid line, unless `skip_invalid`.
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self.file, self.limit = file, limit
+        self.number = self.num_bytes = 0
+        self.digest = hashlib.sha256()
+
+    def _read(self, limit: int) -> bytes:
+        part = self.file.readline(limit)
+        self.num_bytes += len(part)
+        self.digest.update(part)
+        return part
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        """Every line, or None for one that is too long, the rest of which is passed over."""
+        while line := self._read(self.limit + 1):
+            self.number += 1
+            if len(line) > self.limit and not line.endswith(b"\n"):
+                while (part := self._read(2**20)) and not part.endswith(b"\n"):
+                    pass
+                yield None
+            else:
+                yield line
+
+
+class Records:
+    """The documents of JSONL files; every iteration reads them anew, from the first line to the last.
+
+    After an iteration the attributes say what it saw: `num_records` valid ones, `skipped` counts by reason,
+    `complaints` (file, line and message of the first few that were skipped), and `files`.
     """
-    with path.open("rb") as file:
-        if not file.peek(1):
-            if not skip_invalid:
-                raise DataError(f"{path}: empty file: remove it, or use --skip-invalid")
-            tally.skipped["empty file"] += 1
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    _skip_line(file, line)
-                    raise _Invalid("line too long", f"line longer than {MAX_LINE_BYTES // 2**20} MiB: split the record")
-                documents = _documents(line, seen)
-            except _Invalid as problem:
-                if not skip_invalid:
-                    raise DataError(
-                        f"{path}:{number}: {problem} (or pass over such lines with --skip-invalid)"
-                    ) from None
-                tally.skipped[problem.kind] += 1
-                continue
-            tally.records += 1
-            tally.documents += len(documents)
-            yield from documents
+
+    MAX_COMPLAINTS = 5
+
+    def __init__(self, inputs: Sequence[Path], *, skip_invalid: bool = False, max_line_bytes: int = 64 * 2**20) -> None:
+        """`inputs` are files, or folders of which every *.jsonl below is read. DataError if there are none."""
+        self.paths = _expand(inputs)
+        self.skip_invalid = skip_invalid
+        self.max_line_bytes = max_line_bytes
+        self._reset()
+
+    def _reset(self) -> None:
+        self.num_records = 0
+        self.skipped: Counter[str] = Counter()
+        self.complaints: list[str] = []
+        self.files: list[InputFile] = []
+
+    def __iter__(self) -> Iterator[Document]:
+        """Every document in order. Raises DataError with file and line, unless `skip_invalid`."""
+        self._reset()
+        places: dict[bytes, tuple[Path, int]] = {}
+        for path in self.paths:
+            with path.open("rb") as file:
+                lines = _LineReader(file, self.max_line_bytes)
+                for line in lines:
+                    try:
+                        documents = self._documents(line, (path, lines.number), places)
+                    except _InvalidRecord as error:
+                        self._complain(error.reason, f"{path}:{lines.number}: {error}")
+                        continue
+                    self.num_records += 1
+                    for document in documents:
+                        if document.weight > 0:
+                            yield document
+                        else:
+                            self.skipped["weight 0"] += 1
+            if not lines.number:
+                self._complain("empty file", f"{path}: the file is empty: leave it out")
+            self.files.append(InputFile(str(path), lines.num_bytes, lines.digest.hexdigest()))
+
+    def _documents(
+        self, line: bytes | None, place: tuple[Path, int], places: dict[bytes, tuple[Path, int]]
+    ) -> list[Document]:
+        if line is None:
+            limit = f"{self.max_line_bytes:,} bytes"
+            _invalid("line too long", f"line longer than {limit}: split the document, or raise --max-line-mb")
+        name, documents = _parse(line)
+        first = places.setdefault(name, place)
+        if first is not place:
+            _invalid("duplicate id", f"same id as {first[0]}:{first[1]}: remove one of the two")
+        return documents
+
+    def _complain(self, reason: str, message: str) -> None:
+        if not self.skip_invalid:
+            raise DataError(f"{message} (or pass over such lines with --skip-invalid)") from None
+        self.skipped[reason] += 1
+        if len(self.complaints) < self.MAX_COMPLAINTS:
+            self.complaints.append(message)
 
 
-def _skip_line(file: BinaryIO, line: bytes) -> None:
-    while line and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE_BYTES)
+def _expand(inputs: Sequence[Path]) -> list[Path]:
+    """The files to read, each once, in the order given (folders sorted)."""
+    paths: dict[Path, Path] = {}
+    for path in inputs:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder: check the path")
+        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"{path}: no *.jsonl in this folder: `foundry corpus` makes some")
+        for file in found:
+            paths.setdefault(file.resolve(), file)
+    if not paths:
+        raise DataError("no input: give JSONL files or folders that hold some")
+    return list(paths.values())
 
 
-def _documents(line: bytes, seen: set[str]) -> list[Document]:
-    """The documents of one line. Raises _Invalid."""
-    if not line.strip():
-        raise _Invalid("blank line", "blank line: remove it")
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Invalid("not UTF-8", f"not UTF-8 at byte {error.start}: convert the file") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _Invalid("not JSON", f"not JSON ({error}): mend or remove the line") from None
-    if not isinstance(record, dict):
-        raise _Invalid("not a record", "not a JSON object: each line must be one record")
-    for key, value in record.items():
-        if key not in KEYS:
-            raise _Invalid("unknown key", f"unknown key {key!r}: {nearest(key, list(KEYS))}")
-        if value is not None and not isinstance(value, KEYS[key]):
-            raise _Invalid("wrong type", f"{key} must be {KEYS[key].__name__}, not {type(value).__name__}")
-    split = record.get("split") or ""
+def _parse(line: bytes) -> tuple[bytes, list[Document]]:
+    """A digest of the record's id, and its documents."""
+    values = _checked(_json(line), _FIELDS, "the record")
+    kind, split = values.get("kind"), values.get("split", "")
+    if kind not in ("text", "instruct"):
+        _invalid("wrong field", f'"kind" is {_short(kind)}: must be "text" or "instruct"')
     if split not in ("", "train", "val"):
-        raise _Invalid("wrong value", f'split = {split!r}: must be "train" or "val"')
-    texts = _texts(record)
-    for text in texts:
-        if _SURROGATE.search(text):
-            raise _Invalid("half surrogate", "text holds half a surrogate pair, which no UTF-8 has: remove it")
-    identity = record.get("id")
-    if identity is not None:
-        if identity in seen:
-            raise _Invalid("duplicate id", f"id {identity!r} occurred before: remove the copy")
-        seen.add(identity)
-    return [Document(text, record.get("source") or identity or "", split) for text in texts]
-
-
-def _texts(record: dict[str, Any]) -> list[str]:
-    kind = record.get("kind")
+        _invalid("wrong field", f'"split" is {_short(split)}: must be "train" or "val", or be left out')
+    wanted, unwanted = (("text",), ("prompt", "responses")) if kind == "text" else (("prompt", "responses"), ("text",))
+    for key in wanted:
+        if not values.get(key):
+            _invalid("wrong field", f'"{key}" is missing or empty: a record of kind "{kind}" needs it')
+    for key in unwanted:
+        if values.get(key):
+            _invalid("wrong field", f'"{key}" does not belong in a record of kind "{kind}": remove it')
     if kind == "text":
-        text = record.get("text")
-        if not text:
-            raise _Invalid("no text", 'kind "text" needs a "text" that is not empty')
-        return [text]
-    if kind != "instruct":
-        raise _Invalid("wrong kind", f'kind = {kind!r}: must be "text" or "instruct"')
-    responses = record.get("responses")
-    if not record.get("prompt") or not responses:
-        raise _Invalid("no responses", 'kind "instruct" needs a "prompt" and at least one of "responses"')
-    texts = []
-    for response in responses:
-        if not isinstance(response, dict) or not isinstance(response.get("text"), str):
-            raise _Invalid("wrong response", 'each of "responses" must be an object with a "text"')
-        for key in response:
-            if key not in RESPONSE_KEYS:
-                raise _Invalid("unknown key", f"responses: unknown key {key!r}: {nearest(key, list(RESPONSE_KEYS))}")
-        texts.append(f"{record['prompt']}\n{response['text']}")
-    return texts
+        contents = [(values["text"], 1.0)]
+    else:
+        contents = [(f"{values['prompt']}\n{text}", weight) for text, weight in map(_response, values["responses"])]
+    name = values.get("id") or hashlib.sha256("\0".join(text for text, _ in contents).encode()).hexdigest()
+    source = values.get("source") or name
+    return hashlib.sha256(name.encode()).digest(), [Document(text, source, split, weight) for text, weight in contents]
+
+
+def _response(values: Any) -> tuple[str, float]:
+    """Text and weight of a teacher's answer."""
+    if not isinstance(values, dict):
+        _invalid("wrong field", f'"responses" holds {_short(values)}: must be a list of objects')
+    values = _checked(values, _RESPONSE_FIELDS, "a response")
+    for key in ("teacher", "text"):
+        if key not in values:
+            _invalid("wrong field", f'a response has no "{key}": add it')
+    weight = values.get("weight", 1.0)
+    if not 0 <= weight <= MAX_WEIGHT:
+        _invalid("wrong field", f'"weight" is {_short(weight)}: must lie between 0 and {MAX_WEIGHT:,}')
+    return values["text"], float(weight)
+
+
+def _json(line: bytes) -> dict[str, Any]:
+    try:
+        # Decoded here: json.loads guesses UTF-16 and UTF-32 from the first bytes.
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _invalid("not UTF-8", f"not UTF-8 at byte {error.start} of the line: convert the file with iconv")
+    try:
+        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            _invalid("not JSON", "an empty line: remove it")
+        _invalid("not JSON", f"not JSON: {error.msg} at column {error.colno}: each line must be one whole object")
+    except RecursionError:
+        _invalid("not JSON", "nested too deeply: flatten it")
+    except ValueError as error:  # an integer of more digits than Python converts
+        _invalid("not JSON", f"not usable JSON: {error}")
+    if not isinstance(values, dict):
+        _invalid("not JSON", f"{_short(values)} is not a JSON object: each line must be one")
+    return values
+
+
+def _no_constant(name: str) -> NoReturn:
+    _invalid("not JSON", f"{name} is not JSON: use a finite number")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        _invalid("wrong field", f"key {_short(twice)} is given twice: keep one")
+    return values
+
+
+def _checked(values: dict[str, Any], types: dict[str, type], what: str) -> dict[str, Any]:
+    """The fields that are given (null is not given), each known and of its type."""
+    for key, value in values.items():
+        wanted = types.get(key)
+        if wanted is None:
+            _invalid("unknown key", f"{what} has an unknown key {_short(key)}: {nearest(key, list(types))}")
+        if value is not None and type(value) is not wanted and not (wanted is float and type(value) is int):
+            _invalid("wrong field", f'"{key}" is {_short(value)}: must be {_TYPE_NAMES[wanted]}')
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                _invalid("wrong field", f'"{key}" has half a surrogate pair at character {error.start}: it is not text')
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

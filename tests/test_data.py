@@ -1,7 +1,14 @@
-"""Shards and batches: nothing lost, nothing leaked, every batch a pure function of its number."""
+"""Batches: every byte of every document arrives, in rows that depend on nothing but their number."""
 
+import gc
 import json
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,219 +18,425 @@ from hypothesis import strategies as st
 
 from smelter.__main__ import main
 from smelter.config import DataConfig
-from smelter.data import IGNORED, BatchStream, apply_fim, eval_windows, prefetch, undo_fim
-from smelter.errors import DataError
-from smelter.records import MAX_LINE_BYTES
-from smelter.shards import ShardSet, TokenizeOptions, tokenize
+from smelter.data import IGNORED, Batch, BatchStream, apply_fim, eval_windows, fit_fim, prefetch, undo_fim
+from smelter.errors import ConfigError, DataError
+from smelter.shards import ShardSet, Split
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300)
+TOKENS = tiny.tokenizer()
+EOS, PAD = TOKENS.eos_id, TOKENS.pad_id
+SENTINELS = (TOKENS.fim_prefix_id, TOKENS.fim_suffix_id, TOKENS.fim_middle_id)
+PLAIN = DataConfig(fim_rate=0.0)
 
-
-def write_records(path: Path, count: int = 40) -> Path:
-    lines = tiny.CODE.splitlines(keepends=True)
-    size = len(lines) // count
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(count):
-            text = "".join(lines[i * size : (i + 1) * size])
-            record = {"id": str(i), "kind": "text", "text": text, "source": f"{i % 20}.py"}
-            file.write(json.dumps(record) + "\n")
-    return path
+text_strategy = st.lists(
+    st.one_of(
+        st.text(max_size=30), st.sampled_from(["<|fim_middle|>", "漢字🙂", "e\u0301\n", "def f(x):\n    return x\n"])
+    )
+).map("".join)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """About 60 documents from 1 to 600 tokens, some of characters that take several tokens each."""
     folder = tmp_path_factory.mktemp("data")
-    records = write_records(folder / "records.jsonl")
-    tokenize(TokenizeOptions(records=(records,), out=folder / "shards", vocab_size=512, val_fraction=0.2))
+    pieces = [piece + "\n" for piece in tiny.CODE.split("\n\n")] + ["漢字🙂" * 40, "x", "\u2581 <|endoftext|> y"]
+    with (folder / "corpus.jsonl").open("w") as file:
+        for number, piece in enumerate(pieces):
+            values = {"kind": "text", "id": str(number), "text": piece, "split": "train" if number % 4 else "val"}
+            file.write(json.dumps(values) + "\n")
+    TOKENS.save(folder / "tokenizer.json")
+    arguments = ["--tokenizer", str(folder / "tokenizer.json"), "--shard-tokens", "500"]
+    assert main(["tokenize", str(folder / "corpus.jsonl"), "--out", str(folder / "shards"), *arguments]) == 0
     return ShardSet.open(folder / "shards")
 
 
-def stream(shards: ShardSet, *, batch: int = 2, rows: int = 8, rate: float = 0.5, seed: int = 0) -> BatchStream:
-    return BatchStream(
-        shards.split("train"),
-        shards.tokenizer,
-        DataConfig(fim_rate=rate),
-        seq_len=64,
-        seed=seed,
-        device_batch_size=batch,
-        rows_per_step=rows,
-    )
+def stream(shards: ShardSet, config: DataConfig = PLAIN, **changes: Any) -> BatchStream:
+    """Rows of 64 tokens, 12 a step, 3 a batch."""
+    values = {"seq_len": 64, "seed": 5, "device_batch_size": 3, "rows_per_step": 12} | changes
+    return BatchStream(shards.split("train"), shards.tokenizer, config, **values)
 
 
-def test_every_byte_of_every_record_is_in_one_split(shards: ShardSet) -> None:
-    texts = []
-    sources = []
-    for name in ("train", "val"):
-        split = shards.split(name)
-        sources.append(set(split.sources))
-        for i in range(split.num_docs):
-            raw = shards.tokenizer.decode_bytes(split.doc(i))
-            assert len(raw) == split.doc_num_bytes[i]
-            texts.append(raw.decode())
-    assert not sources[0] & sources[1]
-    lines = tiny.CODE.splitlines(keepends=True)
-    assert len("".join(texts)) == len("".join(lines[: len(lines) // 40 * 40]))
+def rng(seed: int) -> np.random.Generator:
+    """Random numbers of a test."""
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------- fill-in-the-middle
+
+
+@given(text=text_strategy, seed=st.integers(0, 2**32), spm_rate=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=200)
+def test_undoing_fim_gives_every_byte_back(text: str, seed: int, spm_rate: float) -> None:
+    ids = apply_fim(TOKENS, text, rng(seed), spm_rate)
+    assert undo_fim(TOKENS, ids) == text.encode()
+    assert Counter(ids)[EOS] == 1
+    assert ids[-1] == EOS
+
+
+@given(text=text_strategy, seed=st.integers(0, 2**32))
+def test_both_orders_cut_at_the_same_characters(text: str, seed: int) -> None:
+    psm, spm = apply_fim(TOKENS, text, rng(seed), 0.0), apply_fim(TOKENS, text, rng(seed), 1.0)
+    first, second = sorted(rng(seed).integers(0, len(text) + 1, size=2).tolist())
+    prefix, middle, suffix = text[:first], text[first:second], text[second:]
+    assert psm == [*TOKENS.fim_prompt(prefix, suffix), *TOKENS.encode(middle), EOS]
+    assert spm[:2] == [SENTINELS[0], SENTINELS[1]]
+    at = spm.index(SENTINELS[2])
+    assert spm[2:at] == TOKENS.encode(suffix)
+    assert spm[at + 1 : -1] == TOKENS.encode(prefix + middle)
+
+
+def test_cuts_are_uniform_over_characters_and_reach_the_ends() -> None:
+    text, generator = "abcdefghij", rng(0)
+    lengths = Counter[int]()
+    for _ in range(3_000):
+        ids = apply_fim(TOKENS, text, generator, 0.0)
+        lengths[len(TOKENS.decode(ids[: ids.index(SENTINELS[1])]))] += 1
+    assert set(lengths) == set(range(11))
+    # The smaller of two uniform positions among 11 is k with chance (2 * (10 - k) + 1) / 121.
+    for k, count in lengths.items():
+        assert abs(count / 3_000 - (2 * (10 - k) + 1) / 121) < 0.03
 
 
 @given(
-    TEXT.filter(lambda text: text.encode("utf-8", "ignore").decode() == text), st.integers(0, 2**32), st.floats(0, 1)
+    text=text_strategy,
+    seed=st.integers(0, 2**32),
+    room=st.integers(0, 80),
+    begin=st.integers(0, 10),
+    has_eos=st.booleans(),
 )
-def test_fim_gives_back_every_byte(text: str, seed: int, spm_rate: float) -> None:
-    tokenizer = tiny.tokenizer()
-    ids = apply_fim(tokenizer, text, np.random.default_rng(seed), spm_rate)
-    assert ids[-1] == tokenizer.eos_id
-    assert ids.count(tokenizer.fim_middle_id) == 1
-    if ids[1] != tokenizer.fim_suffix_id or spm_rate == 0:
-        assert undo_fim(tokenizer, ids) == text.encode()
-    else:  # suffix first: what follows the middle token is prefix and middle in one
-        cut = ids.index(tokenizer.fim_middle_id)
-        assert tokenizer.decode_bytes(ids[cut + 1 : -1]) + tokenizer.decode_bytes(ids[2:cut]) == text.encode()
-
-
-@given(st.integers(0, 50), st.sampled_from([(1, 1), (2, 2), (4, 1), (1, 4), (8, 1)]))
-@settings(deadline=None, max_examples=25)
-def test_a_step_has_the_same_rows_however_they_are_shared(shards: ShardSet, step: int, shape: tuple[int, int]) -> None:
-    batch, world_size = shape
-    whole = stream(shards, batch=8).batch(step, 0, 0, 1).inputs
-    parts = [stream(shards, batch=batch).step(step, rank, world_size) for rank in range(world_size)]
-    rows = [micro.inputs for micros in zip(*parts, strict=True) for micro in micros]
-    np.testing.assert_array_equal(np.concatenate(rows), whole)
-
-
-@given(st.integers(0, 200), st.floats(0, 1))
-@settings(deadline=None, max_examples=40)
-def test_rows_are_full_of_text_and_targets_follow_inputs(shards: ShardSet, row: int, rate: float) -> None:
-    tokenizer = shards.tokenizer
-    ids, docs = stream(shards, rate=rate).row(row)
-    assert ids.shape == docs.shape == (65,)
-    padding = docs < 0
-    assert (ids[padding] == tokenizer.pad_id).all()
-    assert (ids[~padding] != tokenizer.pad_id).all()
-    assert not padding[: 65 - 24].any()
-    used = docs[~padding]
-    assert (np.diff(used) >= 0).all()
-    for number in np.unique(used):
-        piece = ids[docs == number].tolist()
-        if piece[0] == tokenizer.fim_prefix_id:
-            assert piece[-1] == tokenizer.eos_id  # the middle is never cut
-
-
-def test_without_fim_an_epoch_is_the_text_itself(shards: ShardSet) -> None:
-    plain = stream(shards, rate=0.0, rows=1, batch=1)
-    targets = np.concatenate([plain.batch(i, 0, 0, 1).targets[0] for i in range(plain.rows_per_epoch)])
-    assert (targets != IGNORED).all()
-    seen = np.bincount(targets, minlength=512)
-    split = shards.split("train")
-    expected = np.bincount(split.read(0, split.num_tokens), minlength=512)
-    assert np.abs(seen - expected).sum() <= 64  # all but the incomplete last row
-
-
-def test_seeds_and_epochs_differ(shards: ShardSet) -> None:
-    a, b = stream(shards), stream(shards, seed=1)
-    assert not np.array_equal(a.row(0)[0], b.row(0)[0])
-    assert not np.array_equal(a.row(0)[0], a.row(a.rows_per_epoch)[0])
-
-
-def test_prefetch_is_the_stream_and_raises_its_errors(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = stream(shards)
-    batches = prefetch(source, 3, 0, 1)
-    for step in (3, 4, 5):
-        for got, want in zip(next(batches), source.step(step, 0, 1), strict=True):
-            np.testing.assert_array_equal(got.inputs, want.inputs)
-    batches.close()
-
-    def broken(step: int, rank: int, world_size: int) -> None:
-        raise DataError("gone")
-
-    monkeypatch.setattr(source, "step", broken)
-    with pytest.raises(DataError, match="gone"):
-        next(prefetch(source, 0, 0, 1))
-
-
-@given(st.integers(4, 80), st.integers(1, 80))
-@settings(deadline=None, max_examples=25)
-def test_evaluation_scores_each_token_once(shards: ShardSet, seq_len: int, stride: int) -> None:
-    split = shards.split("val")
-    scored = [targets[targets != IGNORED] for _, targets in eval_windows(split, seq_len, min(stride, seq_len))]
-    docs = [split.doc(i) for i in range(split.num_docs)]
-    np.testing.assert_array_equal(np.concatenate(scored), np.concatenate(docs))
-
-
-GOOD = {"id": "a", "kind": "text", "text": "x = 1\n", "source": "a.py", "split": "train"}
-OTHER = {"id": "b", "kind": "text", "text": "y = 1\n", "source": "b.py", "split": "val"}
+@settings(max_examples=200)
+def test_what_fits_is_whole(text: str, seed: int, room: int, begin: int, has_eos: bool) -> None:
+    """Also for pieces that begin and end inside a character: a prefix of the piece's bytes, in at most `room` ids."""
+    ids = np.array(TOKENS.encode(text)[begin:] + [EOS] * has_eos, dtype=np.int64)
+    made = fit_fim(TOKENS, ids, room, rng(seed), 0.5)
+    raw = TOKENS.decode_bytes(ids)
+    if made is None:
+        assert len(raw.decode("utf-8", "surrogateescape")) < 8 or room < 4 + 3 + len(ids)
+        return
+    assert len(made) <= room
+    assert raw.startswith(undo_fim(TOKENS, made))
+    if len(ids) - has_eos <= room - 20:
+        assert undo_fim(TOKENS, made) == raw
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{", "not JSON"),
-        (b"", "blank line"),
-        (b'{"kind": "text", "text": "\xff"}', "not UTF-8"),
-        (b"[]", "not a JSON object"),
-        (b'{"kind": "text", "texts": "x"}', "did you mean 'text'"),
-        (b'{"kind": "text", "text": 3}', "text must be str"),
-        (b'{"kind": "text", "text": ""}', "not empty"),
-        (b'{"kind": "text", "text": "\\ud800"}', "half a surrogate"),
-        (b'{"kind": "poem", "text": "x"}', "must be"),
-        (b'{"kind": "instruct", "prompt": "p"}', "responses"),
-        (b'{"id": "a", "kind": "text", "text": "x"}', "occurred before"),
-        (b'{"kind": "text", "text": "x", "split": "test"}', "split"),
-    ],
+    "ids", [[], [EOS], [1, 2, 3], [*SENTINELS, 5], [SENTINELS[0], SENTINELS[2], SENTINELS[1], EOS]]
 )
-def test_a_bad_line_is_named_or_counted(
-    line: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_ids_are_not_undone(ids: list[int]) -> None:
+    with pytest.raises(DataError, match="not a fill-in-the-middle"):
+        undo_fim(TOKENS, ids)
+
+
+def test_shares_of_orders_and_of_fim_are_as_asked(shards: ShardSet) -> None:
+    rows = stream(shards, DataConfig(fim_rate=0.5, fim_spm_rate=0.25), seq_len=512)
+    counts = Counter[str]()
+    for index in range(300):
+        ids = rows.row(index).tolist()
+        for piece in pieces_of(ids):
+            if len(piece) > 12:
+                is_fim = piece[0] == SENTINELS[0]
+                counts["fim" if is_fim else "plain"] += 1
+                counts["spm"] += is_fim and piece[1] == SENTINELS[1]
+    assert abs(counts["fim"] / (counts["fim"] + counts["plain"]) - 0.5) < 0.05
+    assert abs(counts["spm"] / counts["fim"] - 0.25) < 0.05
+
+
+def test_names_must_be_the_tokenizers(shards: ShardSet) -> None:
+    with pytest.raises(DataError, match=r"data\.fim_middle_token = '<MID>'.*'<\|fim_middle\|>'"):
+        stream(shards, DataConfig(fim_middle_token="<MID>"))
+    stream(shards, DataConfig(fim_rate=0.0, fim_middle_token="<MID>"))
+
+
+# ---------------------------------------------------------------- packing
+
+
+def pieces_of(ids: list[int]) -> list[list[int]]:
+    """A row's pieces, without padding and without the eos that end them."""
+    pieces: list[list[int]] = [[]]
+    for index in ids:
+        if index == EOS:
+            pieces.append([])
+        elif index != PAD:
+            pieces[-1].append(index)
+    return pieces
+
+
+def documents(split: Split) -> list[list[int]]:
+    """Every document's ids with eos."""
+    return [split.doc_with_eos(i).tolist() for i in range(split.num_docs)]
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 64, 1_000])
+def test_an_epoch_predicts_every_token_of_the_stream_once(shards: ShardSet, seq_len: int) -> None:
+    """Each row is a slice of the documents; together they leave out less than one row."""
+    split, rows = shards.split("train"), stream(shards, seq_len=seq_len)
+    assert rows.rows_per_epoch == split.num_tokens // seq_len
+    expected = Counter(token for ids in documents(split) for token in ids)
+    for epoch in (0, 3):
+        made = [rows.row(epoch * rows.rows_per_epoch + i) for i in range(rows.rows_per_epoch)]
+        found = Counter(token for row in made for token in row[1:].tolist())
+        assert found <= expected
+        assert 0 <= expected.total() - found.total() < seq_len
+        texts = ["," + ",".join(map(str, ids)) + "," for ids in documents(split)]
+        for row in made[:20]:
+            for piece in pieces_of(row.tolist()):
+                assert any("," + "".join(f"{i}," for i in piece) in text for text in texts)
+
+
+def test_epochs_and_seeds_differ_in_order_and_cuts(shards: ShardSet) -> None:
+    rows, other = stream(shards), stream(shards, seed=6)
+    per_epoch = rows.rows_per_epoch
+    first = {rows.row(i).tobytes() for i in range(per_epoch)}
+    assert len(first) == per_epoch
+    assert not first & {rows.row(per_epoch + i).tobytes() for i in range(per_epoch)}
+    assert not first & {other.row(i).tobytes() for i in range(per_epoch)}
+
+
+def test_documents_rows_and_offset_are_drawn_anew_for_every_epoch_and_seed(shards: ShardSet) -> None:
+    plans = [stream(shards, seed=seed)._epoch(epoch) for seed in (5, 6) for epoch in (0, 1)]
+    assert len({plan.docs.tobytes() for plan in plans}) == len({plan.rows.tobytes() for plan in plans}) == 4
+    assert len({plan.offset for plan in plans}) == 4
+
+
+@given(index=st.integers(0, 10**6), rate=st.sampled_from([0.0, 0.3, 1.0]), seq_len=st.integers(1, 300))
+@settings(max_examples=100)
+def test_a_row_is_a_function_of_its_number(shards: ShardSet, index: int, rate: float, seq_len: int) -> None:
+    config = DataConfig(fim_rate=rate)
+    one, two = stream(shards, config, seq_len=seq_len), stream(shards, config, seq_len=seq_len)
+    for other in (0, index + 1, 17):
+        two.row(other)
+    row = one.row(index)
+    assert row.shape == (seq_len + 1,)
+    assert row.tobytes() == two.row(index).tobytes()
+    ids = row.tolist()
+    length = len(ids) - ids[::-1].index(next((i for i in reversed(ids) if i != PAD), PAD))
+    assert PAD not in ids[:length]
+    assert len(ids) - length <= 12
+
+
+@given(index=st.integers(0, 10**4), seq_len=st.integers(20, 300))
+@settings(max_examples=100)
+def test_fim_rows_hold_whole_examples_of_the_documents(shards: ShardSet, index: int, seq_len: int) -> None:
+    """Every sentinel belongs to a complete example, whose text, put in order, is in a document."""
+    texts = [TOKENS.decode_bytes(ids) for ids in documents(shards.split("train"))]
+    for piece in pieces_of(stream(shards, DataConfig(fim_rate=1.0), seq_len=seq_len).row(index).tolist()):
+        if piece and piece[0] == SENTINELS[0]:
+            raw = undo_fim(TOKENS, [*piece, EOS])
+            assert raw
+        else:
+            assert not set(SENTINELS) & set(piece)
+            raw = TOKENS.decode_bytes(piece)
+        assert any(raw in text for text in texts)
+
+
+@given(world_size=st.sampled_from([1, 2, 4, 6]), batch=st.sampled_from([1, 2, 3]), step=st.integers(0, 500))
+@settings(max_examples=50)
+def test_a_step_has_the_same_rows_on_any_number_of_devices(
+    shards: ShardSet, world_size: int, batch: int, step: int
 ) -> None:
-    path = tmp_path / "r.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n" + json.dumps(OTHER).encode() + b"\n")
-    args = ["tokenize", str(path), "--vocab-size", "300", "--out", str(tmp_path / "s")]
-    assert main(args) == 2
-    error = capsys.readouterr().err
-    assert f"{path}:2: " in error
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "s").exists()
-    assert main([*args, "--skip-invalid"]) == 0
-    assert "skipped: 1 x" in capsys.readouterr().out
-    assert ShardSet.open(tmp_path / "s").split("val").num_docs == 1
+    def rows(size: int, world: int) -> Counter[bytes]:
+        made = stream(shards, DataConfig(), device_batch_size=size, rows_per_step=72)
+        batches = [item for rank in range(world) for item in made.step(step, rank, world)]
+        return Counter(row.tobytes() for item in batches for row in np.stack([item.inputs, item.targets], axis=1))
+
+    one = rows(3, 1)
+    assert one.total() == 72
+    assert rows(batch, world_size) == one
+    made = stream(shards, DataConfig(), device_batch_size=3, rows_per_step=72)
+    following = [row.tobytes() for i in range(72) for row in [made.row(72 * step + i)[:-1]]]
+    assert Counter(following) == Counter(row.tobytes() for item in made.step(step, 0, 1) for row in item.inputs)
 
 
-@pytest.mark.slow
-def test_a_200_mb_line_costs_no_memory_and_not_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "r.jsonl"
-    with path.open("wb") as file:
-        file.write(b'{"kind": "text", "text": "')
-        for _ in range(200):
-            file.write(b"x" * 2**20)
-        file.write(b'"}\n' + json.dumps(GOOD).encode() + b"\n" + json.dumps(OTHER).encode() + b"\n")
-    args = ["tokenize", str(path), "--vocab-size", "300", "--out", str(tmp_path / "s")]
-    assert main(args) == 2
-    assert f"{path}:1: line longer than {MAX_LINE_BYTES // 2**20} MiB" in capsys.readouterr().err
-    assert main([*args, "--skip-invalid"]) == 0
+def test_a_batch_shifts_and_ignores_padding(shards: ShardSet) -> None:
+    made = stream(shards, DataConfig(fim_rate=1.0))
+    batch = made.batch(2, 1, 1, 2)
+    assert [str(array.dtype) for array in (batch.inputs, batch.targets, batch.doc_ids)] == ["int64", "int64", "int32"]
+    assert batch.inputs.shape == batch.targets.shape == batch.doc_ids.shape == (3, 64)
+    assert batch.weights is None
+    padded = 0
+    for i in range(3):
+        row = made.row(2 * 12 + 3 * 3 + i)
+        assert batch.inputs[i].tolist() == row[:-1].tolist()
+        assert batch.targets[i].tolist() == [IGNORED if index == PAD else index for index in row[1:].tolist()]
+        padded += int((batch.targets[i] == IGNORED).sum())
+    assert padded
 
 
-@pytest.mark.parametrize("what", ["missing", "empty", "folder", "vocabulary"])
-def test_bad_input_is_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "r.jsonl"
-    options = ["--out", str(tmp_path / "s")]
-    if what == "empty":
-        path.touch()
-    if what == "folder":
-        path.mkdir()
-    if what == "vocabulary":
-        path.write_text(json.dumps(GOOD) + "\n")
-        options += ["--vocab-size", "200"]
-    assert main(["tokenize", str(path), *options]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_eos_begins_the_document_after_it(shards: ShardSet) -> None:
+    batch = stream(shards, DataConfig(), seq_len=256).batch(0, 0, 0, 1)
+    assert (batch.inputs == EOS).sum() > 3
+    for inputs, doc_ids in zip(batch.inputs.tolist(), batch.doc_ids.tolist(), strict=True):
+        number = 0
+        for index, doc in zip(inputs, doc_ids, strict=True):
+            number += index == EOS
+            assert doc == number
 
 
-def test_a_short_shard_is_named(shards: ShardSet, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="smelter tokenize"):
-        ShardSet.open(tmp_path)
-    part = shards.path / "val_00000.bin"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-2])
-    try:
-        with pytest.raises(DataError, match="bytes instead of"):
-            ShardSet.open(shards.path)
-    finally:
-        part.write_bytes(whole)
+def test_weights_follow_their_document(tmp_path: Path) -> None:
+    def answer(weight: float, text: str) -> dict[str, Any]:
+        responses = [{"teacher": "t", "text": text * 30, "weight": weight}]
+        return {"kind": "instruct", "prompt": "?", "responses": responses, "split": "train"}
+
+    lines = [answer(0.5, "a "), answer(2.0, "b "), {"kind": "text", "text": "held out", "split": "val"}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    TOKENS.save(tmp_path / "t.json")
+    arguments = ["--tokenizer", str(tmp_path / "t.json"), "--out", str(tmp_path / "s")]
+    assert main(["tokenize", str(tmp_path / "r.jsonl"), *arguments]) == 0
+    batch = stream(ShardSet.open(tmp_path / "s"), DataConfig(fim_rate=0.5), seq_len=96).batch(0, 0, 0, 1)
+    assert batch.weights is not None
+    seen = set()
+    for target, weight in zip(batch.targets.flatten().tolist(), batch.weights.flatten().tolist(), strict=True):
+        raw = TOKENS.decode_bytes([target]) if target != IGNORED else b""
+        if letter := {b"a", b"b"} & {raw.strip()}:
+            assert weight == {b"a": 0.5, b"b": 2.0}[letter.pop()]
+            seen.add(weight)
+    assert seen == {0.5, 2.0}
+
+
+def test_less_text_than_a_row_is_repeated(tmp_path: Path) -> None:
+    lines = [{"kind": "text", "text": text, "split": split} for text, split in (("abc", "train"), ("x", "val"))]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["tokenize", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "s"), "--vocab-size", "261"]) == 0
+    made = ShardSet.open(tmp_path / "s")
+    rows = stream(made, seq_len=20)
+    assert rows.rows_per_epoch == 1
+    assert b"abcabcabc" in made.tokenizer.decode_bytes(rows.row(3))
+
+
+@pytest.mark.parametrize("changes", [{"rows_per_step": 10}, {"seq_len": 0}, {"device_batch_size": 0}])
+def test_sizes_must_divide(shards: ShardSet, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        stream(shards, **changes)
+
+
+def test_a_step_that_does_not_divide_is_an_error(shards: ShardSet) -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        stream(shards).step(0, 0, 5)
+
+
+@pytest.mark.parametrize("place", [(4, 0, 1), (2, 0, 2), (0, 2, 2), (-1, 0, 1)])
+def test_a_batch_outside_the_step_is_an_error(shards: ShardSet, place: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="outside the step"):
+        stream(shards).batch(0, *place)
+
+
+# ---------------------------------------------------------------- prefetching
+
+
+def same(one: Batch, two: Batch) -> bool:
+    """Equal in all arrays."""
+    return bool((one.inputs == two.inputs).all() and (one.targets == two.targets).all())
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_prefetched_batches_are_the_batches(shards: ShardSet, rank: int, world_size: int) -> None:
+    made = stream(shards, DataConfig())
+    ready = prefetch(stream(shards, DataConfig()), 7, rank, world_size)
+    for step, batches in zip(range(7, 12), ready, strict=False):
+        assert len(batches) == 4 // world_size
+        assert all(map(same, batches, made.step(step, rank, world_size)))
+    ready.close()
+
+
+def threads() -> int:
+    """How many prefetching threads there are."""
+    return sum(thread.name == "smelter-prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("end", ["close", "forget"])
+def test_the_thread_ends_with_its_user(shards: ShardSet, end: str) -> None:
+    ready = prefetch(stream(shards), 0, 0, 1)
+    next(ready)
+    assert threads() == 1
+    if end == "close":
+        ready.close()
+    del ready
+    gc.collect()
+    assert threads() == 0
+
+
+def test_the_thread_does_not_run_ahead_without_limit(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = stream(shards), list[int]()
+    original = made.step
+
+    def counted(step: int, rank: int, world_size: int) -> list[Batch]:
+        calls.append(step)
+        return original(step, rank, world_size)
+
+    monkeypatch.setattr(made, "step", counted)
+    ready = prefetch(made, 0, 0, 1, depth=2)
+    next(ready)
+    time.sleep(0.4)
+    assert len(calls) <= 4
+    ready.close()
+
+
+def test_an_error_in_the_thread_reaches_its_user(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stream(shards)
+    original = made.step
+
+    def failing(step: int, rank: int, world_size: int) -> list[Batch]:
+        if step == 2:
+            raise DataError("a file went away")
+        return original(step, rank, world_size)
+
+    monkeypatch.setattr(made, "step", failing)
+    ready = prefetch(made, 0, 0, 1)
+    assert len(list(islice(ready, 2))) == 2
+    with pytest.raises(DataError, match="went away"):
+        next(ready)
+    assert threads() == 0
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@given(seq_len=st.integers(1, 700), data=st.data())
+@settings(max_examples=60)
+def test_every_token_is_scored_once_with_the_context_it_had(
+    shards: ShardSet, seq_len: int, data: st.DataObject
+) -> None:
+    stride, split = data.draw(st.integers(1, seq_len)), shards.split("val")
+    if seq_len > 20 and stride < seq_len // 8:
+        stride = seq_len // 8  # nothing new, only slow
+    scored: list[int] = []
+    for inputs, targets in eval_windows(split, seq_len, stride):
+        assert inputs.shape == targets.shape == (seq_len,)
+        scored += targets[targets != IGNORED].tolist()
+        places = np.flatnonzero(targets != IGNORED)
+        assert (np.diff(places) == 1).all()
+        # Each target is the next input, wherever that is in the same window.
+        assert (inputs[places[1:]] == targets[places[:-1]]).all()
+        if inputs[0] != EOS:
+            assert places[0] >= seq_len - stride  # context before what is scored
+    assert scored == [token for i in range(split.num_docs) for token in split.doc(i).tolist()]
+
+
+def test_each_window_is_a_slice_of_eos_and_a_document(shards: ShardSet) -> None:
+    split = shards.split("val")
+    starts = []
+    for inputs, _ in eval_windows(split, 32, 8):
+        starts.append(int(inputs[0]))
+    assert starts.count(EOS) == split.num_docs
+
+
+def test_a_part_is_spread_over_the_documents(shards: ShardSet) -> None:
+    split = shards.split("val")
+    scored = sum(int((targets != IGNORED).sum()) for _, targets in eval_windows(split, 32, 32, max_tokens=300))
+    assert 300 <= scored < 332
+    firsts = [tuple(inputs) for inputs, _ in eval_windows(split, 32, 32, max_tokens=300)]
+    again = [tuple(inputs) for inputs, _ in eval_windows(split, 32, 32, max_tokens=300)]
+    assert firsts == again
+    assert firsts != [tuple(inputs) for inputs, _ in eval_windows(split, 32, 32)][: len(firsts)]
+
+
+@pytest.mark.parametrize("stride", [0, 33])
+def test_a_stride_must_fit(shards: ShardSet, stride: int) -> None:
+    with pytest.raises(ConfigError, match="stride"):
+        next(eval_windows(shards.split("val"), 32, stride))
+
+
+def test_a_batch_is_frozen(shards: ShardSet) -> None:
+    batch = stream(shards).batch(0, 0, 0, 1)
+    with pytest.raises(AttributeError):
+        batch.inputs = batch.targets  # type: ignore[misc]
+    assert replace(batch, weights=None).weights is None

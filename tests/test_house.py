@@ -38,7 +38,8 @@ SMELTER = {
     "loss": f"{BASE} kernels kernels.reference",
     "muon": BASE,
     "records": BASE,
-    "shards": f"{BASE} tokenizer records",
+    "shards": f"{BASE} tokenizer",
+    "write_shards": f"{BASE} tokenizer records shards",
     "data": f"{BASE} tokenizer shards",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
@@ -174,6 +175,16 @@ def test_public_things_are_explained(path: Path) -> None:
 def test_the_docstring_check_can_fail() -> None:
     tree = ast.parse('def f(): ...\nclass A:\n    "doc"\n    def g(self): ...\n    def _h(self): ...\ndef _i(): ...\n')
     assert list(undocumented(tree)) == ["f", "A.g"]
+
+
+def test_the_two_command_lines_stay_equal() -> None:
+    """The one thing that is written down twice, so that neither package needs the other."""
+    twins = []
+    for package in ("smelter", "foundry"):
+        tree = ast.parse((ROOT / package / "cli.py").read_text(encoding="utf-8"))
+        functions = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+        twins.append([functions["_wide_terminal"], functions["_one_line"]])
+    assert twins[0] == twins[1]
 
 
 def test_both_packages_have_one_version() -> None:
