@@ -368,7 +368,7 @@ def gather(run_dir: Path) -> Row:
         "samples": [(step, [s for s in samples if s["step"] == step]) for step in sorted({s["step"] for s in samples})],
         "results": {key: value for key, value in results.items() if not isinstance(value, (dict, list))},
         "files": [(p.relative_to(run_dir), p.stat().st_size) for p in sorted(export.rglob("*")) if p.is_file()],
-        "exports": {path.name: read_json(path) for path in sorted(export.glob("*.json"))},
+        "exports": {path.parent.name: read_json(path) for path in sorted(export.rglob("export.json"))},
     }
 
 

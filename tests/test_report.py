@@ -109,7 +109,7 @@ def fake_run(run: Path, num_steps: int = 2_000, log_every: int = 10, results: bo
         (run / "results.json").write_text(json.dumps(measured))
         (run / "export" / "gguf").mkdir(parents=True)
         (run / "export" / "gguf" / "model-TQ2_0.gguf").write_bytes(bytes(3_456_789))
-        (run / "export" / "verified.json").write_text(json.dumps({"same_tokens": True, "max_difference": 1e-4}))
+        (run / "export" / "gguf" / "export.json").write_text(json.dumps({"same_tokens": True, "max_difference": 1e-4}))
     return run
 
 
@@ -239,7 +239,7 @@ def test_a_run_of_almost_nothing(tmp_path: Path, content: str) -> None:
     assert ("Curves" in page.words) == ("5" in content)
 
 
-@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "samples.jsonl", "export/verified.json"])
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "samples.jsonl", "export/gguf/export.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = fake_run(tmp_path / "run")
     (run / name).write_text('{"step": 1\n{}\n')

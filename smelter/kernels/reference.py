@@ -3,7 +3,8 @@
 W1.58A8 (BitNet b1.58, arXiv 2402.17764): a weight is `scale * trit` with one scale per tensor, an
 activation is an int8 integer with one scale per token. Both quantisers are straight-through: the
 backward pass treats them as the identity. The operands of the forward product are therefore small
-integers, which bf16 and fp32 hold exactly; both scales are applied to the product (the epilogue).
+integers, which bf16 and fp32 hold exactly; both scales are applied to the product (the epilogue). With
+activations quantised per block or not at all, the weight's operand is `scale * trit`, exact as well.
 """
 
 from typing import Any
@@ -63,7 +64,8 @@ class _TernaryLinear(torch.autograd.Function):
                 operand = _dequantize_blocks(q, x_scale).to(x.dtype)
             else:
                 operand, x_scale = x, scale
-            y = (F.linear(operand, trits).float() * scale).to(x.dtype)
+            # Every compute dtype holds scale * trit, and these sums cannot overflow before the result does.
+            y = F.linear(operand, trits * scale.to(trits.dtype))
             ctx.save_for_backward(operand, x_scale, trits, scale)
         ctx.activation_quant = activation_quant
         ctx.weight_dtype = weight.dtype
@@ -78,7 +80,7 @@ class _TernaryLinear(torch.autograd.Function):
             left, right = (grad.float() * x_scale).to(grad.dtype), saved.to(grad.dtype)
         else:
             left, right = grad, saved
-        grad_weight = left.flatten(0, -2).T @ right.flatten(0, -2)
+        grad_weight = left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
         return grad_x, grad_weight.to(ctx.weight_dtype), None, None, None
 
 
