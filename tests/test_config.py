@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from smelter import cli
+from smelter.cache import KVCache
 from smelter.config import (
     PRESETS,
     Config,
@@ -78,6 +79,9 @@ def test_parameter_estimate_is_the_real_count(kv: int, switches: list[bool], siz
 def test_kv_cache_bytes_are_what_the_cache_holds() -> None:
     assert ModelConfig(num_kv_heads=4, head_dim=64).kv_cache_size_per_token == 1_024
     assert ModelConfig(num_kv_heads=12, head_dim=64).kv_cache_size_per_token == 3_072
+    config = ModelConfig(num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10)
+    cache = KVCache(config, 1, 7, torch.bfloat16, "cpu")
+    assert cache.keys.nbytes + cache.values.nbytes == 7 * config.num_layers * config.kv_cache_size_per_token
 
 
 def test_flops_follow_from_the_shape() -> None:
