@@ -22,23 +22,29 @@ commands:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 on bad input, 130 when interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    usage = USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage, end="")
-        return 0 if argv else 2
-    if argv[0] == "--version":
+def _run(name: str, argv: list[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items())), end="")
+        return 0 if name else 2
+    if name == "--version":
         from foundry import __version__
 
         print(f"foundry {__version__}")
         return 0
-    name = argv[0]
+    if name not in COMMANDS:
+        raise FoundryError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
+    return int(importlib.import_module(COMMANDS[name][0]).main(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on bad input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else ""
     try:
-        if name not in COMMANDS:
-            raise FoundryError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
-        return int(importlib.import_module(COMMANDS[name][0]).main(argv[1:]))
+        try:
+            return _run(name, argv[1:])
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is expected
     except FoundryError as error:
         message = " ".join(str(error).split())
     except OSError as error:

@@ -5,13 +5,13 @@ once per optimizer step by `quantize_weights` and reused by every micro-batch an
 cheaper than quantising in each forward pass and gives identical numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smelter.kernels import reference
+from smelter.kernels import reference, ternary_linears
 
 
 class BitLinear(nn.Module):
@@ -48,9 +48,20 @@ class BitLinear(nn.Module):
         self.scale.copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.use_ternary:
-            return reference.ternary_linear(x, self.weight, self.trits, self.scale, self.activation_quant)
-        return F.linear(x, self.weight.to(x.dtype))
+        return apply_together(x, [self])[0]
+
+
+def apply_together(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
+    """The outputs of several layers of one kind on the same input [..., in_features], computed together."""
+    if not layers[0].use_ternary:
+        return [F.linear(x, layer.weight.to(x.dtype)) for layer in layers]
+    return ternary_linears(
+        x,
+        [layer.weight for layer in layers],
+        [layer.trits for layer in layers],
+        [layer.scale for layer in layers],
+        layers[0].activation_quant,
+    )
 
 
 def bit_linears(module: nn.Module) -> Iterator[tuple[str, BitLinear]]:

@@ -235,6 +235,8 @@ class TrainingConfig:
     """Muon's (Nesterov) momentum, reached after muon_momentum_warmup steps from 0.85."""
     muon_momentum_warmup: int = 300
     """Steps over which Muon's momentum rises to its value."""
+    muon_newton_schulz_steps: int = 5
+    """Newton-Schulz steps of Muon's orthogonalisation; fewer are cheaper where batches are small."""
     muon_weight_decay: float = 0.0
     """Muon's decoupled weight decay, falling linearly to 0 over the run."""
     muon_schedule: Schedule = "constant"
@@ -288,7 +290,7 @@ class TrainingConfig:
         _require_finite("training", self)
         for name in (
             *("num_steps", "device_batch_size", "total_batch_size", "muon_lr", "adamw_lr", "embedding_lr"),
-            *("loss_chunk_size", "log_every", "eval_tokens"),
+            *("loss_chunk_size", "log_every", "eval_tokens", "muon_newton_schulz_steps"),
         ):
             value = getattr(self, name)
             _require(value > 0, f"training.{name} = {value}: must be positive")

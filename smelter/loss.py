@@ -82,7 +82,10 @@ def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
 def _losses_and_grad(
     logits: Tensor, targets: Tensor, weights: Tensor, teacher: Tensor | None, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted sums of CE, squared lse and KL, and the gradient of the total to the uncapped logits [n, V]."""
+    """Weighted sums of CE, squared lse and KL, and the gradient of the total to the uncapped logits [n, V].
+
+    Computed in float32; the gradient comes in the logits' dtype.
+    """
     capped = reference.soft_cap(logits.float(), config.soft_cap)
     lse = torch.logsumexp(capped, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
@@ -90,8 +93,7 @@ def _losses_and_grad(
     z = (lse.squeeze(-1).square() * weights).sum()
     probs = torch.exp(capped - lse)
     ce_share = 1.0 - config.kl_weight if teacher is not None else 1.0
-    columns = torch.arange(logits.shape[-1], device=logits.device)
-    grad = probs * (ce_share + 2.0 * config.z_loss * lse) - ce_share * (columns == index)
+    grad = probs * (ce_share + 2.0 * config.z_loss * lse)
     kl = torch.zeros_like(ce)
     if teacher is not None:
         temperature = config.temperature
@@ -107,9 +109,14 @@ def _losses_and_grad(
             kl_grad = student.exp() * (difference - token_kl.unsqueeze(-1))
         kl = (token_kl * weights).sum() * temperature**2
         grad = grad + config.kl_weight * temperature * kl_grad
+    # The target's own entry is put in afterwards: one comparison a token instead of one a logit.
+    at_target = grad.gather(-1, index) - ce_share
     if config.soft_cap:
         grad = grad * (1.0 - (capped / config.soft_cap).square())
-    return ce, z, kl, grad * weights.unsqueeze(-1)
+        at_target = at_target * (1.0 - (capped.gather(-1, index) / config.soft_cap).square())
+    factor = weights.unsqueeze(-1)
+    grad = (grad * factor).to(logits.dtype).scatter(-1, index, (at_target * factor).to(logits.dtype))
+    return ce, z, kl, grad
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -145,7 +152,6 @@ class _ChunkedLoss(torch.autograd.Function):
             ce, z, kl, grad = step(logits, targets[rows], weights[rows], teacher, config)
             sums += torch.stack((ce, z, kl))
             if grad_hidden is not None and grad_head is not None:
-                grad = grad.to(hidden.dtype)
                 grad_hidden[rows] = grad @ matrix
                 grad_head += grad.T @ hidden[rows]
         sums = sums / normalizer
@@ -221,9 +227,12 @@ def dense_loss(
     if teachers:
         teacher = teacher_log_probs(teachers, slice(None), config.temperature)
         student = F.log_softmax(capped / config.temperature, dim=-1)
-        forward = config.direction == "forward"
-        inputs, target = (student, teacher) if forward else (teacher, student)
-        token_kl = F.kl_div(inputs, target, reduction="none", log_target=True).sum(-1)
+        if config.direction == "forward":
+            # A teacher's probability of 0 adds nothing: 0 * log 0 is 0, and its logarithm must not meet the 0.
+            certain = teacher.clamp_min(torch.finfo(teacher.dtype).min)
+            token_kl = (teacher.exp() * (certain - student)).sum(-1)
+        else:
+            token_kl = (student.exp() * (student - teacher)).sum(-1)
         kl = (token_kl * token_weights).sum() * config.temperature**2 / divisor
     ce_share = 1.0 - config.kl_weight if teachers else 1.0
     total = ce_share * ce + config.z_loss * z + config.kl_weight * kl

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smelter.bitnet import BitLinear, quantize_weights
+from smelter.bitnet import BitLinear, apply_together, quantize_weights
 from smelter.config import ModelConfig
 from smelter.kernels import attention as run_attention
 from smelter.kernels import reference
@@ -66,9 +66,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         dim, cap = self.config.head_dim, self.config.attn_logit_soft_cap
-        q = self.q_proj(x).unflatten(-1, (-1, dim))  # [B, T, H, D]
-        k = self.k_proj(x).unflatten(-1, (-1, dim))  # [B, T, G, D]
-        v = self.v_proj(x).unflatten(-1, (-1, dim))
+        projected = apply_together(x, [self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = (y.unflatten(-1, (-1, dim)) for y in projected)  # [B, T, H or G, D]
         if self.config.use_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or G, T, D]
@@ -94,7 +93,8 @@ class MLP(nn.Module):
         self.sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.use_sub_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        gate, up = apply_together(x, [self.gate_proj, self.up_proj])
+        hidden = F.silu(gate) * up
         if self.sub_norm is not None:
             hidden = self.sub_norm(hidden)
         y: Tensor = self.down_proj(hidden)
@@ -176,7 +176,10 @@ class Model(nn.Module):
 
         doc_ids [B, T] keeps attention inside each packed document. A decoder passes its `cache`, the tokens'
         `positions` [B, T] and the `mask` [B, 1, T, S] of keys each may see; without it attention is causal.
+        ValueError for more tokens than max_seq_len.
         """
+        if positions is None and tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"{tokens.shape[1]} tokens: the model's context is {self.config.max_seq_len}")
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         if positions is None:
             cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]  # [T, D]

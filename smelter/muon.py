@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         adjust_lr: AdjustLr = "original",
         newton_schulz_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self._newton_schulz_dtype = newton_schulz_dtype
+        self._dtype = newton_schulz_dtype
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -98,25 +98,25 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_shape(self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]) -> None:
+        """Update all matrices of one shape; lists of tensors go through one call where PyTorch has one."""
         momentum = group["momentum"]
-        updates = []
         for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer, grad = state["momentum_buffer"], parameter.grad
-            assert grad is not None
-            buffer.lerp_(grad, 1 - momentum)
-            updates.append(grad.lerp(buffer, momentum) if group["use_nesterov"] else buffer)
-        directions = newton_schulz(torch.stack(updates), group["num_newton_schulz_steps"], self._newton_schulz_dtype)
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if group["use_nesterov"] else buffers
+        directions = newton_schulz(torch.stack(list(updates)), group["num_newton_schulz_steps"], self._dtype)
+        directions = directions.to(parameters[0].dtype)
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
         step_size = lr * lr_ratio(shape[0], shape[1], group["adjust_lr"])
-        for parameter, direction in zip(parameters, directions.unbind(), strict=True):
-            if decay and group["use_cautious_decay"]:
+        if decay and group["use_cautious_decay"]:
+            for parameter, direction in zip(parameters, directions.unbind(), strict=True):
                 parameter.mul_(1 - decay * (direction * parameter > 0))
-            elif decay:
-                parameter.mul_(1 - decay)
-            parameter.add_(direction, alpha=-step_size)
+        elif decay:
+            torch._foreach_mul_(parameters, 1 - decay)
+        torch._foreach_add_(parameters, directions.unbind(), alpha=-step_size)
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -144,6 +144,7 @@ class MuonAdamW(torch.optim.Optimizer):
         embedding_lr: float = 6e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_weight_decay: float = 0.0,
+        num_newton_schulz_steps: int = 5,
         newton_schulz_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         matrices: list[nn.Parameter] = []
@@ -168,6 +169,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 momentum=muon_momentum,
                 weight_decay=muon_weight_decay,
                 use_cautious_decay=True,
+                num_newton_schulz_steps=num_newton_schulz_steps,
                 newton_schulz_dtype=newton_schulz_dtype,
             )
         else:

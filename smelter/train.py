@@ -142,6 +142,7 @@ class Trainer:
             embedding_lr=training.embedding_lr,
             betas=(training.adamw_beta1, training.adamw_beta2),
             adamw_weight_decay=training.adamw_weight_decay,
+            num_newton_schulz_steps=training.muon_newton_schulz_steps,
             newton_schulz_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -250,7 +251,9 @@ class Trainer:
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
-            self.skipped_in_a_row += 1
+            # A loss scale that is still too high overflows gradients, not the loss: it halves, and that is all.
+            is_overflow = self.scaler.is_enabled() and abs(loss) < float("inf") and self.scaler.get_scale() > 1
+            self.skipped_in_a_row += not is_overflow
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.quantize_weights()

@@ -85,13 +85,13 @@ def test_no_command_shows_the_usage_and_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("argv", ["--help", "--version", "report --help"])
+@pytest.mark.parametrize("argv", ["smelter --help", "smelter --version", "smelter report --help", "foundry --help"])
 def test_a_closed_pipe_is_no_accident(argv: str, unbuffered: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "smelter", *argv.split()],
+            [sys.executable, "-m", *argv.split()],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
             stdout=writer,

@@ -159,6 +159,12 @@ def test_a_token_that_a_teacher_excludes_adds_nothing_to_forward_kl() -> None:
     torch.testing.assert_close(loss.kl, expected.detach())
     assert hidden.grad is not None
     assert bool(hidden.grad.isfinite().all())
+    grad = hidden.grad.clone()
+    hidden.grad = None
+    dense = dense_loss(hidden, head, targets, LossConfig(kl_weight=1.0), teachers=[teacher])
+    dense.total.backward()
+    torch.testing.assert_close(dense.kl, expected.detach())
+    torch.testing.assert_close(hidden.grad, grad)
 
 
 Shape = st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 40), st.integers(1, 35))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from smelter.kernels import reference
+from smelter.kernels.ternary import ternary_linears
+
+__all__ = ["attention", "blocked_attention", "reference", "ternary_linears"]
 
 QUERY_BLOCK = 128
 MAX_BLOCKS = 8
@@ -30,7 +33,9 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
         queries = q[:, :, :, start:end].flatten(2, 3)  # [B, G, H / G * n, D]
         scores = reference.soft_cap((queries @ k[:, :, :end].mT).float(), cap)
         scores = scores.unflatten(2, (-1, end - start))  # [B, G, H / G, n, end]
-        hidden = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+        # 32-bit positions: the compiler's vector code for 64-bit ones is slow.
+        positions = torch.arange(end, dtype=torch.int32, device=q.device)
+        hidden = positions > positions[start:, None]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).to(v.dtype)
         out = weights.flatten(2, 3) @ v[:, :, :end]  # [B, G, H / G * n, D]
         blocks.append(out.unflatten(2, (-1, end - start)))

@@ -24,7 +24,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.float()
     scale = weight.abs().mean().clamp_min(1e-5).to(torch.bfloat16).float()
-    return (weight / scale).round().clamp(-1, 1), scale
+    return (weight / scale).round_().clamp_(-1, 1), scale
 
 
 def quantize_activations(x: Tensor, block_size: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,138 @@
+"""How much memory does the loss take at a real vocabulary, and how long?
+
+Cross-entropy from hidden states, forward and backward, three ways on the same numbers: our chunked loss, PyTorch's
+own chunked `linear_cross_entropy` (torch 2.13 and later), and `linear` + `cross_entropy` with all logits at once.
+Each runs in a process of its own, since peak memory is a property of a process; what the inputs take is
+subtracted. All three give the same gradients, which is checked before anything is printed.
+
+    python benchmarks/loss_memory.py [--quick] [--json]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smelter.loss import LossConfig, chunked_loss
+
+HIDDEN = 768
+VOCAB = 32_000
+CHUNK = 1_024
+DTYPE = torch.bfloat16
+
+Result = dict[str, float]
+
+
+def ours(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """`chunked_loss`, eager, as in a run without torch.compile."""
+    return chunked_loss(hidden, head, targets, LossConfig(), chunk_size=CHUNK).total
+
+
+def ours_with_everything(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The same with soft-cap and z-loss, which the peers do not have."""
+    return chunked_loss(hidden, head, targets, LossConfig(soft_cap=30.0, z_loss=1e-4), chunk_size=CHUNK).total
+
+
+def torch_chunked(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's fused layer in its own default chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, head, targets, options=options)
+
+
+def torch_dense(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once, in float32 for the softmax as every training code has it."""
+    return F.cross_entropy(F.linear(hidden, head).float(), targets)
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "smelter chunked": ours,
+    "smelter chunked, cap and z-loss": ours_with_everything,
+    "torch linear_cross_entropy": torch_chunked,
+    "torch linear + cross_entropy": torch_dense,
+}
+
+
+def peak_mib(device: torch.device) -> float:
+    """Most memory so far: of this process (VmHWM, which a parent does not leave behind), or on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
+def measure(name: str, tokens: int) -> Result:
+    """Run one method in this process: peak MiB above the inputs, milliseconds, and a sum that names its gradients."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, HIDDEN, device=device).to(DTYPE).requires_grad_()
+    head = (torch.randn(VOCAB, HIDDEN, device=device) * HIDDEN**-0.5).to(DTYPE).requires_grad_()
+    targets = torch.randint(0, VOCAB, (tokens,), device=device)
+    torch.randn(256, HIDDEN, device=device).to(DTYPE) @ head.detach().T  # the libraries' own buffers
+    before = peak_mib(device)
+    times = []
+    for _ in range(3):
+        hidden.grad = head.grad = None
+        start = time.perf_counter()
+        loss = METHODS[name](hidden, head, targets)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    assert hidden.grad is not None
+    assert head.grad is not None
+    return {
+        "peak_mib": peak_mib(device) - before,
+        "milliseconds": min(times) * 1e3,
+        "loss": float(loss),
+        "grad_hidden_norm": float(hidden.grad.float().norm()),
+        "grad_head_norm": float(head.grad.float().norm()),
+    }
+
+
+def measure_apart(name: str, tokens: int) -> Result:
+    """`measure` in a new process."""
+    command = [sys.executable, __file__, "--only", name, "--tokens", str(tokens)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
+    found: Result = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure every method, check that they agree, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2,048 tokens instead of 8,192")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens per step (overrides --quick)")
+    parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    tokens = options.tokens or (2_048 if options.quick else 8_192)
+    if options.only:
+        print(json.dumps(measure(options.only, tokens)))
+        return
+    names = [name for name in METHODS if name != "torch linear_cross_entropy" or hasattr(F, "linear_cross_entropy")]
+    results = {name: measure_apart(name, tokens) for name in names}
+    dense = results["torch linear + cross_entropy"]
+    for name, result in results.items():
+        if "cap" not in name:
+            for key in ("loss", "grad_hidden_norm", "grad_head_norm"):
+                assert abs(result[key] / dense[key] - 1) < 5e-3, f"{name}: {key} {result[key]} against {dense[key]}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{tokens:,} tokens, hidden {HIDDEN}, vocabulary {VOCAB:,}, bf16, forward and backward, {device}")
+    print(f"{'':34} {'peak MiB':>9} {'ms':>8}")
+    for name, result in results.items():
+        print(f"{name:34} {result['peak_mib']:9,.0f} {result['milliseconds']:8,.0f}")
+    if options.json:
+        print(json.dumps({"benchmark": "loss_memory", "device": device, "tokens": tokens, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
