@@ -1,7 +1,8 @@
 """How long a run is, and what the learning rates, momentum and weight decay are at each step.
 
-A run lasts `num_steps`, or `train_minutes`. In the second case the number of steps is fixed at the moment
-when the cool-down must begin for the run to end in time: warm-up-stable-decay needs to know no sooner.
+A run lasts `num_steps`, or `train_minutes`. In the second case the number of steps is estimated for the first time
+when the cool-down must begin, since warm-up-stable-decay needs to know no sooner, and corrected from there on, so
+that a machine that turns slower meanwhile still ends in time.
 """
 
 import math
@@ -53,7 +54,7 @@ def set_rates(groups: list[dict[str, Any]], step: int, num_steps: int | None, co
 
 @dataclass
 class RunLength:
-    """The number of steps: given, or fixed once the clock says that the cool-down must begin."""
+    """The number of steps: given, or what the clock allows, known from the cool-down on."""
 
     config: TrainingConfig
     num_steps: int | None
@@ -64,13 +65,13 @@ class RunLength:
         return cls(config, None if config.train_minutes else config.num_steps)
 
     def update(self, step: int, elapsed: float, seconds_per_step: float) -> None:
-        """After `step` steps and `elapsed` seconds, fix the end if the cool-down is due."""
-        if self.num_steps is not None or step == 0:
+        """After `step` steps and `elapsed` seconds of a run limited by time: where it will end, once that matters."""
+        if not self.config.train_minutes or step == 0:
             return
         left = max(0.0, self.config.train_minutes * 60 - elapsed)
         total = step + int(left / seconds_per_step)
-        if step >= (1 - self.config.cooldown_fraction) * total:
-            self.num_steps = max(step, total)
+        if self.num_steps is not None or step >= (1 - self.config.cooldown_fraction) * total:
+            self.num_steps = total
 
     def done(self, step: int) -> bool:
         """Whether `step` steps complete the run."""

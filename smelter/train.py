@@ -365,7 +365,9 @@ class Trainer:
                 log_step, log_elapsed = self.step, self.elapsed
             if training.sample_every and self._due(training.sample_every) and distributed.is_main():
                 self._sample()
-            if self._due(training.checkpoint_every) or stopping:
+            # A checkpoint from the middle of a divergence would pass for the last good one.
+            in_time = self._due(training.checkpoint_every) and (not self.skipped_in_a_row or length.done(self.step))
+            if in_time or stopping:
                 path = self.save()
                 if stopping:
                     print0(f"saved {path}; the same command goes on from here")

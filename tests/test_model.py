@@ -321,3 +321,9 @@ def test_compiled_blocks_equal_eager_ones(use_gradient_checkpointing: bool) -> N
 
     for got, want in zip(run(True), run(False), strict=True):
         assert_near(got, want, 1e-4)
+
+
+def test_more_tokens_than_the_context_are_refused() -> None:
+    made = tiny.model()
+    with pytest.raises(ValueError, match="97 tokens: the model's context is 96"):
+        made(torch.zeros(1, 97, dtype=torch.long))

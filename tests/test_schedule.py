@@ -1,0 +1,73 @@
+"""Learning rates over a run, and runs that end in time."""
+
+import pytest
+
+from smelter.config import TrainingConfig
+from smelter.schedule import RunLength, lr_factor, muon_momentum, set_rates
+
+
+def test_warmup_stable_decay() -> None:
+    config = TrainingConfig(warmup_steps=10, cooldown_fraction=0.2, min_lr_ratio=0.1)
+    factors = [lr_factor("wsd", step, 100, config) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:81] == [1.0] * 72
+    assert factors[90] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert lr_factor("wsd", 95, None, config) == 1.0  # the end is not known yet
+
+
+def test_cosine_and_constant() -> None:
+    config = TrainingConfig(warmup_steps=10, min_lr_ratio=0.0)
+    assert lr_factor("cosine", 10, 110, config) == pytest.approx(1.0)
+    assert lr_factor("cosine", 60, 110, config) == pytest.approx(0.5)
+    assert lr_factor("cosine", 110, 110, config) == pytest.approx(0.0)
+    assert [lr_factor("constant", step, 110, config) for step in (4, 50, 109)] == [0.5, 1.0, 1.0]
+
+
+def test_momentum_rises_and_decay_falls() -> None:
+    config = TrainingConfig(muon_momentum_warmup=100, muon_weight_decay=0.2)
+    assert [muon_momentum(step, config) for step in (0, 50, 100, 900)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    groups = [{"name": "muon"}, {"name": "embedding"}, {"name": "vectors"}]
+    set_rates(groups, 500, 1_000, config)
+    assert groups[0]["weight_decay"] == pytest.approx(0.1)
+    assert [group["lr"] for group in groups] == [config.muon_lr, config.embedding_lr, config.adamw_lr]
+
+
+def simulate(seconds_of_step: dict[int, float], config: TrainingConfig) -> tuple[int, float, list[float]]:
+    """Steps, seconds and rates of a run whose steps take the given time from the given step on."""
+    length, step, elapsed, seconds = RunLength.of(config), 0, 0.0, 0.0
+    rates = []
+    while not length.done(step):
+        rates.append(lr_factor("wsd", step, length.num_steps, config))
+        seconds = seconds_of_step.get(step, seconds)
+        elapsed += seconds
+        step += 1
+        length.update(step, elapsed, seconds)
+    return step, elapsed, rates
+
+
+def test_a_run_limited_by_time_ends_in_time() -> None:
+    config = TrainingConfig(train_minutes=1.0, cooldown_fraction=0.4, warmup_steps=0)
+    steps, elapsed, rates = simulate({0: 0.1}, config)
+    assert elapsed == pytest.approx(60, abs=0.2)
+    assert steps == pytest.approx(600, abs=2)
+    assert rates[358] == 1.0
+    assert rates[480] == pytest.approx(0.5, abs=0.01)
+    assert rates[-1] < 0.01
+
+
+def test_a_machine_that_turns_slow_in_the_cooldown_still_ends_in_time() -> None:
+    config = TrainingConfig(train_minutes=1.0, cooldown_fraction=0.4, warmup_steps=0)
+    steps, elapsed, rates = simulate({0: 0.1, 450: 0.3}, config)
+    assert elapsed == pytest.approx(60, abs=0.5)
+    assert steps == pytest.approx(500, abs=2)
+    assert rates[-1] < 0.02
+    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+
+
+def test_a_given_number_of_steps_stays() -> None:
+    length = RunLength.of(TrainingConfig(num_steps=7))
+    length.update(3, 1e9, 1.0)
+    assert length.num_steps == 7
+    assert not length.done(6)
+    assert length.done(7)
