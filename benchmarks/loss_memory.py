@@ -3,7 +3,8 @@
 Cross-entropy from hidden states, forward and backward, three ways on the same numbers: our chunked loss, PyTorch's
 own chunked `linear_cross_entropy` (torch 2.13 and later), and `linear` + `cross_entropy` with all logits at once.
 Each runs in a process of its own, since peak memory is a property of a process; what the inputs take is
-subtracted. All three give the same gradients, which is checked before anything is printed.
+subtracted. The last column is how far the gradients are from those of the dense loss in float32, relative to
+their norm.
 
     python benchmarks/loss_memory.py [--quick] [--json]
 """
@@ -20,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.loss import LossConfig, chunked_loss
+from smelter.loss import LossConfig, chunked_loss, dense_loss
 
 HIDDEN = 768
 VOCAB = 32_000
-CHUNK = 1_024
+CHUNK = 512
 DTYPE = torch.bfloat16
+CAP_AND_Z = LossConfig(soft_cap=30.0, z_loss=1e-4)
 
 Result = dict[str, float]
 
@@ -37,7 +39,7 @@ def ours(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 def ours_with_everything(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """The same with soft-cap and z-loss, which the peers do not have."""
-    return chunked_loss(hidden, head, targets, LossConfig(soft_cap=30.0, z_loss=1e-4), chunk_size=CHUNK).total
+    return chunked_loss(hidden, head, targets, CAP_AND_Z, chunk_size=CHUNK).total
 
 
 def torch_chunked(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def peak_mib(device: torch.device) -> float:
 
 
 def measure(name: str, tokens: int) -> Result:
-    """Run one method in this process: peak MiB above the inputs, milliseconds, and a sum that names its gradients."""
+    """Run one method in this process: peak MiB above the inputs, milliseconds, and the error of its gradients."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     hidden = torch.randn(tokens, HIDDEN, device=device).to(DTYPE).requires_grad_()
@@ -85,15 +87,25 @@ def measure(name: str, tokens: int) -> Result:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    assert hidden.grad is not None
-    assert head.grad is not None
-    return {
-        "peak_mib": peak_mib(device) - before,
-        "milliseconds": min(times) * 1e3,
-        "loss": float(loss),
-        "grad_hidden_norm": float(hidden.grad.float().norm()),
-        "grad_head_norm": float(head.grad.float().norm()),
-    }
+    peak = peak_mib(device) - before
+    return {"peak_mib": peak, "milliseconds": min(times) * 1e3, "grad_error": grad_error(name, hidden, head, targets)}
+
+
+def grad_error(name: str, hidden: Tensor, head: Tensor, targets: Tensor) -> float:
+    """Distance of the gradients to those of the dense loss in float32, relative to the norm of the latter."""
+    exact = [tensor.detach().float().requires_grad_() for tensor in (hidden, head)]
+    method = METHODS[name]
+    if method is ours_with_everything:
+        dense_loss(exact[0], exact[1], targets, CAP_AND_Z).total.backward()
+    else:
+        torch_dense(exact[0], exact[1], targets).backward()
+    differences, norms = 0.0, 0.0
+    for tensor, reference in zip((hidden, head), exact, strict=True):
+        assert tensor.grad is not None
+        assert reference.grad is not None
+        differences += float((tensor.grad.float() - reference.grad).square().sum())
+        norms += float(reference.grad.square().sum())
+    return (differences / norms) ** 0.5
 
 
 def measure_apart(name: str, tokens: int) -> Result:
@@ -109,27 +121,25 @@ def measure_apart(name: str, tokens: int) -> Result:
 def main() -> None:
     """Measure every method, check that they agree, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2,048 tokens instead of 8,192")
+    parser.add_argument("--quick", action="store_true", help="4,096 tokens instead of 16,384")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--tokens", type=int, default=0, help="tokens per step (overrides --quick)")
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tokens = options.tokens or (2_048 if options.quick else 8_192)
+    tokens = options.tokens or (4_096 if options.quick else 16_384)
     if options.only:
         print(json.dumps(measure(options.only, tokens)))
         return
     names = [name for name in METHODS if name != "torch linear_cross_entropy" or hasattr(F, "linear_cross_entropy")]
     results = {name: measure_apart(name, tokens) for name in names}
-    dense = results["torch linear + cross_entropy"]
-    for name, result in results.items():
-        if "cap" not in name:
-            for key in ("loss", "grad_hidden_norm", "grad_head_norm"):
-                assert abs(result[key] / dense[key] - 1) < 5e-3, f"{name}: {key} {result[key]} against {dense[key]}"
+    worst = max(result["grad_error"] for name, result in results.items() if "smelter" in name)
+    if worst > 0.01:
+        raise SystemExit(f"our gradients are off by {worst:.1%}: no figure counts")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{tokens:,} tokens, hidden {HIDDEN}, vocabulary {VOCAB:,}, bf16, forward and backward, {device}")
-    print(f"{'':34} {'peak MiB':>9} {'ms':>8}")
+    print(f"{'':34} {'peak MiB':>9} {'ms':>8} {'gradient error':>15}")
     for name, result in results.items():
-        print(f"{name:34} {result['peak_mib']:9,.0f} {result['milliseconds']:8,.0f}")
+        print(f"{name:34} {result['peak_mib']:9,.0f} {result['milliseconds']:8,.0f} {result['grad_error']:15.2e}")
     if options.json:
         print(json.dumps({"benchmark": "loss_memory", "device": device, "tokens": tokens, "results": results}))
 

@@ -263,7 +263,7 @@ class TrainingConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     z_loss: float = 1e-4
     """Weight of the squared log-partition term that keeps logits small."""
-    loss_chunk_size: int = 2_048
+    loss_chunk_size: int = 512
     """Tokens whose logits exist at once in the loss."""
     use_torch_compile: bool = True
     """Compile each block with torch.compile (needs a C++ compiler on CPU, Triton on CUDA)."""

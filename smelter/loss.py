@@ -86,14 +86,15 @@ def _losses_and_grad(
 
     Computed in float32; the gradient comes in the logits' dtype.
     """
-    capped = reference.soft_cap(logits.float(), config.soft_cap)
+    capped = logits.to(torch.float32, copy=True)  # [n, V], as everything large below: changed in place where it can be
+    if config.soft_cap:
+        capped.div_(config.soft_cap).tanh_().mul_(config.soft_cap)
     lse = torch.logsumexp(capped, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
     ce = ((lse - capped.gather(-1, index)).squeeze(-1) * weights).sum()
     z = (lse.squeeze(-1).square() * weights).sum()
-    probs = torch.exp(capped - lse)
     ce_share = 1.0 - config.kl_weight if teacher is not None else 1.0
-    grad = probs * (ce_share + 2.0 * config.z_loss * lse)
+    grad = (capped - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
     kl = torch.zeros_like(ce)
     if teacher is not None:
         temperature = config.temperature
@@ -108,15 +109,16 @@ def _losses_and_grad(
             token_kl = (student.exp() * difference).sum(-1)
             kl_grad = student.exp() * (difference - token_kl.unsqueeze(-1))
         kl = (token_kl * weights).sum() * temperature**2
-        grad = grad + config.kl_weight * temperature * kl_grad
+        grad.add_(kl_grad, alpha=config.kl_weight * temperature)
     # The target's own entry is put in afterwards: one comparison a token instead of one a logit.
     at_target = grad.gather(-1, index) - ce_share
     if config.soft_cap:
-        grad = grad * (1.0 - (capped / config.soft_cap).square())
-        at_target = at_target * (1.0 - (capped.gather(-1, index) / config.soft_cap).square())
+        slope = capped.div_(config.soft_cap).square_().neg_().add_(1.0)  # derivative of the cap
+        at_target = at_target * slope.gather(-1, index)
+        grad.mul_(slope)
     factor = weights.unsqueeze(-1)
-    grad = (grad * factor).to(logits.dtype).scatter(-1, index, (at_target * factor).to(logits.dtype))
-    return ce, z, kl, grad
+    at_target = (at_target * factor).to(logits.dtype)
+    return ce, z, kl, grad.mul_(factor).to(logits.dtype).scatter_(-1, index, at_target)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -187,7 +189,7 @@ def chunked_loss(
     weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     teachers: Sequence[TeacherHead] = (),
-    chunk_size: int = 2_048,
+    chunk_size: int = 512,
     use_compile: bool = False,
 ) -> Loss:
     """Loss of hidden states [N, C] under head [V, C] and targets [N] (below 0: masked).

@@ -1,5 +1,8 @@
 """Learning rates over a run, and runs that end in time."""
 
+import itertools
+from typing import Any
+
 import pytest
 
 from smelter.config import TrainingConfig
@@ -27,7 +30,7 @@ def test_cosine_and_constant() -> None:
 def test_momentum_rises_and_decay_falls() -> None:
     config = TrainingConfig(muon_momentum_warmup=100, muon_weight_decay=0.2)
     assert [muon_momentum(step, config) for step in (0, 50, 100, 900)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
-    groups = [{"name": "muon"}, {"name": "embedding"}, {"name": "vectors"}]
+    groups: list[dict[str, Any]] = [{"name": "muon"}, {"name": "embedding"}, {"name": "vectors"}]
     set_rates(groups, 500, 1_000, config)
     assert groups[0]["weight_decay"] == pytest.approx(0.1)
     assert [group["lr"] for group in groups] == [config.muon_lr, config.embedding_lr, config.adamw_lr]
@@ -62,7 +65,7 @@ def test_a_machine_that_turns_slow_in_the_cooldown_still_ends_in_time() -> None:
     assert elapsed == pytest.approx(60, abs=0.5)
     assert steps == pytest.approx(500, abs=2)
     assert rates[-1] < 0.02
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
 
 
 def test_a_given_number_of_steps_stays() -> None:
