@@ -253,6 +253,8 @@ def make_charts(rows: list[Row]) -> list[Chart]:
     rates = {"lr_muon": "Muon", "lr_adamw": "AdamW", "lr_embedding": "embedding"}
     zeros = {f"sparsity/{kind}": kind for kind in kinds}
     flips = {"trit_flips": "since the last line"}
+    # Without fp16 the scale is 1 throughout, which is not worth a chart.
+    scale = {"loss_scale": "scale"} if any(row.get("loss_scale", 1) not in (1, None) for row in rows) else {}
     nats, of_kind = "Nats per token.", "Share of weights that are 0, by kind of layer."
     groups = "Muon's is for the body's matrices, AdamW's for norms (or all but the embedding and the output head)."
     steps, values = ("linear", "log steps"), ("log values", "linear")
@@ -263,7 +265,7 @@ def make_charts(rows: list[Row]) -> list[Chart]:
         make_chart(rows, "Learning rates", rates, about=groups, from_zero=True, scales=("linear", "log values")),
         make_chart(rows, "Throughput", {"tok_per_sec": "tokens per second"}, from_zero=True),
         make_chart(rows, "Gradient norm", {"grad_norm": "norm"}, smooth=True, scales=values),
-        make_chart(rows, "Loss scale", {"loss_scale": "scale"}, about="Of fp16.", scales=values),
+        make_chart(rows, "Loss scale", scale, about="Of fp16.", scales=values),
         make_chart(rows, "Zeros among the ternary weights", zeros, about=of_kind, percent=True),
         make_chart(rows, "Ternary weights that changed", flips, percent=True, smooth=True, scales=values),
     ]
@@ -372,6 +374,11 @@ def gather(run_dir: Path) -> Row:
     }
 
 
+def lines(text: str, first: int, last: int) -> str:
+    """Lines `first` to `last` of a text, as in a slice; line breaks stay."""
+    return "".join(text.splitlines(keepends=True)[slice(first or None, last or None)])
+
+
 def plain(value: Any) -> str:
     """A result or setting as text."""
     if isinstance(value, list):
@@ -390,7 +397,7 @@ def render(content: Row) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"short": short_number, "duration": short_duration, "plain": plain}
+    environment.filters |= {"short": short_number, "duration": short_duration, "plain": plain, "lines": lines}
     return environment.get_template("report.html").render(content)
 
 

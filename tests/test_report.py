@@ -22,6 +22,7 @@ from smelter.report import (
     Series,
     draw,
     linear_ticks,
+    lines,
     log_ticks,
     make_chart,
     smoothed,
@@ -378,3 +379,10 @@ def test_chromium_shows_it(tmp_path: Path) -> None:
     assert "step <b>1,0" in tips[0]
     assert re.search(r"training, each <b>2\.\d+</b>", tips[0])
     assert 'data-requests="0"' in done.stdout
+
+
+def test_samples_show_the_lines_around_the_cursor() -> None:
+    text = "".join(f"line {i}\n" for i in range(20)) + "    "
+    assert lines(text, -3, 0) == "line 18\nline 19\n    "
+    assert lines("\n" + text, 0, 2) == "\nline 0\n"
+    assert lines("", -3, 0) == ""
