@@ -260,6 +260,8 @@ def evaluate(options: EvaluateOptions) -> tuple[dict[str, Any], Path]:
         split.num_docs, lambda i: documents[i].decode(errors="replace"), options.max_infill, options.seed
     )
     lines = infill_lines(model, tokenizer, cases, progress=Progress("evaluate: lines filled in", len(cases)))
+    say = Progress("evaluate: lines filled in, prefix first", len(cases))
+    psm_lines = infill_lines(model, tokenizer, cases, order="psm", progress=say)
     fresh = untrained(model, config.training.seed)
     say = Progress("evaluate: lines filled in by the untrained model", len(cases))
     fresh_lines = infill_lines(fresh, tokenizer, cases, progress=say)
@@ -277,6 +279,7 @@ def evaluate(options: EvaluateOptions) -> tuple[dict[str, Any], Path]:
         "context": context,
         "stride": stride,
         "infill_exact_match": exact_match(lines, cases),
+        "infill_exact_match_psm": exact_match(psm_lines, cases),
         "infill_exact_match_untrained": exact_match(fresh_lines, cases),
         "infill_cases": len(cases),
         "infill_seed": options.seed,
@@ -325,6 +328,7 @@ def _summary(results: dict[str, Any]) -> str:
     if results["infill_cases"]:
         rows += [
             ("lines filled in exactly", f"{results['infill_exact_match']:.1%} of {results['infill_cases']}"),
+            ("  prefix before suffix", f"{results['infill_exact_match_psm']:.1%}"),
             ("  untrained model", f"{results['infill_exact_match_untrained']:.1%}"),
         ]
     totals = Counter[str]()

@@ -22,9 +22,12 @@ from smelter.cache import KVCache
 from smelter.checkpoint import Checkpoint, load_checkpoint
 from smelter.cli import parse
 from smelter.errors import CheckpointError, ConfigError, UserError
+from smelter.healing import Healing, take_back
 from smelter.infill import InfillCase, choose_cases, fit_context
 from smelter.model import Model
 from smelter.tokenizer import Tokenizer
+
+FimOrder = Literal["spm", "psm"]
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
+    healing: Healing | None = None,
 ) -> list[Generation]:
     """Continue every prompt (token ids, of any lengths) in one batch; results in the prompts' order.
 
+    `healing` holds what the rows must spell first; it is used up.
     Each row ends at the first of: a stop id, `max_tokens` new tokens, the end of the model's context. Raises
     UserError for an empty prompt, one that leaves no room, or options out of range.
     """
@@ -183,12 +188,15 @@ def generate(
         hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # [B, C]
         for step in range(max(limits)):
             logits = model.logits(hidden)
-            chosen = sample(logits, uniforms[:, step], temperature, top_k, top_p)  # [B]
+            possible = logits if healing is None else healing.restrict(logits, rows)
+            chosen = sample(possible, uniforms[:, step], temperature, top_k, top_p)  # [B]
             chosen_logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
             for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
                 if row in done:
                     continue
-                if token in stops:
+                if healing is not None and healing.is_pending(row):
+                    healing.advance(row, token)
+                elif token in stops:
                     stopped[row] = token
                     done.add(row)
                     continue
@@ -219,15 +227,20 @@ def _uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, budget: int | None = None) -> list[int]:
-    """Token ids that ask for what stands between prefix and suffix, in the order the model was trained on (PSM).
+def fim_prompt(
+    tokenizer: Tokenizer, prefix: str, suffix: str, *, order: FimOrder = "spm", budget: int | None = None
+) -> list[int]:
+    """Token ids that ask for what stands between prefix and suffix, in either order that training shows.
 
-    [fim_prefix] prefix [fim_suffix] suffix [fim_middle]: the model goes on with the middle and ends it with eos.
-    With `budget` (tokens, at least 3) only the context nearest to the gap is kept.
+    spm: [fim_prefix][fim_suffix] suffix [fim_middle] prefix, and the model goes on with the prefix (to be healed).
+    psm: [fim_prefix] prefix [fim_suffix] suffix [fim_middle], and the model goes on with the middle.
+    Either ends with eos. With `budget` (tokens, at least 3) only the context nearest to the gap is kept.
     """
     if budget is None:
-        return tokenizer.fim_prompt(prefix, suffix)
+        return tokenizer.fim_prompt(prefix, suffix, use_spm=order == "spm")
     before, after = fit_context(tokenizer.encode(prefix), tokenizer.encode(suffix), budget - 3)
+    if order == "spm":
+        return [tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, *after, tokenizer.fim_middle_id, *before]
     return [tokenizer.fim_prefix_id, *before, tokenizer.fim_suffix_id, *after, tokenizer.fim_middle_id]
 
 
@@ -247,29 +260,34 @@ def complete_text(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    order: FimOrder = "spm",
 ) -> Completion:
     """Continue `prompt`, or fill in between `prompt` and `suffix` where a suffix (even "") is given.
 
-    A context longer than the model's is cut to what is nearest to the place of writing.
+    A context longer than the model's is cut to what is nearest to the place of writing. The cursor may stand
+    inside a word (see `healing`).
     """
     budget = _prompt_budget(model.config.max_seq_len, max_tokens)
     if suffix is None:
-        whole = tokenizer.encode(prompt) or [tokenizer.eos_id]  # nothing: as at the beginning of a document
-        ids = whole[-budget:]
+        whole = tokenizer.encode(prompt)
+        used = whole[-budget:]
     else:
-        whole = fim_prompt(tokenizer, prompt, suffix)
-        ids = fim_prompt(tokenizer, prompt, suffix, budget=budget) if len(whole) > budget else whole
+        whole = fim_prompt(tokenizer, prompt, suffix, order=order)
+        used = fim_prompt(tokenizer, prompt, suffix, order=order, budget=budget) if len(whole) > budget else whole
+    ids, pending = take_back(tokenizer, used)
     (result,) = generate(
         model,
-        [ids],
+        [ids or [tokenizer.eos_id]],  # nothing: as at the beginning of a document
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
         stop_ids=[tokenizer.eos_id],
+        healing=Healing(tokenizer, [pending]),
     )
-    return Completion(tokenizer.decode(result.ids), result.finish, len(ids), len(whole) - len(ids))
+    text = tokenizer.decode_bytes(result.ids)[len(pending) :].decode("utf-8", "replace")
+    return Completion(text, result.finish, len(used), len(whole) - len(used))
 
 
 def infill_lines(
@@ -277,6 +295,7 @@ def infill_lines(
     tokenizer: Tokenizer,
     cases: Sequence[InfillCase],
     *,
+    order: FimOrder = "spm",
     max_tokens: int = 64,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -293,12 +312,20 @@ def infill_lines(
     lines: list[str] = []
     for start in range(0, len(cases), batch_size):
         batch = cases[start : start + batch_size]
-        prompts = [fim_prompt(tokenizer, case.prefix, case.suffix, budget=budget) for case in batch]
-        results = generate(model, prompts, max_tokens=max_tokens, stop_ids=[tokenizer.eos_id, *line_breaks])
-        for result in results:
+        prompts = [fim_prompt(tokenizer, case.prefix, case.suffix, order=order, budget=budget) for case in batch]
+        healed = [take_back(tokenizer, prompt) for prompt in prompts]
+        results = generate(
+            model,
+            [ids for ids, _ in healed],
+            max_tokens=max_tokens,
+            stop_ids=[tokenizer.eos_id, *line_breaks],
+            healing=Healing(tokenizer, [pending for _, pending in healed]),
+        )
+        for result, (_, pending) in zip(results, healed, strict=True):
             # The token that ends the line may hold its last characters too, as in ")\n".
             ids = result.ids + ([] if result.stop_id in (None, tokenizer.eos_id) else [result.stop_id])
-            lines.append(tokenizer.decode([i for i in ids if i is not None]).split("\n")[0])
+            written = tokenizer.decode_bytes([i for i in ids if i is not None])[len(pending) :]
+            lines.append(written.decode("utf-8", "replace").split("\n")[0])
         if progress is not None:
             progress(len(lines))
     return lines
@@ -344,6 +371,8 @@ class CompleteOptions:
     """Text before the gap to fill in."""
     suffix: str | None = None
     """Text after the gap to fill in."""
+    fim_order: FimOrder = "spm"
+    """Order of a fill-in prompt: suffix-prefix-middle, or prefix-suffix-middle as llama.cpp has it."""
     max_tokens: int = 64
     """Most tokens to write."""
     temperature: float = 0.0
@@ -375,6 +404,7 @@ def main(argv: list[str]) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        order=options.fim_order,
     )
     if completion.num_dropped:
         print(

@@ -342,7 +342,11 @@ def gather(run_dir: Path) -> Row:
         "xz": figure("xz_bpb"),
         "gzip": figure("gzip_bpb"),
     }
-    infill = {"trained": figure("infill_exact_match"), "untrained": figure("infill_exact_match_untrained")}
+    infill = {
+        "trained": figure("infill_exact_match"),
+        "trained, prefix first": figure("infill_exact_match_psm"),
+        "untrained": figure("infill_exact_match_untrained"),
+    }
     share, cases = infill["trained"], results.get("infill_cases")
     export = run_dir / "export"
     charts = make_charts(rows)

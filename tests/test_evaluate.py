@@ -251,6 +251,7 @@ def test_command_writes_everything_promised(tmp_path: Path, shards: Path, capsys
     assert results["infill_cases"] == len(results["samples"]) == 6
     assert 0 <= results["infill_exact_match"] <= 1
     assert 0 <= results["infill_exact_match_untrained"] <= 1
+    assert 0 <= results["infill_exact_match_psm"] <= 1
     assert results["trits"] == trit_counts(model)
     for row in results["samples"]:
         assert any(row["prefix"] + row["expected"] + row["suffix"] in text for text in PIECES[:4])

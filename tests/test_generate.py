@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -188,16 +189,27 @@ def test_no_prompts_give_no_texts() -> None:
 
 def test_fim_prompt_is_the_tokenizers() -> None:
     tokens = tiny.tokenizer()
-    whole = fim_prompt(tokens, "def f(", "):\n    pass")
-    assert whole == tokens.fim_prompt("def f(", "):\n    pass")
-    assert fim_prompt(tokens, "def f(", "):\n    pass", budget=len(whole)) == whole
-    cut = fim_prompt(tokens, tiny.CODE[:2_000], tiny.CODE[2_000:], budget=40)
-    assert len(cut) == 40
-    middle = cut.index(tokens.fim_suffix_id)
-    assert cut[0] == tokens.fim_prefix_id
-    assert cut[-1] == tokens.fim_middle_id
-    assert tiny.CODE[:2_000].endswith(tokens.decode(cut[1:middle]))
-    assert tiny.CODE[2_000:].startswith(tokens.decode(cut[middle + 1 : -1]))
+    psm = fim_prompt(tokens, "def f(", "):\n    pass", order="psm")
+    assert psm == tokens.fim_prompt("def f(", "):\n    pass")
+    assert fim_prompt(tokens, "def f(", "):\n    pass", order="psm", budget=len(psm)) == psm
+    spm = fim_prompt(tokens, "def f(", "):\n    pass")
+    assert spm == tokens.fim_prompt("def f(", "):\n    pass", use_spm=True)
+    assert fim_prompt(tokens, "def f(", "):\n    pass", budget=len(spm)) == spm
+
+
+def test_fim_prompt_cuts_what_is_furthest_from_the_gap() -> None:
+    tokens = tiny.tokenizer()
+    before, after = tiny.CODE[:2_000], tiny.CODE[2_000:]
+    psm = fim_prompt(tokens, before, after, order="psm", budget=40)
+    middle = psm.index(tokens.fim_suffix_id)
+    assert (len(psm), psm[0], psm[-1]) == (40, tokens.fim_prefix_id, tokens.fim_middle_id)
+    assert before.endswith(tokens.decode(psm[1:middle]))
+    assert after.startswith(tokens.decode(psm[middle + 1 : -1]))
+    spm = fim_prompt(tokens, before, after, budget=40)
+    middle = spm.index(tokens.fim_middle_id)
+    assert (len(spm), spm[:2]) == (40, [tokens.fim_prefix_id, tokens.fim_suffix_id])
+    assert after.startswith(tokens.decode(spm[2:middle]))
+    assert before.endswith(tokens.decode(spm[middle + 1 :]))
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(-2, 80))
@@ -247,7 +259,7 @@ def test_infill_stops_at_the_end_of_the_line(monkeypatch: pytest.MonkeyPatch) ->
     tokens = tiny.tokenizer()
     written = {"a": "x = 1)", "b": "y = 2\nz = 3", "c": ""}
 
-    def fake(_: Model, prompts: list[list[int]], *, max_tokens: int, stop_ids: list[int]) -> list[module.Generation]:
+    def fake(_: Model, prompts: list[list[int]], *, stop_ids: list[int], **options: Any) -> list[module.Generation]:
         results = []
         for prompt in prompts:
             ids = [*tokens.encode(written[tokens.decode(prompt)]), tokens.eos_id]
@@ -258,7 +270,8 @@ def test_infill_stops_at_the_end_of_the_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "generate", fake)
     cases = [InfillCase(0, name, "", "") for name in "abc"]
     done: list[int] = []
-    assert infill_lines(tiny.model(), tokens, cases, batch_size=2, progress=done.append) == ["x = 1)", "y = 2", ""]
+    lines = infill_lines(tiny.model(), tokens, cases, order="psm", batch_size=2, progress=done.append)
+    assert lines == ["x = 1)", "y = 2", ""]
     assert done == [2, 3]
 
 
@@ -266,7 +279,7 @@ def test_a_token_that_ends_the_line_gives_its_characters_first(monkeypatch: pyte
     tokens = tiny.tokenizer()
     mixed = next(i for i in range(tokens.vocab_size) if tokens.decode_bytes([i]) == b":\n")
 
-    def fake(_: Model, prompts: list[list[int]], *, max_tokens: int, stop_ids: list[int]) -> list[module.Generation]:
+    def fake(_: Model, prompts: list[list[int]], *, stop_ids: list[int], **options: Any) -> list[module.Generation]:
         assert mixed in stop_ids
         return [module.Generation(tokens.encode("else"), [0.0] * 4, "stop", mixed) for _ in prompts]
 
@@ -370,11 +383,12 @@ def test_a_long_context_is_cut_and_says_so(
 
 def test_a_long_prompt_keeps_its_end() -> None:
     model, tokens = tiny.model(), tiny.tokenizer()
-    ids = tokens.encode(tiny.CODE[:3_000])
-    result = complete_text(model, tokens, tiny.CODE[:3_000], max_tokens=16)
+    text = tiny.CODE[: tiny.CODE.index("\n", 3_000) + 1]
+    ids = tokens.encode(text)
+    result = complete_text(model, tokens, text, max_tokens=16)
     assert result.text == tokens.decode(generate(model, [ids[-80:]], max_tokens=16, stop_ids=[tokens.eos_id])[0].ids)
     assert (result.num_prompt_tokens, result.num_dropped) == (80, len(ids) - 80)
-    more = complete_text(model, tokens, tiny.CODE[:3_000], max_tokens=10_000)
+    more = complete_text(model, tokens, text, max_tokens=10_000)
     assert more.num_prompt_tokens == 48, "half of the context at least is the prompt's"
 
 

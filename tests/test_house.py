@@ -47,7 +47,8 @@ SMELTER = {
     "schedule": BASE,
     "hardware": f"{BASE} distributed",
     "plan": BASE,
-    "generate": f"{BASE} tokenizer bitnet model cache infill checkpoint",
+    "healing": f"{BASE} tokenizer",
+    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill loss muon shards data checkpoint metrics "
@@ -70,6 +71,7 @@ FOUNDRY = {
     "cli": "errors",
     "record": "errors",
     "corpus": "errors cli record",
+    "teacher": "errors",
     "__main__": "errors",
 }
 
