@@ -30,10 +30,10 @@ test: lint ## style, types and all tests but those that need outside programs
 check: lint ## style, types and the quick tests, in about a minute
 	$(PYTEST) -m "not slow and not real" -n $(JOBS) --dist worksteal
 
-test-real: setup ## the tests with outside programs (a browser), and the quickstart
+test-real: setup ## the quickstart, then the tests with outside programs (a browser) and of what it left
 	@scripts/install_chromium.sh
-	$(PYTEST) -m real
 	$(MAKE) quickstart
+	$(PYTEST) -m real
 
 test-gpu: setup ## the tests that need a CUDA device; fails where there is none
 	SMELTER_REQUIRE_GPU=1 $(PYTEST) -m gpu
