@@ -1,0 +1,280 @@
+"""One teacher behind its limits: pace, concurrency, retries, circuit breaker, price.
+
+Requests and tokens a minute are spaced out evenly. After "too many requests" everybody waits as long as the teacher
+asks, and fewer calls are in flight until it answers again (additive increase, multiplicative decrease, as in TCP).
+After failures in a row a circuit breaker lets one call through at a time, at growing distances; waiting for it costs no
+retry, so an outage of a minute costs no question. A teacher that has answered nothing for `give_up_seconds`, or that
+refuses the key, is given up for this run: every further question would only repeat the failure.
+
+All of this decides when a question is asked, never which one or of whom.
+"""
+
+import asyncio
+import contextlib
+import math
+import random
+import time
+from collections import deque
+from typing import Protocol
+
+from foundry.settings import TeacherSettings
+from foundry.teacher import (
+    Answer,
+    AnswerTimeoutError,
+    GarbledAnswerError,
+    Question,
+    RateLimitedError,
+    RefusedKeyError,
+    RejectedQuestionError,
+    Teacher,
+    TeacherError,
+    UnavailableError,
+)
+
+BREAKER_FAILURES = 5
+"""Failures in a row that open the circuit breaker."""
+MAX_UNUSABLE = 20
+"""A teacher of whose first answers so many are unusable and none is usable has another fault than the questions."""
+MAX_PAUSE = 30.0
+"""Longest back-off in seconds; a teacher's own `retry-after` may be longer."""
+TEMPLATE_TOKENS = 256
+"""Allowance for what an endpoint adds to a prompt (chat template, tool preamble)."""
+
+_FREE = (RateLimitedError, RefusedKeyError, RejectedQuestionError)
+
+
+class StoppedError(Exception):
+    """The run is being stopped: no new call is made."""
+
+
+class GivenUpError(TeacherError):
+    """This teacher is not asked any more in this run."""
+
+    cause = "teacher given up"
+
+
+class Account(Protocol):
+    """The books of one question's calls. Every `reserve` that returns is followed by one of the others."""
+
+    async def reserve(self, usd: float) -> None:
+        """Before each call: its worst case. Raises where the cap has no room."""
+        ...
+
+    def answered(self, answer: Answer, usd: float) -> None:
+        """The call was answered, at that cost."""
+        ...
+
+    def unanswered(self, *, is_free: bool) -> None:
+        """The call was not answered; `is_free` if it was certainly not billed."""
+        ...
+
+
+class Pace:
+    """So many a minute, evenly spaced, so that no minute holds more."""
+
+    def __init__(self, per_minute: float) -> None:
+        self._seconds_each = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+
+    def take(self, amount: float) -> float:
+        """Seconds to wait before using `amount`."""
+        now = time.monotonic()
+        start = max(now, self._next)
+        self._next = start + amount * self._seconds_each
+        return start - now
+
+    def correct(self, amount: float) -> None:
+        """So much more was used than was taken (less, if negative)."""
+        self._next += amount * self._seconds_each
+
+
+class Member:
+    """A teacher with its settings, behind its limits."""
+
+    def __init__(self, teacher: Teacher, settings: TeacherSettings) -> None:
+        self.teacher = teacher
+        self.settings = settings
+        self.name = teacher.name
+        self.given_up = ""
+        """Why this teacher is not asked any more; empty while it is."""
+        self.trouble = ""
+        """The latest failure while nothing is answered, for the progress line; else empty."""
+        self.num_calls = 0
+        self.in_flight = 0
+        self._stop = asyncio.Event()
+        self._requests = Pace(settings.requests_per_minute)
+        self._tokens = Pace(settings.tokens_per_minute)
+        self._mean_output = min(512.0, settings.max_tokens)
+        self._limit = float(settings.concurrency)
+        self._closed_until = 0.0
+        self._num_limited = 0  # pauses in a row for too many requests
+        self._num_failures = 0  # in a row: down, or no answer in time
+        self._failing_since = 0.0
+        self._num_answered = 0
+        self._num_unusable = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    def stop(self) -> None:
+        """No new call; whoever waits for one gets a StoppedError."""
+        self._stop.set()
+        self._wake(len(self._waiters))
+
+    def cost(self, answer: Answer, question: Question) -> float:
+        """US dollars of an answer: as the backend says, else from price and usage, else the worst case."""
+        if answer.cost is not None:
+            return answer.cost
+        settings, usage = self.settings, answer.usage
+        if not settings.has_price:
+            return 0.0
+        if "input" not in usage or "output" not in usage:
+            return self.worst_cost(question)
+        cached = min(usage.get("cache_read", 0), usage["input"])
+        price_cached = settings.price_input if settings.price_cache_read is None else settings.price_cache_read
+        dollars = (usage["input"] - cached) * settings.price_input + cached * price_cached
+        return (dollars + usage["output"] * settings.price_output) / 1e6
+
+    def worst_cost(self, question: Question) -> float:
+        """Most that one call can cost in US dollars: a token has at least one byte, and the answer is limited."""
+        num_bytes = len(question.prompt.encode()) + len(question.system.encode()) + TEMPLATE_TOKENS
+        return (num_bytes * self.settings.price_input + question.max_tokens * self.settings.price_output) / 1e6
+
+    async def ask(self, question: Question, account: Account) -> Answer:
+        """The answer, after as many tries as it takes and is allowed. Raises TeacherError or StoppedError."""
+        worst, failures = self.worst_cost(question), 0
+        while True:
+            await self._enter(question)
+            try:
+                await account.reserve(worst)
+                try:
+                    self.num_calls += 1
+                    answer = _checked(await self.teacher.ask(question), self.name)
+                except BaseException as error:
+                    # What timed out, broke off or was unreadable may have been billed.
+                    account.unanswered(is_free=isinstance(error, _FREE))
+                    raise
+                account.answered(answer, self.cost(answer, question))
+                self._succeeded(question, answer)
+                return answer
+            except TeacherError as error:
+                pause = self._failed(error, failures)
+                failures += not isinstance(error, RateLimitedError)
+                if not error.is_worth_retrying or failures > self.settings.retries:
+                    raise
+            finally:
+                self.in_flight -= 1
+                self._wake()
+            await self._sleep(pause)
+
+    async def _enter(self, question: Question) -> None:
+        """Wait for a free place, the breaker and the pace; then one more call is in flight."""
+        while True:
+            if self._stop.is_set():
+                raise StoppedError
+            if self.given_up:
+                raise GivenUpError(f"{self.name}: {self.given_up}")
+            if self.in_flight >= self._places():
+                waiter = asyncio.get_running_loop().create_future()
+                self._waiters.append(waiter)
+                try:
+                    await waiter
+                except asyncio.CancelledError:
+                    self._wake()  # whoever is next
+                    raise
+            elif (pause := self._closed_until - time.monotonic()) > 0:
+                await self._sleep(pause)
+            else:
+                break
+        self.in_flight += 1
+        tokens = (len(question.prompt) + len(question.system)) / 4 + self._mean_output
+        if pause := max(self._requests.take(1), self._tokens.take(tokens)):
+            try:
+                await self._sleep(pause)
+            except BaseException:
+                self.in_flight -= 1
+                self._wake()
+                raise
+
+    def _places(self) -> int:
+        """Calls that may be in flight now: one at a time while the breaker is open."""
+        return 1 if self._num_failures >= BREAKER_FAILURES else int(self._limit)
+
+    def _wake(self, number: int = 0) -> None:
+        """Let waiters look again, as many as there are free places."""
+        for _ in range(min(len(self._waiters), max(number, self._places() - self.in_flight))):
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait; a StoppedError ends it early."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), seconds)
+        if self._stop.is_set():
+            raise StoppedError
+
+    def _succeeded(self, question: Question, answer: Answer) -> None:
+        self._num_answered += 1
+        self._num_failures = self._num_limited = 0
+        self._failing_since = 0.0
+        self.trouble = ""
+        self._limit = min(float(self.settings.concurrency), self._limit + 1 / self._limit)
+        output = answer.usage.get("output", len(answer.text) / 4)
+        guess = (len(question.prompt) + len(question.system)) / 4 + self._mean_output
+        self._tokens.correct(answer.usage.get("input", guess - self._mean_output) + output - guess)
+        self._mean_output += (output - self._mean_output) / 16
+
+    def _failed(self, error: TeacherError, failures: int) -> float:
+        """Draw the conclusions for all calls; returns how many seconds this one waits before it is asked again."""
+        now = time.monotonic()
+        self.trouble = str(error)
+        self._failing_since = self._failing_since or now
+        wait = error.retry_after
+        if isinstance(error, RateLimitedError):
+            if now >= self._closed_until:  # the first since the last pause
+                self._limit = max(1.0, self._limit / 2)
+                self._num_limited += 1
+            self._close(now, _backoff(self._num_limited) if wait is None else wait)
+        elif isinstance(error, (UnavailableError, AnswerTimeoutError)):
+            self._num_failures += 1
+            if self._num_failures >= BREAKER_FAILURES:
+                self._close(now, _backoff(self._num_failures - BREAKER_FAILURES))
+            if wait is not None:
+                self._close(now, wait)
+        else:
+            self._num_unusable += 1
+        if isinstance(error, RefusedKeyError):
+            self._give_up(str(error))
+        elif self._num_unusable >= MAX_UNUSABLE and not self._num_answered:
+            self._give_up(f"{self._num_unusable} answers, none usable, the last: {error}")
+        elif max(now, self._closed_until) - self._failing_since > self.settings.give_up_seconds and self._is_shut():
+            self._give_up(f"no answer for {self.settings.give_up_seconds:g} s (give_up_seconds): {error}")
+        return 0.0 if isinstance(error, RateLimitedError) else _backoff(failures)
+
+    def _is_shut(self) -> bool:
+        return self._num_failures >= BREAKER_FAILURES or self._num_limited > 0
+
+    def _close(self, now: float, seconds: float) -> None:
+        self._closed_until = max(self._closed_until, now + seconds)
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = self.given_up or reason
+        self._wake(len(self._waiters))
+
+
+def _backoff(failures: int) -> float:
+    """0.5, 1, 2, 4 ... seconds, at most MAX_PAUSE; less by up to half, so that not all come back at once."""
+    return min(MAX_PAUSE, 0.5 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
+
+
+def _checked(answer: Answer, name: str) -> Answer:
+    """An answer that can be written down."""
+    try:
+        f"{answer.text}{answer.reasoning}{answer.finish}".encode()
+    except UnicodeEncodeError:
+        raise GarbledAnswerError(f"{name}: half a surrogate pair in the answer: not text") from None
+    if not answer.text.strip():
+        raise GarbledAnswerError(f"{name}: an empty answer")
+    if answer.cost is not None and not (math.isfinite(answer.cost) and answer.cost >= 0):
+        raise GarbledAnswerError(f"{name}: a cost of {answer.cost}")
+    return answer
