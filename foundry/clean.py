@@ -8,7 +8,10 @@ is removed, and the record falls when none is left. What no check could judge is
 
 import itertools
 import json
+import math
 import os
+import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,12 +26,23 @@ from foundry.cli import parse
 from foundry.decontaminate import Benchmarks
 from foundry.dedup import NearDuplicates, exact_key, signatures
 from foundry.errors import FoundryError
-from foundry.filter import code_blocks, parse_error, repetition, secret, unfinished, wrong_length
+from foundry.filter import (
+    code_blocks,
+    has_parser,
+    is_session,
+    parse_error,
+    repetition,
+    secret,
+    unfinished,
+    wrong_length,
+)
 from foundry.record import Record, Response, read_records, write_records
-from smelter.sandbox import Limits, run_python
+from smelter.sandbox import Limits, SandboxError, run_python
 
 _BATCH = 128
 """Records in memory at a time."""
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+"""Where an object lies in memory; it differs from run to run, and the rejects must not."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +96,11 @@ class Options:
                 raise FoundryError(f"--{name.replace('_', '-')} {value}: must be between 0 and 1")
         if not 0 <= self.min_chars <= self.max_chars:
             raise FoundryError(f"--min-chars {self.min_chars}: must be 0 or more and at most --max-chars")
-        if self.run_seconds <= 0 or self.run_memory_mb <= 0:
+        if not (math.isfinite(self.run_seconds) and self.run_seconds > 0 and self.run_memory_mb > 0):
             raise FoundryError("--run-seconds and --run-memory-mb must be positive")
         for terms in self.teacher_terms:
-            if "=" not in terms:
+            teacher, equals, _ = terms.partition("=")
+            if not (teacher and equals):
                 raise FoundryError(f"--teacher-terms {terms}: must be TEACHER=TERMS")
 
 
@@ -112,7 +127,9 @@ class Summary:
     licenses: Counter[str] = field(default_factory=Counter)
     """Kept records by licence."""
     unjudged: Counter[str] = field(default_factory=Counter)
-    """Kept, though a check had no means to judge."""
+    """Kept records that a check had no means to judge."""
+    benchmarks: Counter[str] = field(default_factory=Counter)
+    """Tasks of the benchmarks, and those too short to be found."""
 
     def table(self) -> str:
         """The counts as lines of text; every record that was read is in one of them."""
@@ -123,10 +140,14 @@ class Summary:
             answers = f"{self.answers[reason]:9,}" if self.answers[reason] else ""
             lines.append(f"{'  ' + reason:28} {self.records[reason]:9,} {answers:>9}".rstrip())
         lines.append(f"{'kept':28} {self.num_kept:9,}")
-        for name, counts in (("language", self.languages), ("licence", self.licenses), ("kept", self.unjudged)):
+        for name in ("languages", "licenses", "unjudged", "benchmarks"):
+            counts = getattr(self, name)
             if counts:
                 parts = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-                lines.append(f"{name}: " + ", ".join(f"{key or 'not given'} {count:,}" for key, count in parts))
+                lines.append(
+                    f"{name.replace('unjudged', 'not judged')}: "
+                    + ", ".join(f"{key or 'not given'} {count:,}" for key, count in parts)
+                )
         return "\n".join(lines)
 
 
@@ -138,6 +159,10 @@ class Cleaner:
         self.summary = Summary()
         self._rejects = rejects
         self._benchmarks = Benchmarks(options.benchmarks)
+        if options.benchmarks:
+            self.summary.benchmarks["tasks"] = self._benchmarks.num_tasks
+        if self._benchmarks.num_short:
+            self.summary.benchmarks["too short to be found"] = self._benchmarks.num_short
         self._exact: dict[bytes, str] = {}
         self._ids: set[str] = set()
         self._near = NearDuplicates(options.near_duplicates) if options.near_duplicates else None
@@ -164,7 +189,7 @@ class Cleaner:
             if duplicate is None and self._near and (found := self._near.add(record.id, row)):
                 duplicate = Drop("near duplicate", f"{found[1]:.0%} like {found[0]}")
             if not self._drop(record, duplicate):
-                self._count(record)
+                self._keep(record)
                 yield self._with_terms(record)
 
     def _by_itself(self, record: Record) -> Record | None:
@@ -193,12 +218,7 @@ class Cleaner:
         if drop := self._secret(text):
             return drop
         for language, code in blocks if options.parse else ():
-            if code.lstrip().startswith(">>>"):  # a session, not a program
-                continue
-            error = parse_error(code, language)
-            if error is None:
-                self.summary.unjudged[f"not parsed: no grammar for {language or 'unknown'}"] += 1
-            elif error:
+            if not is_session(code) and (error := parse_error(code, language)):
                 return Drop("does not parse", error)
         return None
 
@@ -225,15 +245,19 @@ class Cleaner:
             return None
         code, tests = program
         if not code:
-            return Drop("fails", "no code to test") if tests else None
+            return Drop("fails", "no code to test")
         seconds = self.options.run_seconds
         limits = Limits(
             wall_seconds=seconds, cpu_seconds=max(1, round(seconds)), memory_bytes=self.options.run_memory_mb * 2**20
         )
-        result = run_python(f"{code}\n\n{tests}", limits=limits)
+        try:
+            result = run_python(f"{code}\n\n{tests}", limits=limits)
+        except SandboxError as error:
+            raise FoundryError(f"--run: {error} (does --run-memory-mb {self.options.run_memory_mb} fit?)") from None
         if result.reason == "ok":
             return None
-        detail = result.stderr.strip().rpartition("\n")[2][:200] or f"exit code {result.returncode}"
+        last_line = _ADDRESS.sub("0x...", result.stderr.strip().rpartition("\n")[2])[:200]
+        detail = last_line or f"exit code {result.returncode}"
         if result.reason != "error":
             return Drop("fails", f"limit met: {result.reason}")
         return Drop("needs a package" if detail.startswith("ModuleNotFoundError") else "fails", detail)
@@ -260,14 +284,10 @@ class Cleaner:
     def _exact_duplicate(self, record: Record) -> Drop | None:
         if not self.options.exact_duplicates:
             return None
-        key = exact_key(_whole(record))
         if record.id in self._ids:
-            return Drop("exact duplicate", f"of {record.id}")
-        if earlier := self._exact.get(key):
-            return Drop("exact duplicate", f"of {earlier}")
-        self._exact[key] = record.id
-        self._ids.add(record.id)
-        return None
+            return Drop("exact duplicate", f"of {record.id}, by its id")
+        earlier = self._exact.get(exact_key(_whole(record)))
+        return Drop("exact duplicate", f"of {earlier}") if earlier else None
 
     def _drop(self, record: Record, drop: Drop | None) -> bool:
         if drop is None:
@@ -280,16 +300,39 @@ class Cleaner:
         line = {"reason": drop.reason, "detail": drop.detail, "record": json.loads(record.to_json())}
         self._rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _count(self, record: Record) -> None:
+    def _keep(self, record: Record) -> None:
+        """Count a record, and remember it for those that follow."""
         self.summary.num_kept += 1
         self.summary.languages[record.language] += 1
         self.summary.licenses[record.license] += 1
+        self.summary.unjudged.update(self._unjudged(record))
+        if self.options.exact_duplicates:
+            self._exact[exact_key(_whole(record))] = record.id
+            self._ids.add(record.id)
+
+    def _unjudged(self, record: Record) -> set[str]:
+        """What no check could say of a record, each once."""
+        blocks = [(record.language, record.text)] if record.text else []
+        for answer in record.responses:
+            blocks += code_blocks(answer.text, record.language)
+        found = set()
+        if self.options.parse:
+            languages = {language for language, code in blocks if not is_session(code)}
+            found = {f"{name or 'unknown'} not parsed" for name in languages if not has_parser(name)}
+        is_asked = record.kind == "instruct" or "tests" in record.meta
+        if self.options.run and is_asked and not any(_programs(record)):
+            found.add("no Python to run")
+        return found
 
     def _with_terms(self, record: Record) -> Record:
         terms = {
             answer.teacher: self._terms[answer.teacher] for answer in record.responses if answer.teacher in self._terms
         }
-        return replace(record, meta=record.meta | {"teacher_terms": terms}) if terms else record
+        if not terms:
+            return record
+        earlier = record.meta.get("teacher_terms")
+        terms = (earlier if isinstance(earlier, dict) else {}) | terms
+        return replace(record, meta=record.meta | {"teacher_terms": terms})
 
 
 def _whole(record: Record) -> str:
@@ -310,32 +353,53 @@ def _programs(record: Record) -> list[tuple[str, str] | None]:
         return []
     if record.kind == "text":
         return [(record.text, tests)] if tests else []
-    return [
-        ("\n".join(code for name, code in code_blocks(answer.text, record.language) if name == "python"), tests)
-        for answer in record.responses
-    ]
+    programs: list[tuple[str, str] | None] = []
+    for answer in record.responses:
+        blocks = code_blocks(answer.text, record.language)
+        code = "\n".join(code for name, code in blocks if name == "python" and not is_session(code))
+        programs.append((code, tests) if code or tests else None)
+    return programs
+
+
+def _output(path: Path) -> Path:
+    """The file behind a path and its links, which may be replaced. Raises FoundryError if it may not."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise FoundryError(f"{path}: exists and is not a regular file: choose another output file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write(options: Options, files: list[Path], out: Path, rejects: Path) -> Summary:
+    """Clean the files. Both outputs are complete on disk before either takes its name, so they belong together."""
+    new_out, new_rejects = (path.with_name(f".{path.name}.{os.getpid()}.new") for path in (out, rejects))
+    try:
+        with open(new_rejects, "w", encoding="utf-8", newline="\n") as rejected:
+            cleaner = Cleaner(options, rejected)
+            write_records(new_out, cleaner.clean(itertools.chain.from_iterable(map(read_records, files))))
+            rejected.flush()
+            os.fsync(rejected.fileno())
+        os.replace(new_rejects, rejects)
+        os.replace(new_out, out)
+    finally:
+        new_rejects.unlink(missing_ok=True)
+        new_out.unlink(missing_ok=True)
+    return cleaner.summary
 
 
 def main(argv: list[str]) -> int:
     """`foundry clean`: write what is kept and what is not, and print how many for which reason."""
     options = parse(Options, argv, "foundry clean")
-    rejects = options.rejects or options.out.with_name(f"{options.out.stem}.rejects.jsonl")
-    outputs = {Path(os.path.realpath(path)) for path in (options.out, rejects)}
-    if len(outputs) < 2:
+    out = _output(options.out)
+    rejects = _output(options.rejects or options.out.with_name(f"{options.out.stem}.rejects.jsonl"))
+    if out == rejects:
         raise FoundryError(f"--rejects {rejects}: is the same file as --out: name another")
-    files = [path for path in options.files if Path(os.path.realpath(path)) not in outputs]
+    files = [path for path in options.files if Path(os.path.realpath(path)) not in (out, rejects)]
+    if not files:
+        raise FoundryError(f"{options.files[0]}: is to be read and written: choose another --out")
     for path in options.files:
         if path not in files:
             print(f"left out {path}: it is written by this command", file=sys.stderr)
-    rejects.parent.mkdir(parents=True, exist_ok=True)
-    temporary = rejects.with_name(f".{rejects.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as rejected:
-            cleaner = Cleaner(options, rejected)
-            write_records(options.out, cleaner.clean(itertools.chain.from_iterable(map(read_records, files))))
-        os.replace(temporary, rejects)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(cleaner.summary.table())
-    print(f"wrote {options.out} and {rejects}")
+    print(_write(options, files, out, rejects).table())
+    print(f"wrote {out} and {rejects}")
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 from foundry.builtin_seeds import pick, shuffled
 from foundry.corpus import Options, Summary, corpus_records, find_trees
 from foundry.errors import FoundryError, nearest
-from foundry.mining import MIN_DOCSTRING, Function, Source, functions
+from foundry.mining import FENCE, MIN_DOCSTRING, Function, Source, functions
 from foundry.record import read_records
 from foundry.usage import UsageIndex
 
@@ -51,7 +51,7 @@ def code_prompts(corpus: Sequence[str], kinds: Sequence[str], seed: int) -> Iter
             raise FoundryError(f"[seeds]: kinds = {kind!r}: unknown: {nearest(kind, KINDS)}")
     wanted = [kind for kind in KINDS if kind in kinds or not kinds]
     sources = [source for name in dict.fromkeys(corpus) for source in read_sources(name)]
-    cache: dict[str, list[Function]] = {}
+    cache: dict[Source, list[Function]] = {}
     usage = UsageIndex(sources)
     makers: dict[str, Callable[[random.Random], Iterator[CodePrompt]]] = {
         "oss_instruct": lambda rng: _oss_instruct(sources, rng),
@@ -85,14 +85,14 @@ def read_sources(name: str) -> list[Source]:
     return sorted(sources, key=lambda source: source.name)
 
 
-def _rounds(sources: Sequence[Source], cache: dict[str, list[Function]], rng: random.Random) -> Iterator[Function]:
+def _rounds(sources: Sequence[Source], cache: dict[Source, list[Function]], rng: random.Random) -> Iterator[Function]:
     """Functions of files that are no tests: one of each file, then the next of each, files in random order."""
     files = shuffled([source for source in sources if not source.is_test], rng)
     orders: list[list[Function]] = []
     for source in files:
-        if source.name not in cache:
-            cache[source.name] = functions(source)
-        order = shuffled(cache[source.name], rng)
+        if source not in cache:
+            cache[source] = functions(source)
+        order = shuffled(cache[source], rng)
         if order:
             orders.append(order)
             yield order[0]
@@ -145,6 +145,8 @@ def _oss_instruct(sources: Sequence[Source], rng: random.Random) -> Iterator[Cod
             first = pick(starts[: -SNIPPET_LINES[0] + 1], rng)
             low, high = SNIPPET_LINES
             snippet = "\n".join(lines[first : first + low + int(rng.random() * (high - low + 1))]).rstrip()
+            if FENCE in snippet:
+                continue
             material = {"task": "oss_instruct", "file": source.name, "line": first + 1, "snippet": snippet}
             prompt = f"{pick(forms, rng)}\n\n{_fenced(snippet)}\n\n{pick(ends, rng)}"
             yield CodePrompt("oss_instruct", prompt, source.name, source.license, material)

@@ -30,33 +30,42 @@ _WORDS = re.compile(r"[a-z0-9]+")
 class Benchmarks:
     """The tasks of benchmark files: JSONL such as HumanEval's and MBPP's, any string of a line counts.
 
+    `num_tasks` counts them, and `num_short` those of fewer than 13 words, which nothing can find.
     Raises FoundryError, naming file and line, for a line that is no JSON object with a string in it.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._ngrams: dict[bytes, str] = {}
         self._functions: dict[bytes, str] = {}
+        self.num_tasks = self.num_short = 0
         for path in paths:
-            with open(path, encoding="utf-8") as file:
+            num_findable = 0
+            with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        self._add(f"{path.name}:{number}", _task(f"{path}:{number}", line))
+                        is_findable = self._add(f"{path.name}:{number}", _task(f"{path}:{number}", line))
+                        num_findable += is_findable
+                        self.num_tasks += 1
+                        self.num_short += not is_findable
+            if not num_findable:
+                raise FoundryError(f"{path}: no task of {NGRAM} words or more: name a benchmark's JSONL file")
 
     def __len__(self) -> int:
         return len(self._ngrams) + len(self._functions)
 
-    def _add(self, name: str, task: dict[str, Any]) -> None:
+    def _add(self, name: str, task: dict[str, Any]) -> bool:
+        """Take in a task; whether anything in it can be found."""
         strings = list(_strings(task))
-        for text in strings:
-            for ngram in ngrams(text):
-                self._ngrams.setdefault(ngram, name)
         # A solution may be the rest of a function that the prompt begins.
-        prompt = task.get("prompt")
-        rest = task.get("canonical_solution")
+        prompt, rest = task.get("prompt"), task.get("canonical_solution")
         whole = [prompt + rest] if isinstance(prompt, str) and isinstance(rest, str) else []
-        for code in [*strings, *whole]:
-            for function in function_keys(code):
-                self._functions.setdefault(function, name)
+        found = [key for text in strings for key in ngrams(text)]
+        functions = [key for code in [*strings, *whole] for key in function_keys(code)]
+        for key in found:
+            self._ngrams.setdefault(key, name)
+        for key in functions:
+            self._functions.setdefault(key, name)
+        return bool(found or functions)
 
     def find(self, text: str, code: str) -> str:
         """The task that a text or its code holds, and how it was found; "" if none."""
@@ -92,7 +101,10 @@ def function_keys(code: str) -> Iterator[bytes]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
             names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            key = f"{names}{[ast.dump(statement) for statement in body]}"
+            try:
+                key = f"{names}{[ast.dump(statement) for statement in body]}"
+            except RecursionError:  # dumps need more of the stack than parsing: a sum of hundreds of terms
+                continue
             if len(key) >= MIN_FUNCTION:
                 yield hashlib.blake2b(key.encode(), digest_size=8).digest()
 
@@ -108,11 +120,11 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _task(where: str, line: str) -> dict[str, Any]:
+def _task(where: str, line: bytes) -> dict[str, Any]:
     try:
-        task = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FoundryError(f"{where}: not JSON: {error.msg}: name a benchmark's JSONL file") from None
+        task = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8: a compressed file
+        raise FoundryError(f"{where}: not JSON: {error}: name a benchmark's JSONL file") from None
     if not isinstance(task, dict) or not any(_strings(task)):
         raise FoundryError(f"{where}: no JSON object with a text in it: name a benchmark's JSONL file")
     return task

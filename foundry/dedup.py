@@ -26,6 +26,7 @@ _SEED = 42
 _RECALL = 0.99
 """Share of the pairs at the threshold that the bands must find."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+_INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 _TOKENS = re.compile(r"\w+|[^\w\s]")
 
 Array = np.ndarray[Any, Any]
@@ -61,10 +62,10 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[Array, Array]:
     stops = np.where(
         is_word[begins], no_word[np.minimum(np.searchsorted(no_word, begins), len(no_word) - 1)], begins + 1
     )
-    powers = np.cumprod(np.full(len(data) + 1, _BASE, dtype=np.uint64))
-    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[:-1])))
-    # Times the highest power less the token's place: the same token hashes alike wherever it stands.
-    tokens = _mixed((sums[stops] - sums[begins]) * powers[len(data) - begins])
+    powers = np.cumprod(np.full(len(data), _BASE, dtype=np.uint64))
+    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers)))
+    # Divided by the power of the token's place: the same token hashes alike wherever it stands, in any batch.
+    tokens = _mixed((sums[stops] - sums[begins]) * np.cumprod(np.full(len(data), _INVERSE, dtype=np.uint64))[begins])
     hashes = np.zeros(max(0, len(tokens) - SHINGLE + 1), dtype=np.uint64)
     for place in range(SHINGLE):
         hashes = hashes * _BASE + tokens[place : place + len(hashes)]

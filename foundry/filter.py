@@ -68,6 +68,8 @@ _GRAMMARS = {
     "typescript": "typescript",
 }
 """Language -> name of its grammar's package, tree_sitter_NAME."""
+_CUT_OFF = ("content_filter", "length", "max_tokens")
+"""How providers call it when an answer is not whole."""
 _MAX_BROKEN = 0.05
 """Share of a file that tree-sitter may fail to understand: C's macros are beyond any grammar."""
 _MIN_LOOK = 400
@@ -94,20 +96,32 @@ _KEY_BODY = re.compile(r"PRIVATE KEY(?: BLOCK)?-----[\s\\nr\"'+]*[A-Za-z0-9+/=]{
 def code_blocks(answer: str, language: str = "") -> list[tuple[str, str]]:
     """(language, code) of the fenced blocks of an answer that are in `language`, or in any if that is empty.
 
-    A block without a tag is taken to be in `language`. An answer without fences has none.
+    Blocks without a tag are taken to be in `language` if no block is tagged with it: beside one that is, they hold
+    what a program prints. An answer without fences has none.
     """
     found = []
     for match in _FENCE.finditer(answer):
         tag = match[2].lower()
-        block_language = _NAMES.get(tag, tag) or language
-        if not language or block_language == language:
-            found.append((block_language, textwrap.dedent(match[3])))
-    return found
+        found.append((_NAMES.get(tag, tag), textwrap.dedent(match[3])))
+    if not language:
+        return found
+    tagged = [block for block in found if block[0] == language]
+    return tagged or [(language, code) for tag, code in found if not tag]
+
+
+def is_session(code: str) -> bool:
+    """Whether it is what an interpreter shows, which is no program."""
+    return code.lstrip().startswith(">>>")
+
+
+def has_parser(language: str) -> bool:
+    """Whether `parse_error` can judge a language."""
+    return language == "python" or _parser(language) is not None
 
 
 def unfinished(response: Response) -> str:
     """Whether the teacher was cut off: it says so, or a block of code is open at the end."""
-    if response.finish in ("length", "max_tokens"):
+    if response.finish.lower() in _CUT_OFF:
         return f"finish = {response.finish}"
     return "a block of code is open at its end" if len(_FENCE_LINE.findall(response.text)) % 2 else ""
 

@@ -5,7 +5,8 @@ do not run out in practice. The same settings and files give the same seeds in t
 begins with those of a smaller one, so a run can be made longer without asking anything twice.
 
 The user's own prompts: a text file holds one prompt a line (blank lines are skipped). A prompt of several lines goes
-into a JSONL file: {"prompt": ...} with "system", "language", "id", "source" and "license" where wanted.
+into a JSONL file: {"prompt": ...} with "system", "language", "id", "source" and "license" where wanted. The files are
+read through once before the first seed is given, so a bad line is found before any answer is paid for.
 """
 
 import json
@@ -55,7 +56,12 @@ def iterate(settings: SeedSettings) -> Iterator[Seed]:
     Raises FoundryError for a file that cannot be used, naming file and line, and where there is nothing to ask.
     """
     streams = [_builtin(settings.seed)] if settings.builtin else []
-    streams += [read_seeds(name) for name in dict.fromkeys(settings.files)]
+    files = list(dict.fromkeys(settings.files))
+    given: dict[str, str] = {}
+    for name in files:
+        for _ in read_seeds(name, given):
+            pass
+    streams += [read_seeds(name) for name in files]
     if settings.corpus:
         prompts = code_prompts(settings.corpus, settings.kinds, settings.seed)
         streams.append(_in_turn([_from_code(stream) for stream in prompts]))
@@ -102,10 +108,13 @@ def _from_code(prompts: Iterator[CodePrompt]) -> Iterator[Seed]:
         )
 
 
-def read_seeds(path: Path | str) -> Iterator[Seed]:
-    """A user's prompts: JSONL if the name ends in .jsonl, else a prompt a line. Raises FoundryError with file:line."""
+def read_seeds(path: Path | str, ids: dict[str, str] | None = None) -> Iterator[Seed]:
+    """A user's prompts: JSONL if the name ends in .jsonl, else a prompt a line. Raises FoundryError with file:line.
+
+    `ids` (id -> file:line) is added to; give the same to several files that must not share an id.
+    """
     path = Path(path)
-    ids: dict[str, int] = {}
+    ids = {} if ids is None else ids
     if not path.is_file():
         raise FoundryError(f"{path}: no such file: check files in [seeds]")
     with open(path, "rb") as file:
@@ -115,7 +124,7 @@ def read_seeds(path: Path | str) -> Iterator[Seed]:
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 raise FoundryError(f"{where}: not UTF-8 at byte {error.start}: convert the file with iconv") from None
-            if path.suffix != ".jsonl":
+            if path.suffix.lower() != ".jsonl":
                 if line:
                     yield Seed(prompt=line, source=f"{path.name}:{number}", license="unknown", kind="user")
                 continue
@@ -123,8 +132,8 @@ def read_seeds(path: Path | str) -> Iterator[Seed]:
             given = values.pop("id", "")
             if given:
                 if given in ids:
-                    raise FoundryError(f'{where}: "id" {given!r} is that of line {ids[given]}: give each its own')
-                ids[given] = number
+                    raise FoundryError(f'{where}: "id" {given!r} is that of {ids[given]}: give each its own')
+                ids[given] = where
             defaults: dict[str, Any] = {"source": f"{path.name}:{number}", "license": "unknown", "kind": "user"}
             yield Seed(id=content_id("user", given) if given else "", **(defaults | values))
 
@@ -133,7 +142,7 @@ def _checked(line: str, where: str) -> dict[str, str]:
     """The object of one line of JSONL. Raises FoundryError."""
     try:
         values = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only malformed: an integer may have too many digits
         raise FoundryError(
             f'{where}: not JSON ({error}): each line must be an object such as {{"prompt": ...}}'
         ) from None

@@ -34,7 +34,8 @@ class SeedSettings:
     corpus: tuple[str, ...] = ()
     """Code for code-seeded prompts: JSONL files of records, or "stdlib"."""
     kinds: tuple[str, ...] = ()
-    """Kinds of code-seeded prompts: oss_instruct, docstring_to_body, body_to_docstring, body_to_tests. Empty: all."""
+    """Kinds of code-seeded prompts: oss_instruct, docstring_to_body, body_to_docstring, body_to_tests, body_to_calls.
+    Empty: all."""
     count: int = 1_000
     """Number of seeds."""
     seed: int = 0

@@ -8,6 +8,7 @@ report.
 
 import json
 import math
+import os
 import webbrowser
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -158,20 +159,25 @@ class Stats:
         for name, counts in groups.items():
             for i, (key, count) in enumerate(rarest_joined(counts).items()):
                 share = count / counts.total()
-                lines.append(f"{'' if i else name:9} {count:>10,} {share:>6.1%}  {key}")
+                lines.append(f"{'' if i else name:9} {count:>10,} {share:>6.1%}  {printable(key)}")
         for name, counts_of in self.lengths.items():
             middle = median_bin(counts_of)
             lines.append(f"{name:9} {counts_of.total():>10,}         half have at least {2**middle:,} characters")
         if self.teachers:
-            width = max(map(len, [*self.teachers, "teacher"]))
+            width = max(len(printable(name)) for name in [*self.teachers, "teacher"])
             lines.append(f"\n{'teacher':{width}} {'answers':>9} {'kept':>7} {'mean chars':>11} {'cost $':>10}  finish")
             for name, teacher in sorted(self.teachers.items()):
-                finish = ", ".join(f"{count:,} {word}" for word, count in teacher.finish.most_common())
+                finish = ", ".join(f"{count:,} {printable(word)}" for word, count in teacher.finish.most_common())
                 lines.append(
-                    f"{name:{width}} {teacher.num_answers:>9,} {teacher.kept_share:>7.1%}"
+                    f"{printable(name):{width}} {teacher.num_answers:>9,} {teacher.kept_share:>7.1%}"
                     f" {teacher.mean_characters:>11,.0f} {teacher.cost:>10,.4f}  {finish}"
                 )
         return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Text from outside for the terminal: no line ends, and no codes that would move its cursor."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def origin(source: str) -> str:
@@ -210,7 +216,7 @@ def read_rejects(path: Path) -> Iterator[tuple[Record | None, str]]:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line.decode())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise FoundryError(f"{path}:{number}: not JSON ({error}): give the rejects of foundry clean") from None
             if not isinstance(values, dict) or not isinstance(values.get("reason"), str):
                 raise FoundryError(f'{path}:{number}: no "reason": give the rejects of foundry clean')
@@ -224,7 +230,10 @@ def read_rejects(path: Path) -> Iterator[tuple[Record | None, str]]:
 
 
 def gather(options: Options) -> Stats:
-    """Count everything. Raises FoundryError for a damaged line and where there is no record."""
+    """Count everything. Raises FoundryError for a damaged line and where there is no record.
+
+    A record that is kept but has lost one of its answers stands in both files and counts as kept and as dropped.
+    """
     stats = Stats()
     for path in options.records:
         for record in read_records(path):
@@ -318,7 +327,9 @@ def main(argv: list[str]) -> int:
     print(stats.table())
     if options.html:
         options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(render(stats, [str(path) for path in options.records]), encoding="utf-8")
+        # A file's name need not be UTF-8; the page is.
+        names = [os.fsencode(path).decode(errors="replace") for path in options.records]
+        options.html.write_text(render(stats, names), encoding="utf-8")
         print(f"wrote {options.html} ({options.html.stat().st_size / 1024:,.0f} KiB)")
         if options.open:
             webbrowser.open(options.html.resolve().as_uri())

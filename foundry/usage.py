@@ -4,7 +4,7 @@ Whether a call means this function or another of the same name is decided by the
 that cannot be told (methods, star imports) the call is left out: fewer, but right. Test methods are copied as they
 stand; only the frame around them (the imports, class line and helpers that they use) is put together from their file.
 
-A first look at all names that are followed by a parenthesis says which files to parse at all; each is parsed once.
+A first look at all names that are followed by a parenthesis, and at import lines, says which files to parse at all.
 """
 
 import ast
@@ -15,7 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from foundry.mining import Function, FunctionNode, Source, class_line, first_line, import_bindings, parse, split_lines
+from foundry.mining import (
+    FENCE,
+    Function,
+    FunctionNode,
+    Source,
+    class_line,
+    first_line,
+    import_bindings,
+    parse,
+    parses,
+    split_lines,
+)
 
 MAX_CALLS = 5
 MAX_CALL_LINES = 8
@@ -28,6 +39,7 @@ MAX_FILES = 40
 FIXTURES = ("setUpClass", "tearDownClass", "setUp", "tearDown", "asyncSetUp", "asyncTearDown")
 
 _CALLED = re.compile(r"\b([A-Za-z_]\w*)\(")
+_IMPORTED = re.compile(r"\b(?:from|import)[ \t]+([\w., \t]+)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,16 @@ class _Site:
     last: int
     tests: tuple[str, ...]
     """Class and name of the test function around it."""
+    columns: tuple[int, int] | None
+    """Where the call begins and ends (UTF-8 bytes) if only it is meant, and not the whole compound statement."""
+
+    def cut(self, lines: list[str]) -> str:
+        """The code at this place."""
+        found = lines[self.first - 1 : self.last]
+        if self.columns:
+            found[-1] = found[-1].encode()[: self.columns[1]].decode()
+            found[0] = found[0].encode()[self.columns[0] :].decode()
+        return textwrap.dedent("".join(found)).rstrip("\n")
 
 
 @dataclass
@@ -58,6 +80,7 @@ class UsageIndex:
     _by_name: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     _packages: dict[str, str] = field(default_factory=dict)
     _sites: dict[int, list[_Site]] = field(default_factory=dict)
+    _imported: dict[int, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for number, source in enumerate(self.sources):
@@ -76,8 +99,9 @@ class UsageIndex:
             lines = split_lines(source.text)
             for site in self._sites_of(number):
                 if self._means(site, source, function) and site.last - site.first < MAX_CALL_LINES:
-                    code = textwrap.dedent("".join(lines[site.first - 1 : site.last])).rstrip("\n")
-                    if parse(code) is not None:
+                    code = site.cut(lines)
+                    # Under another name (`import ... as`) it would not show whose call it is.
+                    if re.search(rf"\b{function.name}\(", code) and FENCE not in code and parses(code):
                         found.setdefault(code, Call(source.name, site.first, code))
             if len(found) >= MAX_CALLS:
                 break
@@ -104,7 +128,7 @@ class UsageIndex:
             names = PurePosixPath(source.name).with_suffix("").parts
             if source.is_test != tests or (tests and not test_names & set(names)):
                 continue
-            if source is function.source or any(part in source.text for part in parts):
+            if source is function.source or not self._words_imported_by(number).isdisjoint(parts):
                 found.append(number)
         # A function's own module calls it without saying why; test files come in order of how near they are.
         found.sort(key=lambda n: (self.sources[n].name == function.source.name, n))
@@ -126,6 +150,13 @@ class UsageIndex:
             and re.search(rf"^def {function.name}\b", package, re.MULTILINE) is None
         )
 
+    def _words_imported_by(self, number: int) -> set[str]:
+        """Words of import lines, a few too many; the first part of a module that is imported is always among them."""
+        if number not in self._imported:
+            lines = _IMPORTED.findall(self.sources[number].text)
+            self._imported[number] = set(re.findall(r"\w+", " ".join(lines)))
+        return self._imported[number]
+
     def _sites_of(self, number: int) -> list[_Site]:
         if number not in self._sites:
             tree = parse(self.sources[number].text)
@@ -134,52 +165,68 @@ class UsageIndex:
 
 
 def _find_sites(tree: ast.Module) -> Iterator[_Site]:
-    """Every call of a name that the file imports or defines."""
+    """Every call of a name that the file imports or defines, in order."""
     origins: dict[str, tuple[str, str]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                name = alias.name if alias.asname else alias.name.partition(".")[0]
-                origins[alias.asname or name] = (name, "")
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                origins[alias.asname or alias.name] = (node.module, alias.name)
+    calls: list[tuple[ast.Call, ast.stmt, tuple[str, ...]]] = []
+    # A stack of our own: code may be nested more deeply than Python calls, and this is half of the whole work.
+    stack: list[tuple[ast.AST, ast.stmt | None, tuple[str, ...], str]] = [(tree, None, (), "")]
+    while stack:
+        node, statement, test, owner = stack.pop()
+        if isinstance(node, ast.stmt):
+            if isinstance(node, ast.ClassDef):
+                owner = node.name
+            elif isinstance(node, FunctionNode) and node.name.startswith("test") and not test:
+                test = (owner, node.name)
+            else:
+                _add_origins(node, origins)
+            statement = node
+        elif isinstance(node, ast.Call) and statement is not None:
+            calls.append((node, statement, test))
+        children: list[ast.AST] = []
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if isinstance(value, list):
+                children += [item for item in value if isinstance(item, ast.AST) and item._fields]
+            elif isinstance(value, ast.AST) and value._fields:  # `Load()` and operators have none
+                children.append(value)
+        stack += [(child, statement, test, owner) for child in reversed(children)]
     defined = {node.name for node in tree.body if isinstance(node, FunctionNode)}
+    for call, statement, test in calls:
+        found = _origin(call.func, origins, defined)
+        if found:
+            is_compound = hasattr(statement, "body")
+            place = call if is_compound else statement
+            last = place.end_lineno or place.lineno
+            columns = (call.col_offset, call.end_col_offset or 0) if is_compound else None
+            yield _Site(*found, place.lineno, last, test, columns)
 
-    def origin(function: ast.expr) -> tuple[str, str] | None:
-        if isinstance(function, ast.Name):
-            module, name = origins.get(function.id, ("", ""))
-            if name:
-                return module, name
-            return ("", function.id) if function.id in defined else None
-        if isinstance(function, ast.Attribute):
-            path = ast.unparse(function.value) if isinstance(function.value, ast.Name | ast.Attribute) else ""
-            first, _, rest = path.partition(".")
-            if first in origins:
-                module, name = origins[first]
-                return ".".join(filter(None, (module, name, rest))), function.attr
-        return None
 
-    def visit(node: ast.AST, statement: ast.stmt | None, test: tuple[str, ...], owner: str) -> Iterator[_Site]:
-        for child in ast.iter_child_nodes(node):
-            inner_test, inner_owner, inner = test, owner, statement
-            if isinstance(child, ast.ClassDef):
-                inner_owner = child.name
-            elif isinstance(child, FunctionNode) and child.name.startswith("test") and not test:
-                inner_test = (owner, child.name)
-            if isinstance(child, ast.stmt):
-                inner = child
-            if isinstance(child, ast.Call) and statement is not None:
-                found = origin(child.func)
-                if found:
-                    whole = not hasattr(statement, "body")  # of a compound statement, the call's own lines
-                    first, last = (
-                        (statement.lineno, statement.end_lineno) if whole else (child.lineno, child.end_lineno)
-                    )
-                    yield _Site(*found, first, last or first, test)
-            yield from visit(child, inner, inner_test, inner_owner)
+def _add_origins(node: ast.stmt, origins: dict[str, tuple[str, str]]) -> None:
+    """Name -> module, and name in it, of an absolute import."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            name = alias.name if alias.asname else alias.name.partition(".")[0]
+            origins[alias.asname or name] = (name, "")
+    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        for alias in node.names:
+            origins[alias.asname or alias.name] = (node.module, alias.name)
 
-    yield from visit(tree, None, (), "")
+
+def _origin(function: ast.expr, origins: Mapping[str, tuple[str, str]], defined: set[str]) -> tuple[str, str] | None:
+    """Module and name of what is called, as far as the imports tell."""
+    if isinstance(function, ast.Name):
+        module, name = origins.get(function.id, ("", ""))
+        if name:
+            return module, name
+        return ("", function.id) if function.id in defined else None
+    rest: list[str] = []
+    part = function
+    while isinstance(part, ast.Attribute):
+        rest.append(part.attr)
+        part = part.value
+    if rest and isinstance(part, ast.Name) and part.id in origins:
+        return ".".join(filter(None, (*origins[part.id], *rest[:0:-1]))), rest[0]
+    return None
 
 
 def _assemble(source: Source, wanted: Sequence[tuple[str, ...]]) -> str:
@@ -221,7 +268,8 @@ def _assemble(source: Source, wanted: Sequence[tuple[str, ...]]) -> str:
     else:
         parts += map(cut, chosen)
     code = "\n\n\n".join(part for part in parts if part) + "\n"
-    return code if code.count("\n") <= 2 * MAX_TEST_LINES and parse(code) is not None else ""
+    is_fit = code.count("\n") <= 2 * MAX_TEST_LINES and FENCE not in code
+    return code if is_fit and parses(code) else ""
 
 
 def _top_level(tree: ast.Module) -> dict[str, ast.stmt]:

@@ -10,7 +10,7 @@ second for all of them together; processes by RLIMIT_NPROC and the same look; ou
 reading. RLIMIT_NPROC counts per user and never stops root, so root's programs run under a user id that nothing else
 has. Memory that belongs to no process (memfd, socket buffers) is bounded only by open files times file size.
 
-Trade-off: a new interpreter for each program (about 10 ms) instead of a fork server. Nothing can leak from one
+Trade-off: a new interpreter for each program (about 20 ms) instead of a fork server. Nothing can leak from one
 program to the next, and there is no server to attack. The standard library is there, installed packages are not.
 Calls block and release the GIL: use as many threads as there are cores.
 """

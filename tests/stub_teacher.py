@@ -85,9 +85,10 @@ class StubTeacher:
 
     async def _serve(self, *, say: bool = False) -> None:
         self._stop = asyncio.Event()
-        runner = web.ServerRunner(web.Server(self._handle, access_log=None), handler_cancellation=True)
+        server = web.Server(self._handle, access_log=None)
+        runner = web.ServerRunner(server, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1_024, shutdown_timeout=0.1)
+        site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1_024)
         await site.start()
         self.port = runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -95,7 +96,13 @@ class StubTeacher:
             print(self.port, flush=True)
         self._ready.set()
         await self._stop.wait()
-        await runner.cleanup()
+        await site.stop()
+        # Calls that hang would hold the clean-up for ever.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others or {asyncio.create_task(asyncio.sleep(0))}, timeout=5)
+        await asyncio.wait_for(runner.cleanup(), 5)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != "/v1/chat/completions":

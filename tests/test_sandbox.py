@@ -56,7 +56,12 @@ def test_programs_end_as_they_would(
         ("x = bytearray(2 * 2**30)", LIMITS, "memory"),
         ("import sys\nfor _ in range(2**14): sys.stdout.write('x' * 2**16)", LIMITS, "output"),
         ("import sys\nwhile True: sys.stderr.write('x' * 2**16)", LIMITS, "output"),
-        ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", LIMITS, "processes"),
+        pytest.param(
+            "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
+            LIMITS,
+            "processes",
+            marks=pytest.mark.slow,
+        ),
         (
             "import os, time\nfor _ in range(5):\n  if not os.fork():\n    x = bytearray(200 * 2**20)\n"
             "    time.sleep(1000)\ntime.sleep(1000)",
@@ -84,6 +89,7 @@ def processes_with(mark: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_detached_child_does_not_survive(use_bubblewrap: bool, ends: bool) -> None:

@@ -1,0 +1,87 @@
+"""foundry.toml: what is wrong is said in one line, with the place and the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from foundry.errors import FoundryError
+from foundry.settings import load_settings
+
+TEACHER = """
+[[teacher]]
+name = "a/b"
+model = "b"
+base_url = "http://127.0.0.1:1/v1"
+"""
+
+
+def load(tmp_path: Path, text: str) -> str:
+    """The error's message."""
+    path = tmp_path / "foundry.toml"
+    path.write_text(text)
+    with pytest.raises(FoundryError) as caught:
+        load_settings(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message.removeprefix(str(path))
+
+
+def test_a_small_file_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "foundry.toml"
+    path.write_text(TEACHER + "temperature = 1\nomit = ['temperature']\nextra = { effort = 'low' }\n")
+    settings = load_settings(path)
+    (teacher,) = settings.teachers
+    assert (teacher.name, teacher.temperature, teacher.omit) == ("a/b", 1.0, ("temperature",))
+    assert type(teacher.temperature) is float
+    assert teacher.extra == {"effort": "low"}
+    assert teacher.key() == ""
+    assert settings.generate.strategy == "round_robin"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TEACHER + "temprature = 1\n", "[[teacher]] a/b: unknown key 'temprature': did you mean 'temperature'?"),
+        ("[generate]\nin_fligt = 1\n" + TEACHER, "[generate]: unknown key 'in_fligt': did you mean 'in_flight'?"),
+        ("[seed]\n" + TEACHER, "unknown table 'seed': did you mean 'seeds'?"),
+        (TEACHER.replace("[[teacher]]", "[teacher]"), "[teacher] must be written [[teacher]]"),
+        ("", "no [[teacher]]: name at least one"),
+        (TEACHER + TEACHER, "two teachers are named 'a/b'"),
+        ("[[teacher]]\nmodel = 'b'\n", "[[teacher]] number 1: name is missing"),
+        (TEACHER.replace('model = "b"', ""), "a/b: model is missing"),
+        (TEACHER.replace("http://", ""), "base_url = '127.0.0.1:1/v1': must be a URL"),
+        (TEACHER + "max_tokens = 1.5\n", "max_tokens = 1.5: must be a whole number"),
+        (TEACHER + "max_tokens = true\n", "max_tokens = True: must be a whole number"),
+        (TEACHER + "temperature = nan\n", "temperature = nan: must be a finite number"),
+        (TEACHER + "temperature = 3\n", "temperature = 3.0: must lie between 0 and 2"),
+        (TEACHER + "concurrency = 0\n", "concurrency = 0: must be at least 1"),
+        (TEACHER + "omit = 'seed'\n", "omit = 'seed': must be a list"),
+        (TEACHER + "price_output = 10\n", "[generate]: max_cost is not set, but a/b costs money"),
+        ("[generate]\nstrategy = 'best'\n" + TEACHER, "strategy = 'best': must be one of 'all', 'round_robin'"),
+        ("[generate]\nstrategy = 'best_of'\njudge = 'a/c'\n" + TEACHER, "judge = 'a/c': must be \"execution\" or"),
+        ("[generate]\nstrategy = 'best_of'\njudge = 'a/b'\n" + TEACHER, "the judge is the only teacher"),
+        ("[seeds]\nbuiltin = false\n" + TEACHER, "nothing would be asked"),
+        ("generate = 3\n" + TEACHER, "[generate] must be a table"),
+        ("[generate\n", "not valid TOML"),
+    ],
+)
+def test_each_mistake_has_its_line(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in load(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FoundryError, match=r"nowhere\.toml: cannot read the settings"):
+        load_settings(tmp_path / "nowhere.toml")
+
+
+def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "foundry.toml"
+    path.write_text(TEACHER + 'key_env = "SOME_TEACHER_KEY"\n')
+    (teacher,) = load_settings(path).teachers
+    monkeypatch.delenv("SOME_TEACHER_KEY", raising=False)
+    with pytest.raises(FoundryError, match='teacher a/b: key_env = "SOME_TEACHER_KEY" is not set'):
+        teacher.key()
+    monkeypatch.setenv("SOME_TEACHER_KEY", "s3cret")
+    assert teacher.key() == "s3cret"
+    assert "s3cret" not in repr(teacher)
