@@ -152,8 +152,11 @@ class Member:
                     # What timed out, broke off or was unreadable may have been billed.
                     account.unanswered(is_free=isinstance(error, _FREE))
                     raise
-                account.answered(answer, self.cost(answer, question))
+                usd = self.cost(answer, question)
+                account.answered(answer, usd)
                 self._succeeded(question, answer)
+                if usd > worst > 0:  # the cap holds only while worst cases do
+                    self._give_up(f"billed ${usd:,.4f} for a call of at most ${worst:,.4f}: raise max_tokens or prices")
                 return answer
             except TeacherError as error:
                 pause = self._failed(error, failures)

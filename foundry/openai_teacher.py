@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint: any vendor, vLLM, llama-server, Smelter's own `serve`.
+"""A teacher behind an OpenAI-compatible endpoint: any vendor, vLLM, llama-server.
 
 One POST to `{base_url}/chat/completions` a question, without streaming, over aiohttp: 0.2 ms of CPU a call where the
 vendors' own clients take ten times that, which is what decides how many hundreds of calls one core keeps in flight.
@@ -85,7 +85,7 @@ class OpenAITeacher:
     async def ask(self, question: Question) -> Answer:
         """The answer. Raises a TeacherError; when cancelled, the connection is closed and the endpoint can stop."""
         if self._session is None:
-            # As many connections as calls in flight: `ensemble` limits those.
+            # As many connections as calls in flight: `limits` limits those.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=self._timeout,

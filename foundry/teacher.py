@@ -2,8 +2,8 @@
 
 Backends (`openai_teacher`, `local_teacher`) do one thing each: put the question to one model and
 turn what comes back into an `Answer`, or into one of the errors below. They know nothing of retries, limits, budgets
-or other teachers: `ensemble` adds those to any of them. Everything that determines an answer is in `Question`, so
-its hash can be the key of the journal.
+or other teachers: `limits` and `ensemble` add those to any of them. Everything that determines an answer is in
+`Question`, so its hash can be the key of the journal.
 """
 
 from collections.abc import Mapping
