@@ -51,7 +51,8 @@ class Books:
 
 
 def ask(script: Sequence[Answer | TeacherError], times: int = 1, **settings: Any) -> tuple[Member, Books, list[Any]]:
-    books, results = Books(), []
+    books = Books()
+    results: list[Any] = []
 
     async def run() -> Member:
         member = Member(Scripted(script), TeacherSettings(name="stub", backend="local", **settings))
