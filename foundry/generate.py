@@ -351,6 +351,19 @@ def make_teacher(settings: TeacherSettings) -> Teacher:
                 omit=settings.omit,
                 extra=settings.extra,
             )
+        case "opencode":
+            from foundry.opencode_teacher import OpenCodeTeacher
+
+            return OpenCodeTeacher(
+                settings.name,
+                model=settings.model,
+                server_url=settings.server_url,
+                password=settings.password(),
+                agent=settings.agent,
+                timeout_seconds=settings.timeout_seconds,
+                extra=settings.extra,
+                omit=settings.omit,
+            )
         case "local":
             from foundry.local_teacher import LocalTeacher
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from foundry.errors import FoundryError, nearest
 
 Strategy = Literal["all", "round_robin", "weighted", "fallback", "cascade", "best_of"]
-Backend = Literal["openai", "local"]
+Backend = Literal["openai", "opencode", "local"]
 
 T = TypeVar("T")
 
@@ -84,11 +84,17 @@ class TeacherSettings:
     name: str
     """As it stands in the records, e.g. "zai/glm-4.7"."""
     backend: Backend = "openai"
-    """openai: any OpenAI-compatible endpoint. local: mines local code, no model."""
+    """openai: any OpenAI-compatible endpoint. opencode: an OpenCode server. local: mines local code, no model."""
     model: str = ""
-    """The endpoint's name of the model."""
+    """The endpoint's name of the model; for opencode "provider/model"."""
     base_url: str = ""
     """Endpoint up to and with the version, e.g. "http://127.0.0.1:8000/v1"."""
+    server_url: str = "http://127.0.0.1:4096"
+    """The OpenCode server (backend = "opencode")."""
+    password_env: str = "OPENCODE_SERVER_PASSWORD"
+    """Environment variable that holds the OpenCode server's password."""
+    agent: str = "foundry"
+    """The OpenCode server's agent."""
     key_env: str = ""
     """Environment variable that holds the key; empty: no key is sent."""
     key_header: str = "Authorization"
@@ -156,6 +162,10 @@ class TeacherSettings:
     def key(self) -> str:
         """The key from the environment, or "" where none is needed. Raises FoundryError where it is not set."""
         return _from_environment(self.name, "key_env", self.key_env)
+
+    def password(self) -> str:
+        """The OpenCode server's password from the environment. Raises FoundryError where it is not set."""
+        return _from_environment(self.name, "password_env", self.password_env)
 
 
 @dataclass(frozen=True, kw_only=True)

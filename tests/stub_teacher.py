@@ -69,14 +69,14 @@ class StubTeacher:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._ready.wait()
+        assert self._ready.wait(30), "the stub teacher did not start"
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self._thread.join(30)
         self._loop.close()
 
     def run(self) -> None:
@@ -85,8 +85,8 @@ class StubTeacher:
 
     async def _serve(self, *, say: bool = False) -> None:
         self._stop = asyncio.Event()
-        server = web.Server(self._handle, access_log=None)
-        runner = web.ServerRunner(server, handler_cancellation=True, shutdown_timeout=0.1)
+        server = web.Server(self._handle, access_log=None, handler_cancellation=True)
+        runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1_024)
         await site.start()
