@@ -125,6 +125,10 @@ elif ! find_program; then
 fi
 
 printf '%s\n' "$config" >"$server/opencode.json"
+# For plugins it installs a package of types, which ours does not use, and until that is done (or its registry has not
+# answered for a minute) no session begins. It leaves that alone where it looks installed.
+mkdir -p "$server/config/opencode/node_modules"
+echo '{"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}' >"$server/config/opencode/package-lock.json"
 : >"$server/log"
 (
     # The server sees nothing of our environment but what it needs.
@@ -142,8 +146,6 @@ printf '%s\n' "$config" >"$server/opencode.json"
     for what in MODELS_FETCH AUTOUPDATE LSP_DOWNLOAD DEFAULT_PLUGINS CLAUDE_CODE EXTERNAL_SKILLS SHARE; do
         export "OPENCODE_DISABLE_$what=1"
     done
-    # Where its registry cannot be reached, it would wait a minute for a plugin's dependencies that ours does not have.
-    export npm_config_fetch_retries=0
     cd "$server/work"
     exec setsid "$program" serve --hostname 127.0.0.1 --port "$port" --log-level WARN \
         >>"$server/log" 2>&1 </dev/null
