@@ -30,10 +30,11 @@ test: lint ## style, types and all tests but those that need outside programs
 check: lint ## style, types and the quick tests, in about a minute
 	$(PYTEST) -m "not slow and not real" -n $(JOBS) --dist worksteal
 
-test-real: setup ## the quickstart, then the tests with outside programs (a browser) and of what it left
-	@scripts/install_chromium.sh
+test-real: setup ## the quickstart, then the tests with outside programs (a browser, OpenCode, bubblewrap) and of what it left
+	@scripts/install_test_programs.sh
 	$(MAKE) quickstart
 	$(PYTEST) -m real
+	$(PYTEST) tests/test_sandbox.py
 
 test-gpu: setup ## the tests that need a CUDA device; fails where there is none
 	SMELTER_REQUIRE_GPU=1 $(PYTEST) -m gpu

@@ -50,7 +50,8 @@ class Call:
         asked = json.dumps(
             [dict(vars(question)), settings.extra, settings.omit, settings.logprobs, sample], sort_keys=True
         )
-        key = content_id(seed_id, settings.name, settings.backend, settings.model, asked)
+        agent = [settings.agent] if settings.backend == "opencode" else []
+        key = content_id(seed_id, settings.name, settings.backend, settings.model, asked, *agent)
         return cls(member, question, bytes.fromhex(key))
 
 

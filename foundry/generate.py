@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from foundry.backends import make_teacher
 from foundry.cli import parse
 from foundry.ensemble import Call, Ensemble, Outcome
 from foundry.errors import FoundryError
 from foundry.journal import BudgetReachedError, Journal, JournalError
 from foundry.limits import Member, StoppedError
 from foundry.record import Record, Response, content_id, write_records
-from foundry.settings import Settings, TeacherSettings, load_settings
-from foundry.teacher import Answer, Question, Teacher
+from foundry.settings import Settings, load_settings
+from foundry.teacher import Answer, Question
 
 if TYPE_CHECKING:
     from foundry.seeds import Seed
@@ -331,43 +332,6 @@ async def runs(text: str) -> bool:
     except sandbox.SandboxError as error:
         raise FoundryError(f'judge = "execution": {error}: name a teacher as the judge instead') from None
     return result.reason == "ok"
-
-
-def make_teacher(settings: TeacherSettings) -> Teacher:
-    """The teacher behind its backend. Raises FoundryError where its key is not in the environment."""
-    match settings.backend:
-        case "openai":
-            from foundry.openai_teacher import OpenAITeacher
-
-            return OpenAITeacher(
-                settings.name,
-                model=settings.model,
-                base_url=settings.base_url,
-                key=settings.key(),
-                key_header=settings.key_header,
-                timeout_seconds=settings.timeout_seconds,
-                logprobs=settings.logprobs,
-                max_tokens_key=settings.max_tokens_key,
-                omit=settings.omit,
-                extra=settings.extra,
-            )
-        case "opencode":
-            from foundry.opencode_teacher import OpenCodeTeacher
-
-            return OpenCodeTeacher(
-                settings.name,
-                model=settings.model,
-                server_url=settings.server_url,
-                password=settings.password(),
-                agent=settings.agent,
-                timeout_seconds=settings.timeout_seconds,
-                extra=settings.extra,
-                omit=settings.omit,
-            )
-        case "local":
-            from foundry.local_teacher import LocalTeacher
-
-            return LocalTeacher(settings.name)
 
 
 async def generate(settings: Settings, out: Path) -> int:

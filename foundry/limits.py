@@ -109,6 +109,7 @@ class Member:
         self._closed_until = 0.0
         self._num_limited = 0  # pauses in a row for too many requests
         self._num_failures = 0  # in a row: down, or no answer in time
+        self._num_openings = 0  # of the breaker, in a row
         self._failing_since = 0.0
         self._num_answered = 0
         self._num_unusable = 0
@@ -218,7 +219,7 @@ class Member:
 
     def _succeeded(self, question: Question, answer: Answer) -> None:
         self._num_answered += 1
-        self._num_failures = self._num_limited = 0
+        self._num_failures = self._num_openings = self._num_limited = 0
         self._failing_since = 0.0
         self.trouble = ""
         self._limit = min(float(self.settings.concurrency), self._limit + 1 / self._limit)
@@ -240,8 +241,10 @@ class Member:
             self._close(now, _backoff(self._num_limited) if wait is None else wait)
         elif isinstance(error, (UnavailableError, AnswerTimeoutError)):
             self._num_failures += 1
-            if self._num_failures >= BREAKER_FAILURES:
-                self._close(now, _backoff(self._num_failures - BREAKER_FAILURES))
+            # Calls that were in flight together fail together: that is one outage and not many.
+            if self._num_failures >= BREAKER_FAILURES and now >= self._closed_until:
+                self._close(now, _backoff(self._num_openings))
+                self._num_openings += 1
             if wait is not None:
                 self._close(now, wait)
         else:

@@ -36,6 +36,7 @@ PLUGIN_MARK = "Foundry: the question and nothing else (2)"
 MAX_IN_FLIGHT = 32
 """Requests in flight at one server."""
 _WATCH_SECONDS = 1.0
+_HEALTH_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 _log = logging.getLogger(__name__)
@@ -168,7 +169,8 @@ class OpenCodeClient:
 
     async def health(self) -> str:
         """The server's version."""
-        answer = await self._call("GET", "/global/health")
+        # A request that comes while the server starts may never be answered: it is not worth the whole time-out.
+        answer = await self._call("GET", "/global/health", timeout=min(_HEALTH_SECONDS, self._timeout))
         if not isinstance(answer, dict) or answer.get("healthy") is not True:
             raise UnreadableError(f"{self.server_url}: not healthy, or no OpenCode server: look at its log")
         return str(answer.get("version", ""))
@@ -191,6 +193,7 @@ class OpenCodeClient:
 
     async def check(self, *, agent: str, models: Collection[str]) -> None:
         """Raises SetupError if plugin, agent or a model is not there (to a question it would be a bare HTTP 500)."""
+        await self.health()
         agents = await self.agents()
         if agents.get(PLUGIN_AGENT) != PLUGIN_MARK:
             raise SetupError(

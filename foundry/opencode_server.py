@@ -24,7 +24,6 @@ from foundry.opencode_client import OpenCodeClient, UnreachableError
 from foundry.settings import Settings, TeacherSettings, load_settings
 
 PLUGIN = Path(__file__).parent / "opencode" / "plugin.js"
-_HEALTH_SECONDS = 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _VARIABLE = re.compile(r"\{env:([^}]*)\}")
 
@@ -127,9 +126,7 @@ def _port(teacher: TeacherSettings) -> int:
 async def _check(teachers: Sequence[TeacherSettings], wait: float) -> str:
     loop = asyncio.get_running_loop()
     end = loop.time() + wait
-    url, password = teachers[0].server_url, teachers[0].password()
-    # A request that comes while the server starts may never be answered.
-    async with OpenCodeClient(url, password=password, timeout=_HEALTH_SECONDS) as client:
+    async with OpenCodeClient(teachers[0].server_url, password=teachers[0].password()) as client:
         while True:
             try:
                 version = await client.health()
@@ -138,10 +135,9 @@ async def _check(teachers: Sequence[TeacherSettings], wait: float) -> str:
                 if loop.time() > end:
                     raise
                 await asyncio.sleep(0.1)
-    async with OpenCodeClient(url, password=password) as client:
         for teacher in teachers:
             await client.check(agent=teacher.agent, models=(teacher.model,))
-    return version
+        return version
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -144,6 +144,13 @@ class TeacherSettings:
                 self.base_url.startswith(("http://", "https://")),
                 f'base_url = {self.base_url!r}: must be a URL such as "http://127.0.0.1:8000/v1"',
             )
+        if self.backend == "opencode":
+            provider, slash, model = self.model.partition("/")
+            _require(bool(provider and slash and model), f'model = {self.model!r}: must be "provider/model"')
+            _require(
+                self.server_url.startswith(("http://", "https://")),
+                f'server_url = {self.server_url!r}: must be a URL such as "http://127.0.0.1:4096"',
+            )
         for name in ("max_tokens", "concurrency"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("timeout_seconds", "give_up_seconds", "weight"):

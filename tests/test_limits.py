@@ -114,3 +114,28 @@ def test_a_pace_spaces_evenly_and_takes_corrections(monkeypatch: pytest.MonkeyPa
     pace.correct(2)
     assert pace.take(1) == 5.0
     assert [Pace(0).take(1) for _ in range(3)] == [0.0] * 3
+
+
+def test_calls_that_fail_together_are_one_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 in flight when the teacher goes down: its pauses grow with the attempts after that, not with the 32."""
+    pauses: list[int] = []
+
+    def backoff(failures: int) -> float:
+        pauses.append(failures)
+        return 0.01
+
+    monkeypatch.setattr(limits, "_backoff", backoff)
+
+    class Together(Scripted):
+        async def ask(self, question: Question) -> Answer:
+            await asyncio.sleep(0.005)  # all are in flight before the first fails
+            return await super().ask(question)
+
+    async def run() -> list[Answer]:
+        down: list[Answer | TeacherError] = [UnavailableError("down")] * 34
+        member = Member(Together([*down, GOOD]), TeacherSettings(name="stub", backend="local", retries=9))
+        return await asyncio.gather(*(member.ask(QUESTION, Books()) for _ in range(32)))
+
+    assert [answer.text for answer in asyncio.run(run())] == ["good"] * 32
+    openings = 3  # by the 32, and by each of the two single attempts that followed
+    assert sorted(pauses)[-1] <= openings

@@ -1,26 +1,21 @@
-"""The real OpenCode server, started by scripts/start_server.sh, with a stub teacher of our own behind it.
-
-OPENCODE_BIN names a program that is there already; else the script installs the pinned one (npm), once for all runs.
-"""
+"""The client, the plugin and the teacher against the real OpenCode server, with a stub teacher of our own behind it."""
 
 import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from real_opencode import KEY, PASSWORD, Server, running
 from streaming_stub import StreamingStub
 from stub_teacher import answer_to, usage_of
 
 from foundry.opencode_client import OpenCodeClient, Prompt
-from foundry.opencode_teacher import OnlyReasonedError, OpenCodeTeacher
+from foundry.opencode_teacher import OnlyReasonedError
 from foundry.teacher import (
     AnswerTimeoutError,
     GarbledAnswerError,
@@ -34,57 +29,8 @@ from foundry.teacher import (
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "start_server.sh"
-KEY = "sk-stub-500-key"
-PASSWORD = "correct-horse-battery"
 FAULTS = ["400", "401", "403", "404", "429", "500", "529", "disconnect", "garbage", "hang", "cut", "unfinished"]
 FAULTS += ["length", "only_reasoning", "empty", "reasoning", "bad_event", "filter", "error_200"]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-class Server:
-    """One OpenCode server in a folder of its own."""
-
-    def __init__(self, folder: Path, stub: StreamingStub) -> None:
-        self.port = free_port()
-        self.folder = folder
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = folder / "foundry.toml"
-        self.settings.write_text(
-            "".join(
-                f'[[teacher]]\nname = "{name}"\nbackend = "opencode"\nmodel = "{name}"\nbase_url = "{stub.url}"\n'
-                f'key_env = "{key}"\nserver_url = "{self.url}"\n'
-                for name, key in [("stub/one", "STUB_KEY"), ("wrong/one", "WRONG_KEY")]
-            )
-        )
-        self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FOUNDRY_SERVER_DIR": str(folder),
-            "OPENCODE_SERVER_PASSWORD": PASSWORD,
-            "STUB_KEY": KEY,
-            "WRONG_KEY": "sk-wrong",
-        }
-
-    def script(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        command = [str(SCRIPT), "--config", str(self.settings), *argv]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    @property
-    def pid(self) -> int:
-        return int((self.folder / f"server-{self.port}" / "pid").read_text())
-
-    def teacher(self, model: str = "stub/one", **options: Any) -> OpenCodeTeacher:
-        return OpenCodeTeacher("stub", model=model, server_url=self.url, password=PASSWORD, **options)
-
-    def client(self) -> OpenCodeClient:
-        return OpenCodeClient(self.url, password=PASSWORD)
 
 
 def fault_of(prompt: str, number: int) -> str:
@@ -99,18 +45,8 @@ def stub() -> Iterator[StreamingStub]:
 
 @pytest.fixture(scope="module")
 def server(stub: StreamingStub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("opencode")
-    if "OPENCODE_BIN" not in os.environ:  # installed once, not once for every run
-        programs = Path.home() / ".cache" / "foundry-tests"
-        (version,) = [line[8:] for line in SCRIPT.read_text().splitlines() if line.startswith("version=")]
-        (programs / f"npm-{version}").mkdir(parents=True, exist_ok=True)
-        (folder / f"npm-{version}").symlink_to(programs / f"npm-{version}")
-    one = Server(folder, stub)
-    one.script()
-    try:
+    with running(tmp_path_factory.mktemp("opencode"), stub) as one:
         yield one
-    finally:
-        one.script("--stop")
 
 
 def ask(server: Server, question: Question, **options: Any) -> Any:
