@@ -20,14 +20,28 @@ import contextlib
 import json
 import logging
 import weakref
-from collections.abc import AsyncIterator, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Collection
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from foundry.errors import FoundryError, nearest
+from foundry.opencode_messages import (
+    ModelError,
+    NoAnswerInTimeError,
+    OpenCodeError,
+    PasswordError,
+    Prompt,
+    Reply,
+    ServerError,
+    SetupError,
+    UnreachableError,
+    UnreadableError,
+    read_error,
+    read_reply,
+    short,
+)
 
 PLUGIN_AGENT = "foundry"
 """The agent that our plugin adds: where it is listed, the plugin is at work."""
@@ -41,97 +55,6 @@ _MAX_ANSWER_BYTES = 64 * 2**20
 
 _log = logging.getLogger(__name__)
 _slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = weakref.WeakKeyDictionary()
-
-
-class OpenCodeError(FoundryError):
-    """Something between us and an answer went wrong."""
-
-
-class UnreachableError(OpenCodeError):
-    """No server there, or it went away in the middle of a request."""
-
-
-class PasswordError(OpenCodeError):
-    """The server does not take our password."""
-
-
-class SetupError(OpenCodeError):
-    """The server runs, but not with what we need: plugin, agent or model."""
-
-
-class ServerError(OpenCodeError):
-    """The server refused a request, or failed inside; `status` is its HTTP status."""
-
-    def __init__(self, message: str, *, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class UnreadableError(OpenCodeError):
-    """The server's answer is not what its interface promises."""
-
-
-class NoAnswerInTimeError(OpenCodeError):
-    """The time is over; the session was aborted and deleted."""
-
-
-class ModelError(OpenCodeError):
-    """The model behind the server did not answer (HTTP 200 with `info.error`).
-
-    `name` is OpenCode's word for it; `status` the vendor's HTTP status, 0 where there was no answer at all, None where
-    it is not about HTTP; `retry_after` the seconds that the vendor asks to wait.
-    """
-
-    def __init__(self, message: str, *, name: str, status: int | None, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.name = name
-        self.status = status
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a model said."""
-
-    text: str
-    reasoning: str
-    finish: str
-    """OpenCode's word: "stop", "length", "content-filter", "tool-calls", "unknown"."""
-    usage: Mapping[str, int]
-    """Tokens: input, output, reasoning, cache_read, cache_write."""
-    cost: float
-    """US dollars, by the prices in the server's configuration."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A question and how it is to be answered."""
-
-    text: str
-    model: str
-    """ "provider/model", as in the server's configuration."""
-    agent: str = "foundry"
-    system: str = ""
-    """System prompt; empty: none is sent."""
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """More parts of the request that the vendor gets, e.g. {"seed": 1}."""
-
-    def body(self) -> dict[str, Any]:
-        """The message as the server takes it: settings travel in `system`, where our plugin finds them."""
-        provider, _, model = self.model.partition("/")
-        settings = {"system": self.system, "options": dict(self.options)}
-        settings |= {
-            key: value for key in ("temperature", "top_p", "max_tokens") if (value := getattr(self, key)) is not None
-        }
-        return {
-            "agent": self.agent,
-            "model": {"providerID": provider, "modelID": model},
-            "system": json.dumps({"foundry": settings}, separators=(",", ":")),
-            "parts": [{"type": "text", "text": self.text}],
-        }
 
 
 class OpenCodeClient:
@@ -220,7 +143,7 @@ class OpenCodeClient:
 
     async def send(self, session: str, prompt: Prompt) -> Reply:
         """Put a question and wait for the answer, as long as it takes; only `abort` stops the model."""
-        return _reply(await self._call("POST", f"/session/{session}/message", prompt.body(), timeout=None))
+        return read_reply(await self._call("POST", f"/session/{session}/message", prompt.body(), timeout=None))
 
     async def send_async(self, session: str, prompt: Prompt) -> AsyncIterator[dict[str, Any]]:
         """Put a question and yield the session's events ({"type", "properties"}) until the model is done.
@@ -241,7 +164,7 @@ class OpenCodeClient:
                     continue
                 yield event
                 if event["type"] == "session.error":
-                    raise _model_error(properties.get("error") or {})
+                    raise read_error(properties.get("error") or {})
                 if event["type"] == "session.idle":
                     return
         raise UnreachableError(f"{self.server_url}: the events ended before the answer did")
@@ -336,7 +259,7 @@ class OpenCodeClient:
                 for session, status in (await self.statuses()).items():
                     verdict = self._waiting.get(session)
                     if verdict and not verdict.done() and status.get("type") == "retry":
-                        text = f"the answer broke off: {_short(str(status.get('message', '')))}"
+                        text = f"the answer broke off: {short(str(status.get('message', '')))}"
                         verdict.set_exception(ModelError(text, name="Retry", status=0))
 
     async def _clean(self, session: str, slot: asyncio.Semaphore, *, abort: bool) -> None:
@@ -384,7 +307,7 @@ class OpenCodeClient:
         if status == 401:
             raise PasswordError(f"{self.server_url}: the server does not take the password: check password_env")
         if status >= 400:
-            raise ServerError(f"{where}: HTTP {status}: {_short(data.decode(errors='replace'))}", status=status)
+            raise ServerError(f"{where}: HTTP {status}: {short(data.decode(errors='replace'))}", status=status)
         return _json(data, path) if data else None
 
 
@@ -401,52 +324,4 @@ def _json(data: bytes, path: str) -> Any:
     try:
         return json.loads(data)
     except ValueError:
-        raise UnreadableError(f"{path}: not JSON: {_short(data.decode(errors='replace'))}") from None
-
-
-def _reply(answer: Any) -> Reply:
-    try:
-        info, parts = answer["info"], answer["parts"]
-        if info.get("error"):
-            raise _model_error(info["error"])
-        said = {"text": "", "reasoning": ""}
-        for part in parts:
-            if part["type"] in said and not part.get("ignored"):
-                said[part["type"]] += part["text"]
-        tokens = info.get("tokens") or {}
-        counts = {key: tokens.get(key) for key in ("input", "output", "reasoning")}
-        counts |= {f"cache_{key}": (tokens.get("cache") or {}).get(key) for key in ("read", "write")}
-        return Reply(
-            text=said["text"],
-            reasoning=said["reasoning"],
-            finish=str(info.get("finish") or "unknown"),
-            usage={key: int(count) for key, count in counts.items() if count},
-            cost=float(info.get("cost") or 0),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, OpenCodeError):
-            raise
-        raise UnreadableError(f"the message has another shape ({type(error).__name__}: {error})") from None
-
-
-def _model_error(error: Mapping[str, Any]) -> ModelError:
-    name = str(error.get("name") or "UnknownError")
-    data = error.get("data") or {}
-    headers = data.get("responseHeaders") or {}
-    text, status = str(data.get("message") or ""), data.get("statusCode")
-    if "x-foundry-status" in headers:  # our plugin: what the vendor really said
-        status, text = int(headers["x-foundry-status"]), unquote(headers.get("x-foundry-message", ""))
-    about = name if status is None else f"HTTP {status}" if status else "no connection"
-    return ModelError(f"{about}: {_short(text)}", name=name, status=status, retry_after=_seconds(headers))
-
-
-def _seconds(headers: Mapping[str, str]) -> float | None:
-    """`retry-after` as seconds; a date, which clocks disagree about, is left to the caller's own back-off."""
-    with contextlib.suppress(KeyError, ValueError):
-        return max(0.0, float(headers["retry-after"]))
-    return None
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
+        raise UnreadableError(f"{path}: not JSON: {short(data.decode(errors='replace'))}") from None

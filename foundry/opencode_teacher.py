@@ -11,10 +11,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from foundry.opencode_client import (
+from foundry.opencode_client import OpenCodeClient
+from foundry.opencode_messages import (
     ModelError,
     NoAnswerInTimeError,
-    OpenCodeClient,
     OpenCodeError,
     PasswordError,
     Prompt,

@@ -13,12 +13,10 @@ from aiohttp import web
 
 from foundry import opencode_client
 from foundry.errors import FoundryError
-from foundry.opencode_client import (
-    MAX_IN_FLIGHT,
-    PLUGIN_MARK,
+from foundry.opencode_client import MAX_IN_FLIGHT, PLUGIN_MARK, OpenCodeClient
+from foundry.opencode_messages import (
     ModelError,
     NoAnswerInTimeError,
-    OpenCodeClient,
     PasswordError,
     Prompt,
     ServerError,

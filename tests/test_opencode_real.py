@@ -14,7 +14,8 @@ from real_opencode import KEY, PASSWORD, Server, running
 from streaming_stub import StreamingStub
 from stub_teacher import answer_to, usage_of
 
-from foundry.opencode_client import OpenCodeClient, Prompt
+from foundry.opencode_client import OpenCodeClient
+from foundry.opencode_messages import Prompt
 from foundry.opencode_teacher import OnlyReasonedError
 from foundry.teacher import (
     AnswerTimeoutError,
