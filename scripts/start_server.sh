@@ -96,7 +96,7 @@ export OPENCODE_SERVER_PASSWORD
 mapfile -t variables < <(grep -o '{env:[^}]*}' <<<"$config" | sed 's/^{env://;s/}$//' | sort -u)
 started_with=$({
     echo "$version" "$config"
-    cat "$root/foundry/opencode/plugin.js"
+    cat "$root"/foundry/opencode/*.js
     for name in OPENCODE_SERVER_PASSWORD "${variables[@]}"; do echo "$name=${!name}"; done
 } | sha256sum | cut -d' ' -f1)
 if running && [[ $(cat "$server/started_with" 2>/dev/null) == "$started_with" ]] && ours check --wait 10 >/dev/null; then

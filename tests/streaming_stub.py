@@ -16,6 +16,9 @@ class StreamingStub(StubTeacher):
     """`StubTeacher` that streams. More faults: "cut" (the connection breaks in the stream), "unfinished" (the stream
     ends without a reason), "bad_event" (an event that is no JSON)."""
 
+    pieces = 2
+    """Events that an answer's words come in."""
+
     async def _respond(
         self, request: web.BaseRequest, body: dict[str, Any], prompt: str, fault: str
     ) -> web.StreamResponse:
@@ -42,7 +45,9 @@ class StreamingStub(StubTeacher):
             await response.write(event({"reasoning_content": message["reasoning_content"]}))
         text = message["content"] or ""
         half = len(text) // 2
-        await response.write(event({"content": text[:half]}))
+        for i in range(self.pieces - 1):
+            begin, end = half * i // (self.pieces - 1), half * (i + 1) // (self.pieces - 1)
+            await response.write(event({"content": text[begin:end]}))
         if fault == "cut":
             assert request.transport is not None
             request.transport.close()
@@ -60,4 +65,8 @@ class StreamingStub(StubTeacher):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latency", type=float, default=0.2, help="seconds before an answer")
-    StreamingStub(latency=parser.parse_args().latency).run()
+    parser.add_argument("--pieces", type=int, default=2, help="events that an answer comes in")
+    options = parser.parse_args()
+    stub = StreamingStub(latency=options.latency)
+    stub.pieces = options.pieces
+    stub.run()

@@ -157,6 +157,15 @@ def test_answers_that_are_whole_but_special(server: Server) -> None:
     }
 
 
+def test_an_answer_in_many_events_is_put_together(server: Server, stub: StreamingStub) -> None:
+    stub.pieces = 300
+    try:
+        assert ask(server, Question(prompt="reasoning é")).text == answer_to("reasoning é")
+        assert ask(server, Question(prompt="reasoning")).reasoning == "let me see"
+    finally:
+        stub.pieces = 2
+
+
 def test_cancelling_stops_the_generation(server: Server, stub: StreamingStub) -> None:
     async def body() -> None:
         teacher = server.teacher()

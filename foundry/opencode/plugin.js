@@ -6,6 +6,8 @@
 // message's `system` (foundry/opencode_client.py writes it), and retries are Foundry's affair. Without state: everything
 // is read from the message it belongs to.
 
+import { merged } from "./stream.js";
+
 const AGENT = "foundry";
 const MARK = '{"foundry":';
 const OPTIONS = "x-foundry-options"; // a header between our hook and our fetch; the vendor does not see it
@@ -44,20 +46,24 @@ const asking = (secrets) => async (input, init) => {
     isStreamed = request.stream === true;
     if (options) body = JSON.stringify({ ...request, ...JSON.parse(decodeURIComponent(options)) });
   }
-  let response;
+  let response, text;
   try {
     response = await fetch(input, { ...init, headers, body });
+    text = await response.text();
   } catch (error) {
     if (init.signal?.aborted) throw error;
-    return failure(0, clean(String(error?.message ?? error)));
+    const about = response ? "the answer broke off: " : "";
+    return failure(0, clean(about + String(error?.message ?? error)));
   }
+  if (!response.ok) {
+    const wait = response.headers.get("retry-after");
+    return failure(response.status, clean(text), wait ? { "retry-after": wait } : {});
+  }
+  const type = response.headers.get("content-type") ?? "";
+  if (!isStreamed) return new Response(text, { headers: { "content-type": type } });
   // To an answer that is no stream OpenCode would wait for ever.
-  const isStream = response.headers.get("content-type")?.startsWith("text/event-stream");
-  if (response.ok && (isStream || !isStreamed)) return response;
-  const wait = response.headers.get("retry-after");
-  const text = await response.text().catch(() => "");
-  const about = response.ok ? `no stream of events, but: ${text}` : text;
-  return failure(response.status, clean(about), wait ? { "retry-after": wait } : {});
+  if (!type.startsWith("text/event-stream")) return failure(200, clean(`no stream of events, but: ${text}`));
+  return new Response(merged(text), { headers: { "content-type": type } });
 };
 
 export const FoundryPlugin = async () => ({
