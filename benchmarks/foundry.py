@@ -120,17 +120,17 @@ if __name__ == "__main__":
     params = {"base_url": url, "api_key": "x", "max_concurrent_requests": in_flight,
               "max_requests_per_minute": 10**6, "max_tokens_per_minute": 10**9}
     llm = curator.LLM(model_name="openai/m", backend="openai", backend_params=params)
-    assert len(llm(prompts).dataset if hasattr(llm(prompts[:1]), "dataset") else llm(prompts)) == number
+    assert len(llm(prompts).dataset) == number
 """
 
 
 def peer(python: str, module: str, script: str, url: str, folder: Path, number: int) -> float | None:
     """Records a second of another program's whole command, 64 in flight; None where it is not installed."""
-    if not python or subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
+    if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
         return None
-    (folder / f"{module}.py").write_text(script)
+    (folder / f"ask_{module}.py").write_text(script)
     (folder / "prompts.json").write_text(json.dumps(prompts(number)))
-    command = [python, str(folder / f"{module}.py"), url, str(number), "64", str(folder / "prompts.json")]
+    command = [python, str(folder / f"ask_{module}.py"), url, str(number), "64", str(folder / "prompts.json")]
     return number / timed(command)[0]
 
 
@@ -139,7 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the records, a tenth of OpenCode's requests")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--peers-python", default="", help="a Python with distilabel or bespokelabs-curator")
+    parser.add_argument(
+        "--peers-python", action="append", default=[], help="a Python with distilabel or bespokelabs-curator (repeat)"
+    )
     options = parser.parse_args()
     part = 4 if options.quick else 1
     figures: Figures = {}
@@ -156,7 +158,8 @@ def main() -> None:
             ("distilabel_64_per_s", "distilabel", DISTILABEL),
             ("curator_64_per_s", "bespokelabs", CURATOR),
         ):
-            figures[key] = peer(options.peers_python, module, script, url, folder, few // 4)
+            found = (peer(python, module, script, url, folder, few // 4) for python in options.peers_python)
+            figures[key] = next((figure for figure in found if figure is not None), None)
     # In a process of its own, where this file is not taken for the package of the same name.
     command = [sys.executable, str(ROOT / "benchmarks/opencode.py"), "--json", *(["--quick"] if options.quick else [])]
     said = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])

@@ -35,6 +35,17 @@ def make_teacher(settings: TeacherSettings) -> Teacher:
                 extra=settings.extra,
                 omit=settings.omit,
             )
+        case "transformers":
+            from foundry.transformers_teacher import TransformersTeacher
+
+            return TransformersTeacher(
+                settings.name,
+                folder=settings.model,
+                device=settings.device,
+                dtype=settings.dtype,
+                logprobs=settings.logprobs,
+                template_values=settings.extra,
+            )
         case "local":
             from foundry.local_teacher import LocalTeacher
 

@@ -50,8 +50,9 @@ class Call:
         asked = json.dumps(
             [dict(vars(question)), settings.extra, settings.omit, settings.logprobs, sample], sort_keys=True
         )
-        agent = [settings.agent] if settings.backend == "opencode" else []
-        key = content_id(seed_id, settings.name, settings.backend, settings.model, asked, *agent)
+        own = {"opencode": settings.agent, "transformers": settings.dtype}.get(settings.backend)
+        parts = (seed_id, settings.name, settings.backend, settings.model, asked)
+        key = content_id(*parts, own) if own else content_id(*parts)
         return cls(member, question, bytes.fromhex(key))
 
 

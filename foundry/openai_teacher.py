@@ -22,15 +22,18 @@ import aiohttp
 from yarl import URL
 
 from foundry.teacher import (
+    OUT_OF_CREDIT,
     Answer,
     AnswerTimeoutError,
     GarbledAnswerError,
+    OnlyReasonedError,
     Question,
     RateLimitedError,
     RefusedKeyError,
     RejectedQuestionError,
     TeacherError,
     UnavailableError,
+    split_reasoning,
 )
 
 MAX_ANSWER_BYTES = 32 * 2**20
@@ -38,15 +41,6 @@ MAX_ANSWER_BYTES = 32 * 2**20
 
 _FINISH = {"stop": "stop", "eos": "stop", "end_turn": "stop", "length": "length", "max_tokens": "length"}
 _FINISH |= {"content_filter": "filter", "sensitive": "filter", "refusal": "filter"}
-_THINK = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
-_OUT_OF_CREDIT = re.compile(r"insufficient_quota|insufficient balance|billing_hard_limit", re.IGNORECASE)
-
-
-class OnlyReasonedError(GarbledAnswerError):
-    """All its tokens went into reasoning, and as many would again."""
-
-    cause = "only reasoning"
-    is_worth_retrying = False
 
 
 class OpenAITeacher:
@@ -142,7 +136,7 @@ class OpenAITeacher:
         wait = _retry_after(headers)
         if status in (401, 403):
             return RefusedKeyError(f"{message}: check the key")
-        if status == 402 or (status == 429 and _OUT_OF_CREDIT.search(message)):
+        if status == 402 or (status == 429 and OUT_OF_CREDIT.search(message)):
             return RefusedKeyError(f"{message}: the account is out of credit")
         if status in (429, 529):
             return RateLimitedError(message, retry_after=wait)
@@ -196,8 +190,8 @@ class OpenAITeacher:
             raise GarbledAnswerError(f"{self.name}: JSON of another shape than a chat completion's") from None
         if not all(isinstance(part, str) for part in (text, reasoning, reason)):
             raise GarbledAnswerError(f"{self.name}: an answer that is not text")
-        if think := _THINK.match(text):
-            reasoning, text = reasoning or think[1].strip(), text[think.end() :]
+        thought, text = split_reasoning(text)
+        reasoning = reasoning or thought
         finish = _FINISH.get(reason, reason)
         if not text.strip():
             if finish == "filter":

@@ -7,7 +7,6 @@ of OpenCode's own making.
 """
 
 import asyncio
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,26 +22,21 @@ from foundry.opencode_messages import (
     UnreadableError,
 )
 from foundry.teacher import (
+    OUT_OF_CREDIT,
     Answer,
     AnswerTimeoutError,
     GarbledAnswerError,
+    OnlyReasonedError,
     Question,
     RateLimitedError,
     RefusedKeyError,
     RejectedQuestionError,
     TeacherError,
     UnavailableError,
+    split_reasoning,
 )
 
 _FINISH = {"content-filter": "filter"}
-_OUT_OF_CREDIT = re.compile(r"insufficient_quota|insufficient balance|billing_hard_limit", re.IGNORECASE)
-
-
-class OnlyReasonedError(GarbledAnswerError):
-    """All of `max_tokens` went into reasoning."""
-
-    cause = "only reasoning"
-    is_worth_retrying = False
 
 
 class OpenCodeTeacher:
@@ -100,17 +94,19 @@ class OpenCodeTeacher:
         except OpenCodeError as error:
             self._is_checked = self._is_checked and isinstance(error, ModelError | NoAnswerInTimeError)
             raise _teacher_error(self.name, error) from None
-        if not reply.text.strip():
+        thought, text = split_reasoning(reply.text)
+        if not text.strip():
             if reply.finish == "length":
-                text = f"{self.name}: all of max_tokens = {question.max_tokens} went into reasoning: raise max_tokens"
-                raise OnlyReasonedError(text)
+                raise OnlyReasonedError(
+                    f"{self.name}: all of max_tokens = {question.max_tokens} went into reasoning: raise max_tokens"
+                )
             raise GarbledAnswerError(f"{self.name}: an empty answer (finish: {reply.finish})")
         if reply.finish in ("unknown", "other", "error"):
             raise GarbledAnswerError(f"{self.name}: half an answer: it ended without saying why")
         return Answer(
-            text=reply.text,
+            text=text,
             finish=_FINISH.get(reply.finish, reply.finish),
-            reasoning=reply.reasoning,
+            reasoning=reply.reasoning or thought,
             usage=_usage(reply.usage),
             # Not the server's figure: foundry.toml has the prices, the server a copy that may be older.
             cost=None,
@@ -142,7 +138,7 @@ def _teacher_error(name: str, error: OpenCodeError) -> TeacherError:
     match error:
         case PasswordError() | ModelError(name="ProviderAuthError") | ModelError(status=401 | 402 | 403):
             return RefusedKeyError(text)
-        case ModelError(status=429) if _OUT_OF_CREDIT.search(text):
+        case ModelError(status=429) if OUT_OF_CREDIT.search(text):
             return RefusedKeyError(text)
         case ModelError(status=429 | 529):
             return RateLimitedError(text, retry_after=error.retry_after)

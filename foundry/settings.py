@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from foundry.errors import FoundryError, nearest
 
 Strategy = Literal["all", "round_robin", "weighted", "fallback", "cascade", "best_of"]
-Backend = Literal["openai", "opencode", "local"]
+Backend = Literal["openai", "opencode", "transformers", "local"]
 
 T = TypeVar("T")
 
@@ -84,9 +84,10 @@ class TeacherSettings:
     name: str
     """As it stands in the records, e.g. "zai/glm-4.7"."""
     backend: Backend = "openai"
-    """openai: any OpenAI-compatible endpoint. opencode: an OpenCode server. local: mines local code, no model."""
+    """openai: any OpenAI-compatible endpoint. opencode: an OpenCode server. transformers: a Hugging Face model in
+    a local folder. local: mines local code, no model."""
     model: str = ""
-    """The endpoint's name of the model; for opencode "provider/model"."""
+    """The endpoint's name of the model; for opencode "provider/model", for transformers its folder."""
     base_url: str = ""
     """Endpoint up to and with the version, e.g. "http://127.0.0.1:8000/v1"."""
     server_url: str = "http://127.0.0.1:4096"
@@ -95,6 +96,10 @@ class TeacherSettings:
     """Environment variable that holds the OpenCode server's password."""
     agent: str = "foundry"
     """The OpenCode server's agent."""
+    device: str = "auto"
+    """Where a transformers model runs: cuda, cpu; auto: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """In what a transformers model computes; auto: as it is stored."""
     key_env: str = ""
     """Environment variable that holds the key; empty: no key is sent."""
     key_header: str = "Authorization"
@@ -110,7 +115,8 @@ class TeacherSettings:
     omit: tuple[str, ...] = ()
     """Parts of the request's body that this endpoint refuses, e.g. ["temperature"]."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """More parts of the request's body, e.g. { reasoning_effort = "low" }."""
+    """More parts of the request's body, e.g. { reasoning_effort = "low" }; for transformers, values for the chat
+    template, e.g. { enable_thinking = false }."""
     logprobs: bool = False
     """Ask for the log-probabilities of the answer's tokens and keep them in the record's meta."""
     keep_reasoning: bool = False

@@ -6,11 +6,16 @@ or other teachers: `limits` and `ensemble` add those to any of them. Everything 
 `Question`, so its hash can be the key of the journal.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from foundry.errors import FoundryError
+
+_THINK = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
+OUT_OF_CREDIT = re.compile(r"insufficient_quota|insufficient balance|billing_hard_limit", re.IGNORECASE)
+"""What vendors say with HTTP 429 when it is not the pace that is too high, but the account that is empty."""
 
 
 class TeacherError(FoundryError):
@@ -52,6 +57,13 @@ class GarbledAnswerError(TeacherError):
 
     cause = "garbled"
     is_worth_retrying = True
+
+
+class OnlyReasonedError(GarbledAnswerError):
+    """All its tokens went into reasoning, and as many would again."""
+
+    cause = "only reasoning"
+    is_worth_retrying = False
 
 
 class RefusedKeyError(TeacherError):
@@ -115,3 +127,10 @@ class Teacher(Protocol):
     async def close(self) -> None:
         """Give connections and sessions back; no question follows."""
         ...
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of a text that may begin with <think>...</think>; without its end, all is reasoning."""
+    if think := _THINK.match(text):
+        return think[1].strip(), text[think.end() :]
+    return "", text

@@ -6,11 +6,12 @@ import socket
 import pytest
 from stub_teacher import StubTeacher, answer_to
 
-from foundry.openai_teacher import OnlyReasonedError, OpenAITeacher
+from foundry.openai_teacher import OpenAITeacher
 from foundry.teacher import (
     Answer,
     AnswerTimeoutError,
     GarbledAnswerError,
+    OnlyReasonedError,
     Question,
     RateLimitedError,
     RefusedKeyError,

@@ -24,10 +24,11 @@ from foundry.opencode_messages import (
     UnreachableError,
     UnreadableError,
 )
-from foundry.opencode_teacher import OnlyReasonedError, OpenCodeTeacher
+from foundry.opencode_teacher import OpenCodeTeacher
 from foundry.teacher import (
     AnswerTimeoutError,
     GarbledAnswerError,
+    OnlyReasonedError,
     Question,
     RateLimitedError,
     RefusedKeyError,

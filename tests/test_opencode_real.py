@@ -16,10 +16,10 @@ from stub_teacher import answer_to, usage_of
 
 from foundry.opencode_client import OpenCodeClient
 from foundry.opencode_messages import Prompt
-from foundry.opencode_teacher import OnlyReasonedError
 from foundry.teacher import (
     AnswerTimeoutError,
     GarbledAnswerError,
+    OnlyReasonedError,
     Question,
     RateLimitedError,
     RefusedKeyError,
