@@ -125,13 +125,17 @@ if __name__ == "__main__":
 
 
 def peer(python: str, module: str, script: str, url: str, folder: Path, number: int) -> float | None:
-    """Records a second of another program's whole command, 64 in flight; None where it is not installed."""
+    """Records a second of another program's whole command, 64 in flight; None where it is not there or fails here."""
     if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
         return None
     (folder / f"ask_{module}.py").write_text(script)
     (folder / "prompts.json").write_text(json.dumps(prompts(number)))
     command = [python, str(folder / f"ask_{module}.py"), url, str(number), "64", str(folder / "prompts.json")]
-    return number / timed(command)[0]
+    try:
+        return number / timed(command)[0]
+    except RuntimeError as error:
+        print(f"{module} fails here: {str(error).splitlines()[-1]}", file=sys.stderr)
+        return None
 
 
 def main() -> None:

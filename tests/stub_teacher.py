@@ -176,6 +176,10 @@ def completion(body: dict[str, Any], prompt: str, fault: str) -> dict[str, Any]:
             message["content"] = f"<think>\nlet me see\n</think>\n\n{message['content']}"
         case "reasoning":
             message["reasoning_content"] = "let me see"
+        case "broken":
+            message["content"] = "```python\ndef f(:\n```"
+        case "crashes":
+            message["content"] = "```python\nraise ValueError\n```"
         case "surrogate":
             message["content"] = "\ud800"
         case "judge":
