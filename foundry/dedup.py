@@ -1,40 +1,53 @@
 """Exact and near duplicates, by signatures that stay in memory while the texts stream by.
 
-Exact: equal tokens, whatever the white space (16 bytes a text). Near: MinHash over shingles of five tokens
-(Broder 1997), 128 values of 32 bits a text, made by rensa's R-MinHash; bands of values find candidates (LSH), and
-each candidate is verified against the threshold by all 128. The Jaccard similarity is thus estimated, with a
-standard error of 0.035 at 0.8; a pair that close to the threshold may fall either way, always the same way.
+Exact: equal tokens, whatever the white space (16 bytes a text). Near: 128 values of 32 bits a text that agree between
+two texts as often as their shingles of five tokens do (Jaccard similarity, Broder 1997); bands of values find
+candidates (LSH), and each candidate is verified against the threshold by all 128. The similarity is thus estimated,
+with a standard error of at most 0.035 at 0.8; a pair that close to the threshold may fall either way, always the same
+way.
 
-Tokens are split and hashed for a batch of texts at once in numpy: a polynomial of each token's bytes from prefix
-sums modulo 2^64. Strings in Python would take ten times as long as the signatures.
+MinHash computes 128 hashes of every shingle. Fast similarity sketching (Dahlgaard, Knudsen and Thorup, FOCS 2017)
+throws each shingle into one of 128 bins instead and keeps the smallest hash in each, again and again until no bin is
+empty: earlier rounds win. It has no bias either and errs no more, for some ten hashes a shingle.
+
+Everything is done in numpy for a batch of texts at once, small enough for a core's cache: strings in Python would
+take ten times as long as the signatures. A token's hash is a polynomial of its bytes from prefix sums modulo 2^64.
 """
 
+import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import rensa  # type: ignore[import-untyped]
 
 NUM_PERM = 128
 """Values in a signature."""
 SHINGLE = 5
 """Tokens in a shingle."""
-_SEED = 42
 _RECALL = 0.99
 """Share of the pairs at the threshold that the bands must find."""
+_BATCH = 2**17
+"""Characters of text and values that are worked on at once, unless one text is longer."""
+_ROUNDS = 8
+"""Times that all shingles are thrown into bins before the bins still empty are filled one by one."""
+_VALUE_BITS = 28
+"""Bits of a value that come from a hash; those above are the round's number."""
+_EMPTY = np.uint32(2**32 - 1)
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
+_BIN_BITS = NUM_PERM.bit_length() - 1
 _TOKENS = re.compile(r"\w+|[^\w\s]")
 
 Array = np.ndarray[Any, Any]
 
-_SPACE, _WORD, _OTHER = 0, 1, 2
-_CLASS = np.full(256, _OTHER, dtype=np.uint8)
-_CLASS[list(b" \t\n\r\f\v")] = _SPACE
-_CLASS[[code for code in range(256) if code >= 128 or chr(code).isalnum() or code == ord("_")]] = _WORD
+_SPACE, _WORD, _OTHER = b"\0\1\2"
+_CLASS = bytes(
+    _SPACE if code in b" \t\n\r\f\v" else _WORD if code >= 128 or chr(code).isalnum() or code == ord("_") else _OTHER
+    for code in range(256)
+)
 
 
 def exact_key(text: str) -> bytes:
@@ -43,39 +56,44 @@ def exact_key(text: str) -> bytes:
 
 
 def shingle_hashes(texts: Sequence[str]) -> tuple[Array, Array]:
-    """64-bit hashes of all shingles, and where each text's begin: uint64 [N], uint64 [texts + 1].
+    """64-bit hashes of all shingles, and where each text's begin: uint64 [N], int64 [texts + 1].
 
     Each text has as many shingles as tokens (its end is padded), at least one.
     """
     padding = b"\0" * SHINGLE  # each is a token of its own, so that no shingle spans two texts
-    encoded = [text.replace("\0", " ").encode() + padding for text in texts]
-    ends = np.cumsum([len(data) for data in encoded])
-    data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    kind = _CLASS[data]
-    is_word = kind == _WORD
-    starts_here = kind == _OTHER
-    starts_here[0] |= is_word[0]
-    starts_here[1:] |= is_word[1:] & ~is_word[:-1]
-    begins = np.flatnonzero(starts_here)
-    # A token ends where its word does.
-    no_word = np.flatnonzero(~is_word)
-    stops = np.where(
-        is_word[begins], no_word[np.minimum(np.searchsorted(no_word, begins), len(no_word) - 1)], begins + 1
-    )
-    powers = np.cumprod(np.full(len(data), _BASE, dtype=np.uint64))
-    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers)))
+    encoded = [text.replace("\0", " ").encode() for text in texts]
+    data = padding.join([*encoded, b""])
+    kind = np.frombuffer(data.translate(_CLASS), dtype=np.uint8)
+    is_edge = kind == _OTHER
+    is_edge[1:] |= kind[1:] != kind[:-1]
+    is_edge[0] = True
+    edges = np.flatnonzero(is_edge)  # words and runs of white space, and each other character
+    powers, inverses = _powers(max(len(data), 2 * _BATCH))
+    sums = np.cumsum(np.frombuffer(data, dtype=np.uint8) * powers[: len(data)])[np.append(edges[1:], len(data)) - 1]
+    sums = np.diff(sums, prepend=np.uint64(0))
     # Divided by the power of the token's place: the same token hashes alike wherever it stands, in any batch.
-    tokens = _mixed((sums[stops] - sums[begins]) * np.cumprod(np.full(len(data), _INVERSE, dtype=np.uint64))[begins])
-    hashes = np.zeros(max(0, len(tokens) - SHINGLE + 1), dtype=np.uint64)
-    for place in range(SHINGLE):
-        hashes = hashes * _BASE + tokens[place : place + len(hashes)]
-    real = np.flatnonzero(data[begins[: len(hashes)]] != 0)
-    firsts = np.concatenate(([0], np.searchsorted(begins[real], ends)))
-    hashes = _mixed(hashes[real])
-    if (np.diff(firsts) == 0).any():  # nothing but white space: a shingle that stands for it
-        hashes = np.insert(hashes, firsts[:-1][np.diff(firsts) == 0], np.uint64(0))
-        firsts = np.concatenate(([0], np.cumsum(np.maximum(np.diff(firsts), 1))))
-    return hashes, firsts.astype(np.uint64)
+    places = np.flatnonzero(kind[edges] != _SPACE)
+    begins = edges[places]
+    tokens = _mixed(sums[places] * inverses[begins])
+    hashes = tokens[: 1 - SHINGLE].copy()
+    for place in range(1, SHINGLE):
+        hashes *= _BASE
+        hashes += tokens[place : len(tokens) - SHINGLE + 1 + place]
+    ends = np.searchsorted(begins, np.cumsum([len(one) + SHINGLE for one in encoded]))
+    num_tokens = np.diff(ends, prepend=0) - SHINGLE
+    # Shingles of padding alone go, but for the one that stands for a text of nothing but white space.
+    is_kept = np.ones(len(tokens), dtype=bool)
+    is_kept[(ends[:, None] - np.arange(1, SHINGLE + 1)).ravel()] = False
+    is_kept[(ends - SHINGLE)[num_tokens == 0]] = True
+    firsts = np.concatenate(([0], np.cumsum(np.maximum(num_tokens, 1))))
+    return _mixed(hashes[is_kept[: len(hashes)]]), firsts
+
+
+@functools.lru_cache(1)
+def _powers(count: int) -> tuple[Array, Array]:
+    """The powers of the base and of its inverse, from the first on."""
+    powers, inverses = (np.cumprod(np.full(count, base, dtype=np.uint64)) for base in (_BASE, _INVERSE))
+    return powers, inverses
 
 
 def _mixed(values: Array) -> Array:
@@ -85,12 +103,56 @@ def _mixed(values: Array) -> Array:
     return np.asarray(values ^ (values >> np.uint64(31)))
 
 
+_ODD = _mixed(np.arange(1, 1 + _ROUNDS + NUM_PERM, dtype=np.uint64)) | np.uint64(1)
+"""A multiplier for each round and then for each bin."""
+
+
 def signatures(texts: Sequence[str]) -> Array:
-    """MinHash signatures, uint32 [texts, NUM_PERM]."""
-    if not texts:
-        return np.zeros((0, NUM_PERM), dtype=np.uint32)
-    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(*shingle_hashes(texts), NUM_PERM, _SEED)
-    return np.array(matrix.to_rows(), dtype=np.uint32)
+    """Similarity sketches, uint32 [texts, NUM_PERM]: a text has the same in any batch."""
+    return np.concatenate([np.zeros((0, NUM_PERM), dtype=np.uint32), *map(_sketch, _batches(texts))])
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in order, by `_BATCH` characters and values."""
+    start = size = 0
+    for i, text in enumerate(texts):
+        size += len(text) + NUM_PERM  # a short one takes as much time and memory by its values
+        if size > _BATCH and i > start:
+            yield texts[start:i]
+            start, size = i, len(text) + NUM_PERM
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _sketch(texts: Sequence[str]) -> Array:
+    """The signatures of one batch."""
+    hashes, firsts = shingle_hashes(texts)
+    counts = np.diff(firsts)
+    rows = np.full((len(texts), NUM_PERM), _EMPTY)
+    flat = rows.reshape(-1)
+    offsets = np.repeat(np.arange(0, rows.size, NUM_PERM), counts)
+    for turn in range(_ROUNDS):
+        thrown = hashes * _ODD[turn]
+        bins = (thrown >> np.uint64(64 - _BIN_BITS)).view(np.int64)
+        bins += offsets
+        np.minimum.at(flat, bins, _values(thrown, turn))
+    empty = np.flatnonzero(flat == _EMPTY)
+    if len(empty):  # a hash of its own for each such bin, of every shingle, as in MinHash
+        places, bins = empty // NUM_PERM, empty % NUM_PERM
+        num = counts[places]
+        begins = np.cumsum(num) - num
+        thrown = hashes[np.arange(num.sum()) + np.repeat(firsts[places] - begins, num)]
+        thrown *= np.repeat(_ODD[_ROUNDS + bins], num)
+        flat[empty] = np.minimum.reduceat(_values(thrown, _ROUNDS), begins)
+    return rows
+
+
+def _values(thrown: Array, turn: int) -> Array:
+    """uint32 that grow with the round first, from bits of a hash that do not choose the bin."""
+    values = (thrown >> np.uint64(64 - _BIN_BITS - _VALUE_BITS)).astype(np.uint32)
+    values &= np.uint32(2**_VALUE_BITS - 1)
+    values |= np.uint32(turn << _VALUE_BITS)
+    return values
 
 
 def rows_per_band(threshold: float) -> int:

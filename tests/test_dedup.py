@@ -109,6 +109,28 @@ def test_a_signature_does_not_depend_on_its_batch() -> None:
     assert signatures([]).shape == (0, NUM_PERM)
 
 
+def test_nor_on_how_long_its_neighbours_are() -> None:
+    texts = ["", "ä = 1\n" * 60_000, "", *functions(), "x", "é" * 200_000, "y = 2", " " * 300_000]
+    whole = signatures(texts)
+    assert (whole == np.concatenate([signatures([text]) for text in texts])).all()
+    assert (whole[-1] == whole[0]).all()
+
+
+def test_short_texts_are_estimated_without_bias() -> None:
+    """Where shingles are fewer than values, each still counts alike."""
+    draw = random.Random(0)
+    pairs, names = [], [f"name_{i}" for i in range(5_000)]
+    for _ in range(4_000):
+        tokens = draw.sample(names, draw.randint(1, 40))
+        end = draw.randint(0, len(tokens))
+        pairs.append((" ".join(tokens), " ".join([*tokens[:end], *draw.sample(names, draw.randint(0, 3))])))
+    ones, others = signatures([one for one, _ in pairs]), signatures([other for _, other in pairs])
+    errors = (ones == others).mean(axis=1) - [similarity(*pair) for pair in pairs]
+    assert abs(np.mean(errors)) < 0.002
+    assert np.std(errors) < 0.04
+    assert np.abs(errors).max() < 0.25
+
+
 words = st.text(st.sampled_from("ab_1(=.é\0 \n"), max_size=30)
 
 
