@@ -143,6 +143,8 @@ echo '{"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}' >"$ser
     export OPENCODE_CONFIG=$server/opencode.json OPENCODE_DISABLE_PROJECT_CONFIG=1
     # Sessions live for one question: in memory they need no disk and none outlives the server.
     export OPENCODE_DB=:memory:
+    # Keys are in the configuration: without this, it looks for a file of logins at every question.
+    export OPENCODE_AUTH_CONTENT={}
     for what in MODELS_FETCH AUTOUPDATE LSP_DOWNLOAD DEFAULT_PLUGINS CLAUDE_CODE EXTERNAL_SKILLS SHARE; do
         export "OPENCODE_DISABLE_$what=1"
     done

@@ -1,7 +1,11 @@
 // An answer comes as a stream of events, a word in each, and OpenCode spends about a millisecond on every one. Nobody
-// reads along here, so neighbouring words of one kind are handed over as one event; all else stays as it came.
+// reads along here, so neighbouring words of one kind are handed over as one event, events that say nothing are left
+// out, and all else stays as it came.
 
-// What an event says, if it is words alone: { kind, text, with(text) }. OpenAI's chunks and Anthropic's deltas.
+const WORDS = ["content", "reasoning_content", "reasoning"];
+
+// What an event says, if it is words alone: { kind, text, with(text) }; without a kind, if it says nothing at all.
+// OpenAI's chunks and Anthropic's deltas.
 const words = (event) => {
   const line = event.split("\n").find((part) => part.startsWith("data:"));
   let data;
@@ -17,7 +21,8 @@ const words = (event) => {
   } else if (data.choices?.length === 1 && !data.choices[0].finish_reason && !data.choices[0].logprobs && !data.usage) {
     place = data.choices[0].delta;
     const said = Object.keys(place ?? {}).filter((key) => key !== "role" && place[key] !== null && place[key] !== "");
-    if (said.length === 1 && ["content", "reasoning_content", "reasoning"].includes(said[0])) [name] = said;
+    if (said.length === 0) return {};
+    if (said.length === 1 && WORDS.includes(said[0])) [name] = said;
   }
   if (typeof place?.[name] !== "string") return null;
   return {
@@ -39,6 +44,7 @@ export const merged = (stream) => {
   };
   for (const event of stream.replaceAll("\r\n", "\n").split("\n\n")) {
     const said = words(event);
+    if (said && !said.kind) continue;
     if (!said || said.kind !== run[0]?.kind) flush();
     if (said) run.push(said);
     else out.push(event);
