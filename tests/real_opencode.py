@@ -28,6 +28,15 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def link_program(folder: Path) -> None:
+    """Let the script install its program where all tests have it: once, not once for every run."""
+    if "OPENCODE_BIN" not in os.environ:
+        programs = Path.home() / ".cache" / "foundry-tests"
+        (version,) = [line[8:] for line in SCRIPT.read_text().splitlines() if line.startswith("version=")]
+        (programs / f"npm-{version}").mkdir(parents=True, exist_ok=True)
+        (folder / f"npm-{version}").symlink_to(programs / f"npm-{version}")
+
+
 class Server:
     """One OpenCode server: teachers stub/one and, with a wrong key, wrong/one."""
 
@@ -70,11 +79,7 @@ class Server:
 @contextmanager
 def running(folder: Path, stub: StreamingStub) -> Iterator[Server]:
     """The server, up; it is stopped at the end."""
-    if "OPENCODE_BIN" not in os.environ:  # installed once, not once for every run
-        programs = Path.home() / ".cache" / "foundry-tests"
-        (version,) = [line[8:] for line in SCRIPT.read_text().splitlines() if line.startswith("version=")]
-        (programs / f"npm-{version}").mkdir(parents=True, exist_ok=True)
-        (folder / f"npm-{version}").symlink_to(programs / f"npm-{version}")
+    link_program(folder)
     one = Server(folder, stub)
     one.script()
     try:
