@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smelter.kernels import reference, ternary_linears
+from smelter.kernels import reference, ternary_linears, uses_triton
 
 
 class BitLinear(nn.Module):
@@ -38,7 +38,7 @@ class BitLinear(nn.Module):
 
     @torch.no_grad()
     def quantize(self, dtype: torch.dtype) -> None:
-        """Recompute trits and scale from the latent weight; trits are kept in the compute dtype."""
+        """Recompute trits and scale from the latent weight; trits are kept in `dtype`."""
         if not self.use_ternary:
             return
         trits, scale = reference.quantize_weight(self.weight)
@@ -51,9 +51,25 @@ class BitLinear(nn.Module):
         return apply_together(x, [self])[0]
 
 
-def apply_together(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
-    """The outputs of several layers of one kind on the same input [..., in_features], computed together."""
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned gain, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.rms_norm(x, self.weight, self.eps)
+
+
+def apply_together(x: Tensor, layers: Sequence[BitLinear], norm: RMSNorm | None = None) -> Sequence[Tensor]:
+    """The outputs of several layers of one kind on the same input [..., in_features], computed together.
+
+    With `norm` the input is normalised first, which a GPU does in one kernel with the quantisation.
+    """
     if not layers[0].use_ternary:
+        x = x if norm is None else norm(x)
         return [F.linear(x, layer.weight.to(x.dtype)) for layer in layers]
     return ternary_linears(
         x,
@@ -61,6 +77,8 @@ def apply_together(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
         [layer.trits for layer in layers],
         [layer.scale for layer in layers],
         layers[0].activation_quant,
+        norm=None if norm is None else norm.weight,
+        eps=0.0 if norm is None else norm.eps,
     )
 
 
@@ -73,7 +91,17 @@ def bit_linears(module: nn.Module) -> Iterator[tuple[str, BitLinear]]:
 
 def quantize_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Make the trits of every ternary layer from its latent weight: once per optimizer step."""
-    for _, layer in bit_linears(module):
+    layers = [layer for _, layer in bit_linears(module)]
+    if layers and layers[0].weight.device.type == "cuda" and uses_triton(layers[0].weight.device):
+        from smelter.kernels import triton_weights
+
+        for layer in layers:
+            layer.trits = layer.trits.to(dtype)
+        with torch.no_grad():
+            lists = zip(*((layer.weight.detach(), layer.trits, layer.scale) for layer in layers), strict=True)
+            triton_weights.quantize_weights(*(list(tensors) for tensors in lists))
+        return
+    for layer in layers:
         layer.quantize(dtype)
 
 

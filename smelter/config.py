@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tomli_w
-
 from smelter.errors import ConfigError
 
 ActivationQuant = Literal["token", "block256", "none"]
@@ -263,7 +261,7 @@ class TrainingConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     z_loss: float = 1e-4
     """Weight of the squared log-partition term that keeps logits small."""
-    loss_chunk_size: int = 512
+    loss_chunk_size: int = 1_024
     """Tokens whose logits exist at once in the loss."""
     use_torch_compile: bool = True
     """Compile each block with torch.compile (needs a C++ compiler on CPU, Triton on CUDA)."""
@@ -445,4 +443,6 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def config_to_toml(config: Config) -> str:
     """The resolved configuration as TOML; `load_config` gives it back unchanged."""
+    import tomli_w  # only here: benchmarks run where it is not installed
+
     return tomli_w.dumps(config_to_dict(config))

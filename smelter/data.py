@@ -1,18 +1,10 @@
 """Batches: documents arranged for fill-in-the-middle, packed into rows, each a pure function of its number.
 
-Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): a document is cut at two uniformly random *characters*
-before tokenisation, so that a cursor inside a word is nothing new to the model, and rearranged as
-
-    PSM: [fim_prefix] prefix [fim_suffix] suffix [fim_middle] middle [eos]
-    SPM: [fim_prefix][fim_suffix] suffix [fim_middle] prefix middle [eos]        (the paper's SPM variant 2)
-
-In SPM the prefix and the middle are one text and encoded as one; else the parts are encoded separately. This
-happens to the piece of a document that a row holds ("context level"), so no middle is ever cut off.
-
 Packing: the documents of an epoch, in an order drawn from (seed, epoch), form one endless stream separated by eos.
 Rows are windows of it that overlap by one token, so that each token is a target once an epoch; they are drawn in
-random order, and the stream begins elsewhere each epoch. Fill-in-the-middle lengthens a piece by a few tokens:
-what no longer fits at the end of a row is left out *before* rearranging, and a few positions may stay empty.
+random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`smelter.fim`) happens to the piece of
+a document that a row holds and lengthens it by a few tokens: what no longer fits at the end of a row is left out
+*before* rearranging, and a few positions may stay empty.
 
 Row g depends on (seed, g) alone: no state to save, any row at once, and the same set of rows in every optimizer
 step however the step is divided among devices and micro-steps. Randomness comes from Philox, which counts instead
@@ -31,38 +23,14 @@ from numpy.typing import NDArray
 
 from smelter.config import DataConfig
 from smelter.errors import ConfigError, DataError
+from smelter.fim import fit_fim
 from smelter.shards import Split
 from smelter.tokenizer import Tokenizer
 
 IGNORED = -100
 """Target that counts for nothing (torch's `ignore_index`)."""
 
-MIN_FIM_CHARACTERS = 8
-NUM_SENTINELS = 4
-"""Tokens that arrangement adds to a piece: three sentinels and eos."""
-FIM_SLACK = 3
-"""Tokens that the two cuts typically add besides: a word cut in two takes more tokens."""
-
 Ids = NDArray[np.int64]
-
-
-def apply_fim(tokenizer: Tokenizer, text: str, rng: np.random.Generator, spm_rate: float) -> list[int]:
-    """`text` cut at two characters drawn uniformly (the ends included) and rearranged, with sentinels and eos."""
-    first, second = sorted(rng.integers(0, len(text) + 1, size=2).tolist())
-    prefix, middle, suffix = text[:first], text[first:second], text[second:]
-    if rng.random() < spm_rate:
-        return [*tokenizer.fim_prompt("", suffix, use_spm=True), *tokenizer.encode(prefix + middle), tokenizer.eos_id]
-    return [*tokenizer.fim_prompt(prefix, suffix), *tokenizer.encode(middle), tokenizer.eos_id]
-
-
-def undo_fim(tokenizer: Tokenizer, ids: list[int]) -> bytes:
-    """The text, byte for byte, that `apply_fim` rearranged. Raises DataError if `ids` are something else."""
-    sentinels = [tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, tokenizer.fim_middle_id]
-    if [i for i in ids if i in sentinels] != sentinels or ids[0] != sentinels[0] or ids[-1] != tokenizer.eos_id:
-        raise DataError("not a fill-in-the-middle example: its sentinels are missing or out of order")
-    suffix_at, middle_at = ids.index(sentinels[1]), ids.index(sentinels[2])
-    before, suffix, after = ids[1:suffix_at], ids[suffix_at + 1 : middle_at], ids[middle_at + 1 : -1]
-    return tokenizer.decode_bytes(before + after + suffix)
 
 
 @dataclass(frozen=True)
@@ -215,26 +183,6 @@ class BatchStream:
             rows=_permutation(self.rows_per_epoch, _philox(self.seed, "rows", epoch)),
             offset=int(_philox(self.seed, "offset", epoch).integers(self.split.num_tokens)),
         )
-
-
-def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator, spm_rate: float) -> list[int] | None:
-    """A piece rearranged into at most `room` tokens, None if there is too little text to cut.
-
-    `ids` may end in eos. Tokens that would not fit are taken from the piece's end before it is cut, so the middle and
-    its eos are whole. A character that the window itself cut is kept, as bytes.
-    """
-    body = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
-    if len(body) > room - NUM_SENTINELS:
-        body = body[: max(0, room - NUM_SENTINELS - FIM_SLACK)]
-    while True:
-        text = tokenizer.decode_bytes(body).decode("utf-8", "surrogateescape")
-        if len(text) < MIN_FIM_CHARACTERS:
-            return None
-        made = apply_fim(tokenizer, text, rng, spm_rate)
-        excess = len(made) - room
-        if excess <= 0:
-            return made
-        body = body[: max(0, len(body) - excess)]
 
 
 def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:

@@ -127,7 +127,8 @@ def _attention_logits(model: Model, report: Callable[[float], None]) -> Iterator
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(layer, Attention)
-        x, cos, sin, dim = args[0], args[1], args[2], layer.config.head_dim
+        x, norm, cos, sin, dim = *args[:4], layer.config.head_dim
+        x = norm(x)
         q = layer.q_norm(layer.q_proj(x).unflatten(-1, (-1, dim))).transpose(1, 2)  # [B, H, T, D]
         k = layer.k_norm(layer.k_proj(x).unflatten(-1, (-1, dim))).transpose(1, 2)  # [B, G, T, D]
         q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)

@@ -12,6 +12,7 @@ import torch
 from smelter import distributed
 from smelter.config import TrainingConfig
 from smelter.errors import ConfigError
+from smelter.kernels.capability import capability
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,14 +34,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _cpu_has_bf16() -> bool:
-    """Whether matrix products in bf16 are native (AVX-512 BF16, AMX); emulated ones are far slower than fp32."""
-    cpu = torch.backends.cpu.get_capabilities() if hasattr(torch.backends.cpu, "get_capabilities") else {}
-    if cpu:
-        return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Compute dtype: bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on CPU."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,10 +41,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         raise ConfigError('training.precision = "fp16" needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
     if precision in named:
         return named[precision]
-    if device.type == "cuda":
-        # Turing emulates bf16; compute capability 8.0 is the first to have it.
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    return capability(device).dtype
 
 
 def can_compile(config: TrainingConfig, device: torch.device) -> bool:
@@ -91,7 +81,10 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def describe(device: torch.device, dtype: torch.dtype, use_compile: bool, peak_flops: float) -> str:
-    """One line: where and how the run computes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    """One line: where and how the run computes, and which kernels it takes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     how = "compiled blocks" if use_compile else "eager"
-    return f"{name} | {str(dtype).removeprefix('torch.')} | {how} | measured peak {peak_flops / 1e9:,.0f} GFLOP/s"
+    peak = f"measured peak {peak_flops / 1e9:,.0f} GFLOP/s"
+    return (
+        f"{name} | {capability(device).describe()} | computing in {str(dtype).removeprefix('torch.')}, {how} | {peak}"
+    )

@@ -79,46 +79,92 @@ def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
     return valid if weights is None else valid * weights
 
 
-def _losses_and_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor, teacher: Tensor | None, config: LossConfig
+def _capped(logits: Tensor, soft_cap: float) -> tuple[Tensor, Tensor | float]:
+    """soft_cap(logits) in float32, and the cap's slope there."""
+    x = logits.float()
+    if not soft_cap:
+        return x, 1.0
+    # Rounding the logits to 16 bits moves them further than the polynomial does.
+    t = torch.tanh(x / soft_cap) if logits.dtype == torch.float32 else reference.rational_tanh(x * (1 / soft_cap))
+    return t * soft_cap, 1 - t * t
+
+
+def _exp(capped: Tensor, soft_cap: float, dtype: torch.dtype) -> Tensor:
+    """exp, cheaper where the cap bounds its argument and the result is rounded to 16 bits."""
+    is_rounded = dtype != torch.float32 and 0 < soft_cap <= reference.MAX_EXPONENT
+    return reference.power_exp(capped) if is_rounded else torch.exp(capped)
+
+
+def _log_sum_exp(logits: Tensor, soft_cap: float) -> Tensor:
+    """lse [n, 1] of the capped logits [n, V]."""
+    capped, _ = _capped(logits, soft_cap)
+    if 0 < soft_cap <= reference.MAX_EXPONENT:  # no maximum is needed
+        return _exp(capped, soft_cap, logits.dtype).sum(-1, keepdim=True).log()
+    return torch.logsumexp(capped, dim=-1, keepdim=True)
+
+
+def _replace_by_softmax_grad(logits: Tensor, shift: Tensor | None, factor: Tensor, soft_cap: float) -> None:
+    """Replaces logits [n, V] by factor [n, 1] times exp(capped - shift [n, 1]) times the cap's slope."""
+    capped, slope = _capped(logits, soft_cap)
+    exponentials = _exp(capped, soft_cap, logits.dtype) if shift is None else torch.exp(capped - shift)
+    logits.copy_(exponentials * slope * factor)
+
+
+def _cross_entropy_and_grad(
+    logits: Tensor, targets: Tensor, weights: Tensor, config: LossConfig, use_compile: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sums of CE and squared lse; `logits` [n, V] become the gradient to themselves, uncapped.
+
+    Two passes over the logits, one for the sums and one in place, and nothing else of their size.
+    """
+    sums = _compiled(_log_sum_exp) if use_compile else _log_sum_exp
+    replace = _compiled(_replace_by_softmax_grad) if use_compile else _replace_by_softmax_grad
+    index = targets.clamp_min(0).unsqueeze(-1)
+    at_target, slope = _capped(logits.gather(-1, index), config.soft_cap)  # [n, 1]
+    lse = sums(logits, config.soft_cap)
+    share = weights.unsqueeze(-1)
+    factor = (1.0 + 2.0 * config.z_loss * lse) * share
+    if 0 < config.soft_cap <= reference.MAX_EXPONENT:
+        replace(logits, None, factor * (-lse).exp(), config.soft_cap)
+    else:
+        replace(logits, lse, factor, config.soft_cap)
+    grad_at_target = (((at_target - lse).exp() * factor - share) * slope).to(logits.dtype)
+    # index_put_, as scatter_ copies the whole tensor twice on a CPU.
+    logits.index_put_((torch.arange(len(index), device=index.device), index.squeeze(-1)), grad_at_target.squeeze(-1))
+    return ((lse - at_target) * share).sum(), (lse.square() * share).sum(), logits
+
+
+def _distillation_and_grad(
+    logits: Tensor, targets: Tensor, weights: Tensor, teacher: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted sums of CE, squared lse and KL, and the gradient of the total to the uncapped logits [n, V].
 
     Computed in float32; the gradient comes in the logits' dtype.
     """
-    capped = logits.to(torch.float32, copy=True)  # [n, V], as everything large below: changed in place where it can be
-    if config.soft_cap:
-        capped.div_(config.soft_cap).tanh_().mul_(config.soft_cap)
+    capped, slope = _capped(logits, config.soft_cap)
     lse = torch.logsumexp(capped, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
     ce = ((lse - capped.gather(-1, index)).squeeze(-1) * weights).sum()
     z = (lse.squeeze(-1).square() * weights).sum()
-    ce_share = 1.0 - config.kl_weight if teacher is not None else 1.0
+    ce_share = 1.0 - config.kl_weight
     grad = (capped - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
-    kl = torch.zeros_like(ce)
-    if teacher is not None:
-        temperature = config.temperature
-        student = F.log_softmax(capped / temperature, dim=-1)
-        if config.direction == "forward":
-            # 0 * -inf where a teacher gives no probability at all: that term of the sum is 0.
-            terms = torch.where(teacher > float("-inf"), teacher.exp() * (teacher - student), 0.0)
-            token_kl = terms.sum(-1)
-            kl_grad = student.exp() - teacher.exp()
-        else:
-            difference = student - teacher
-            token_kl = (student.exp() * difference).sum(-1)
-            kl_grad = student.exp() * (difference - token_kl.unsqueeze(-1))
-        kl = (token_kl * weights).sum() * temperature**2
-        grad.add_(kl_grad, alpha=config.kl_weight * temperature)
+    temperature = config.temperature
+    student = F.log_softmax(capped / temperature, dim=-1)
+    if config.direction == "forward":
+        # 0 * -inf where a teacher gives no probability at all: that term of the sum is 0.
+        terms = torch.where(teacher > float("-inf"), teacher.exp() * (teacher - student), 0.0)
+        token_kl = terms.sum(-1)
+        kl_grad = student.exp() - teacher.exp()
+    else:
+        difference = student - teacher
+        token_kl = (student.exp() * difference).sum(-1)
+        kl_grad = student.exp() * (difference - token_kl.unsqueeze(-1))
+    kl = (token_kl * weights).sum() * temperature**2
+    grad.add_(kl_grad, alpha=config.kl_weight * temperature)
     # The target's own entry is put in afterwards: one comparison a token instead of one a logit.
-    at_target = grad.gather(-1, index) - ce_share
-    if config.soft_cap:
-        slope = capped.div_(config.soft_cap).square_().neg_().add_(1.0)  # derivative of the cap
-        at_target = at_target * slope.gather(-1, index)
-        grad.mul_(slope)
+    grad.scatter_add_(-1, index, grad.new_full(index.shape, -ce_share))
     factor = weights.unsqueeze(-1)
-    at_target = (at_target * factor).to(logits.dtype)
-    return ce, z, kl, grad.mul_(factor).to(logits.dtype).scatter_(-1, index, at_target)
+    return ce, z, kl, (grad * (slope * factor)).to(logits.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -144,18 +190,27 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         matrix = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_grad else None
-        step = _compiled() if use_compile else _losses_and_grad
+        grad_head: Tensor | None = None
+        distill = _compiled(_distillation_and_grad) if use_compile else _distillation_and_grad
+        add = _compiled(Tensor.add_) if use_compile else Tensor.add_
         sums = torch.zeros(3, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, min(start + chunk_size, hidden.shape[0]))
-            teacher = teacher_log_probs(teachers, rows, config.temperature) if teachers else None
             logits = F.linear(hidden[rows], matrix)
-            ce, z, kl, grad = step(logits, targets[rows], weights[rows], teacher, config)
+            if teachers:
+                teacher = teacher_log_probs(teachers, rows, config.temperature)
+                ce, z, kl, grad = distill(logits, targets[rows], weights[rows], teacher, config)
+            else:
+                ce, z, grad = _cross_entropy_and_grad(logits, targets[rows], weights[rows], config, use_compile)
+                kl = torch.zeros_like(ce)
             sums += torch.stack((ce, z, kl))
-            if grad_hidden is not None and grad_head is not None:
+            if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix
-                grad_head += grad.T @ hidden[rows]
+                share = grad.T @ hidden[rows]
+                if grad_head is None:
+                    grad_head = share.float()
+                else:
+                    add(grad_head, share)
         sums = sums / normalizer
         ce_share = 1.0 - config.kl_weight if teachers else 1.0
         total = ce_share * sums[0] + config.z_loss * sums[1] + config.kl_weight * sums[2]
@@ -171,13 +226,14 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden, grad_head, normalizer = ctx.saved_tensors
         factor = grads[0] / normalizer  # float32: a loss scale of 2**16 is infinite in fp16
         grad_hidden = (grad_hidden.float() * factor).to(grad_hidden.dtype)
-        return grad_hidden, (grad_head * factor).to(ctx.head_dtype), *(None,) * 8
+        # In place, as a copy would cost the size of the head; a second backward pass is an error.
+        return grad_hidden, grad_head.mul_(factor).to(ctx.head_dtype), *(None,) * 8
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, fused by torch.compile; made at its first use, since the compiler takes a second to import."""
-    return torch.compile(_losses_and_grad, dynamic=False)
+    return torch.compile(function, dynamic=False, options=reference.COMPILER_OPTIONS)
 
 
 def chunked_loss(
@@ -189,7 +245,7 @@ def chunked_loss(
     weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     teachers: Sequence[TeacherHead] = (),
-    chunk_size: int = 512,
+    chunk_size: int = 1_024,
     use_compile: bool = False,
 ) -> Loss:
     """Loss of hidden states [N, C] under head [V, C] and targets [N] (below 0: masked).

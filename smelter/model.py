@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smelter.bitnet import BitLinear, apply_together, quantize_weights
+from smelter.bitnet import BitLinear, RMSNorm, apply_together, quantize_weights
 from smelter.config import ModelConfig
+from smelter.kernels import Documents, documents, reference
 from smelter.kernels import attention as run_attention
-from smelter.kernels import reference
 
 
 class Cache(Protocol):
@@ -28,18 +28,6 @@ class Cache(Protocol):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, G, T, D] of the current tokens; return all of them [B, G, S, D]."""
         ...
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a learned gain, over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.rms_norm(x, self.weight, self.eps)
 
 
 def _linear(config: ModelConfig, in_features: int, out_features: int) -> BitLinear:
@@ -64,9 +52,18 @@ class Attention(nn.Module):
         if config.use_sub_norm:
             self.sub_norm = RMSNorm(config.query_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        docs: Documents,
+        cache: Cache | None,
+    ) -> Tensor:
         dim, cap = self.config.head_dim, self.config.attn_logit_soft_cap
-        projected = apply_together(x, [self.q_proj, self.k_proj, self.v_proj])
+        projected = apply_together(x, [self.q_proj, self.k_proj, self.v_proj], norm)
         q, k, v = (y.unflatten(-1, (-1, dim)) for y in projected)  # [B, T, H or G, D]
         if self.config.use_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -74,7 +71,7 @@ class Attention(nn.Module):
         q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, G, S, D]
-        out = run_attention(q, k, v, mask, cap)  # [B, H, T, D]
+        out = run_attention(q, k, v, cap, mask=mask, docs=docs)  # [B, H, T, D]
         out = out.transpose(1, 2).flatten(-2)  # [B, T, H * D]
         if self.config.use_sub_norm:
             out = self.sub_norm(out)
@@ -92,8 +89,8 @@ class MLP(nn.Module):
         self.down_proj = _linear(config, config.intermediate_size, config.hidden_size)
         self.sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.use_sub_norm else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_together(x, [self.gate_proj, self.up_proj])
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = apply_together(x, [self.gate_proj, self.up_proj], norm)
         hidden = F.silu(gate) * up
         if self.sub_norm is not None:
             hidden = self.sub_norm(hidden)
@@ -111,9 +108,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        docs: Documents,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(x, self.input_layernorm, cos, sin, mask, docs, cache)
+        y: Tensor = x + self.mlp(x, self.post_attention_layernorm)
         return y
 
 
@@ -127,6 +132,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.trit_dtype = compute_dtype
+        """What trits are kept in: the compute dtype, ready for single tokens, or int8, half the size, for training."""
         self.use_gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -156,7 +163,7 @@ class Model(nn.Module):
 
     def quantize_weights(self) -> None:
         """Make every trit from its latent weight; call after each change of the weights."""
-        quantize_weights(self, self.compute_dtype)
+        quantize_weights(self, self.trit_dtype)
 
     @property
     def head(self) -> Tensor:
@@ -185,13 +192,12 @@ class Model(nn.Module):
             cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]  # [T, D]
         else:
             cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # [B, 1, T, D]
-        if doc_ids is not None:
-            mask = reference.causal_mask(doc_ids, tokens.shape[1], tokens.device)
+        docs = documents(doc_ids, tokens.shape[1], tokens.device) if mask is None else None
         for block in self.layers:
             if self.use_gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, docs, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache)
+                x = block(x, cos, sin, mask, docs, cache)
         y: Tensor = self.norm(x)
         return y
 

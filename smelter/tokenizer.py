@@ -238,16 +238,23 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def fim_prompt(self, prefix: str, suffix: str, use_spm: bool = False) -> list[int]:
-        """Ids after which the model writes the middle; the same in training and at inference (see `smelter.data`).
+        """Ids after which the model writes the middle, the prefix and the suffix being encoded each on its own."""
+        return self.join_fim_prompt(self.encode(prefix), self.encode(suffix), use_spm)
+
+    def join_fim_prompt(self, prefix: list[int], suffix: list[int], use_spm: bool = False) -> list[int]:
+        """The one place that knows the layout; the same in training and at inference (see `smelter.fim`).
 
         prefix-suffix-middle: [fim_prefix] prefix [fim_suffix] suffix [fim_middle]
         suffix-prefix-middle: [fim_prefix][fim_suffix] suffix [fim_middle] prefix
         """
         if use_spm:
-            head, tail = [self.fim_prefix_id, self.fim_suffix_id], [self.fim_middle_id, *self.encode(prefix)]
-            return head + self.encode(suffix) + tail
-        head = [self.fim_prefix_id, *self.encode(prefix), self.fim_suffix_id]
-        return [*head, *self.encode(suffix), self.fim_middle_id]
+            return [self.fim_prefix_id, self.fim_suffix_id, *suffix, self.fim_middle_id, *prefix]
+        return [self.fim_prefix_id, *prefix, self.fim_suffix_id, *suffix, self.fim_middle_id]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What `tokenizer.json` holds; to be read only."""
+        return self._values
 
     @property
     def vocab_size(self) -> int:

@@ -131,6 +131,7 @@ class Trainer:
         found = prepare_run_dir(self.run_dir, config, training.resume)
         torch.manual_seed(training.seed)
         self.model = Model(config.model, self.dtype).to(self.device)
+        self.model.trit_dtype = torch.int8
         self.model.use_gradient_checkpointing = training.use_gradient_checkpointing
         self.optimizer = MuonAdamW(
             self.model,

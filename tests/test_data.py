@@ -18,20 +18,15 @@ from hypothesis import strategies as st
 
 from smelter.__main__ import main
 from smelter.config import DataConfig
-from smelter.data import IGNORED, Batch, BatchStream, apply_fim, eval_windows, fit_fim, prefetch, undo_fim
+from smelter.data import IGNORED, Batch, BatchStream, eval_windows, prefetch
 from smelter.errors import ConfigError, DataError
+from smelter.fim import undo_fim
 from smelter.shards import ShardSet, Split
 
 TOKENS = tiny.tokenizer()
 EOS, PAD = TOKENS.eos_id, TOKENS.pad_id
 SENTINELS = (TOKENS.fim_prefix_id, TOKENS.fim_suffix_id, TOKENS.fim_middle_id)
 PLAIN = DataConfig(fim_rate=0.0)
-
-text_strategy = st.lists(
-    st.one_of(
-        st.text(max_size=30), st.sampled_from(["<|fim_middle|>", "漢字🙂", "e\u0301\n", "def f(x):\n    return x\n"])
-    )
-).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -53,77 +48,6 @@ def stream(shards: ShardSet, config: DataConfig = PLAIN, **changes: Any) -> Batc
     """Rows of 64 tokens, 12 a step, 3 a batch."""
     values = {"seq_len": 64, "seed": 5, "device_batch_size": 3, "rows_per_step": 12} | changes
     return BatchStream(shards.split("train"), shards.tokenizer, config, **values)
-
-
-def rng(seed: int) -> np.random.Generator:
-    """Random numbers of a test."""
-    return np.random.default_rng(seed)
-
-
-# ---------------------------------------------------------------- fill-in-the-middle
-
-
-@given(text=text_strategy, seed=st.integers(0, 2**32), spm_rate=st.sampled_from([0.0, 0.5, 1.0]))
-@settings(max_examples=200)
-def test_undoing_fim_gives_every_byte_back(text: str, seed: int, spm_rate: float) -> None:
-    ids = apply_fim(TOKENS, text, rng(seed), spm_rate)
-    assert undo_fim(TOKENS, ids) == text.encode()
-    assert Counter(ids)[EOS] == 1
-    assert ids[-1] == EOS
-
-
-@given(text=text_strategy, seed=st.integers(0, 2**32))
-def test_both_orders_cut_at_the_same_characters(text: str, seed: int) -> None:
-    psm, spm = apply_fim(TOKENS, text, rng(seed), 0.0), apply_fim(TOKENS, text, rng(seed), 1.0)
-    first, second = sorted(rng(seed).integers(0, len(text) + 1, size=2).tolist())
-    prefix, middle, suffix = text[:first], text[first:second], text[second:]
-    assert psm == [*TOKENS.fim_prompt(prefix, suffix), *TOKENS.encode(middle), EOS]
-    assert spm[:2] == [SENTINELS[0], SENTINELS[1]]
-    at = spm.index(SENTINELS[2])
-    assert spm[2:at] == TOKENS.encode(suffix)
-    assert spm[at + 1 : -1] == TOKENS.encode(prefix + middle)
-
-
-def test_cuts_are_uniform_over_characters_and_reach_the_ends() -> None:
-    text, generator = "abcdefghij", rng(0)
-    lengths = Counter[int]()
-    for _ in range(3_000):
-        ids = apply_fim(TOKENS, text, generator, 0.0)
-        lengths[len(TOKENS.decode(ids[: ids.index(SENTINELS[1])]))] += 1
-    assert set(lengths) == set(range(11))
-    # The smaller of two uniform positions among 11 is k with chance (2 * (10 - k) + 1) / 121.
-    for k, count in lengths.items():
-        assert abs(count / 3_000 - (2 * (10 - k) + 1) / 121) < 0.03
-
-
-@given(
-    text=text_strategy,
-    seed=st.integers(0, 2**32),
-    room=st.integers(0, 80),
-    begin=st.integers(0, 10),
-    has_eos=st.booleans(),
-)
-@settings(max_examples=200)
-def test_what_fits_is_whole(text: str, seed: int, room: int, begin: int, has_eos: bool) -> None:
-    """Also for pieces that begin and end inside a character: a prefix of the piece's bytes, in at most `room` ids."""
-    ids = np.array(TOKENS.encode(text)[begin:] + [EOS] * has_eos, dtype=np.int64)
-    made = fit_fim(TOKENS, ids, room, rng(seed), 0.5)
-    raw = TOKENS.decode_bytes(ids)
-    if made is None:
-        assert len(raw.decode("utf-8", "surrogateescape")) < 8 or room < 4 + 3 + len(ids)
-        return
-    assert len(made) <= room
-    assert raw.startswith(undo_fim(TOKENS, made))
-    if len(ids) - has_eos <= room - 20:
-        assert undo_fim(TOKENS, made) == raw
-
-
-@pytest.mark.parametrize(
-    "ids", [[], [EOS], [1, 2, 3], [*SENTINELS, 5], [SENTINELS[0], SENTINELS[2], SENTINELS[1], EOS]]
-)
-def test_other_ids_are_not_undone(ids: list[int]) -> None:
-    with pytest.raises(DataError, match="not a fill-in-the-middle"):
-        undo_fim(TOKENS, ids)
 
 
 def test_shares_of_orders_and_of_fim_are_as_asked(shards: ShardSet) -> None:

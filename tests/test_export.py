@@ -269,11 +269,11 @@ def test_attention_logits_are_those_that_attention_sees(monkeypatch: pytest.Monk
     model, seen = tiny.model(attn_logit_soft_cap=0.0), []
     attend = kernels.attention
 
-    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, cap: float) -> torch.Tensor:
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cap: float, **where: Any) -> torch.Tensor:
         for head in range(q.shape[1]):
             scores = (q[0, head] @ k[0, head // (q.shape[1] // k.shape[1])].T).div(4).tril()
             seen.append(float(scores.abs().max()))
-        return attend(q, k, v, mask, cap)
+        return attend(q, k, v, cap, **where)
 
     probe = windows(tiny.tokenizer())
     report = measure_caps(model, probe)

@@ -9,16 +9,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.bitnet import ActQuant
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from smelter import kernels
 from smelter.bitnet import bit_linears
 from smelter.cache import KVCache
-from smelter.kernels import attention, blocked_attention, reference
+from smelter.kernels import attention, reference
 from smelter.model import Model
 
 TOKENS = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -180,44 +177,6 @@ def test_final_cap_equals_gemma2() -> None:
     torch.testing.assert_close(model.logits(hidden), torch.tanh(plain.logits(hidden) / 3.0) * 3.0)
 
 
-@pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
-@pytest.mark.parametrize("cap", [0.0, 2.0])
-def test_blocked_attention_equals_the_reference(length: int, cap: float) -> None:
-    q, k, v = (torch.randn(2, heads, length, 8, requires_grad=True) for heads in (4, 2, 2))
-    dense = reference.attention(q, k, v, reference.causal_mask(None, length, q.device), cap)
-    blocked = blocked_attention(q, k, v, cap)
-    torch.testing.assert_close(blocked, dense)
-    weight = torch.randn_like(dense)
-    expected = torch.autograd.grad((dense * weight).sum(), (q, k, v))
-    for got, want in zip(torch.autograd.grad((blocked * weight).sum(), (q, k, v)), expected, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-
-
-@given(
-    batch=st.integers(1, 2),
-    groups=st.integers(1, 3),
-    per_group=st.integers(1, 3),
-    length=st.integers(1, 40),
-    half_dim=st.integers(1, 6),
-    block=st.integers(1, 9),
-    cap=st.sampled_from([0.0, 1.5]),
-)
-@settings(max_examples=40)
-def test_blocks_of_any_size_equal_the_reference(
-    batch: int, groups: int, per_group: int, length: int, half_dim: int, block: int, cap: float
-) -> None:
-    generator = torch.Generator().manual_seed(length)
-    q, k, v = (
-        torch.randn(batch, heads, length, 2 * half_dim, generator=generator)
-        for heads in (groups * per_group, groups, groups)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "QUERY_BLOCK", block)
-        blocked = blocked_attention(q, k, v, cap)
-    dense = reference.attention(q, k, v, reference.causal_mask(None, length, q.device), cap)
-    torch.testing.assert_close(blocked, dense, atol=1e-5, rtol=1e-4)
-
-
 @torch.no_grad()
 def test_a_later_token_changes_nothing_before_it() -> None:
     model = tiny.model()
@@ -250,7 +209,9 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
 def test_attention_without_mask_is_causal() -> None:
     q, k, v = (torch.randn(1, heads, 9, 8) for heads in (2, 1, 1))
     mask = reference.causal_mask(None, 9, q.device)
-    torch.testing.assert_close(attention(q, k, v, None, 50.0), attention(q, k, v, mask, 50.0))
+    torch.testing.assert_close(
+        attention(q, k, v, 50.0, mask=None, docs=None), attention(q, k, v, 50.0, mask=mask, docs=None)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.015)])

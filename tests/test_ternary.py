@@ -47,7 +47,7 @@ def run(together: bool, x: Tensor, weights: list[Tensor], *rest: Any) -> tuple[l
 def test_together_is_each_apart(
     use_int8: bool, mode: str, rows: tuple[int, ...], outputs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ternary, "CPU_HAS_INT8", use_int8)
+    monkeypatch.setattr(ternary, "int8_product", lambda device: "cpu" if use_int8 else "none")
     x, *rest = case(rows, outputs, 256, torch.float32)
     for got, want in zip(run(True, x, *rest, mode), run(False, x, *rest, mode), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6 * 256)
@@ -57,7 +57,7 @@ def test_together_is_each_apart(
 def test_half_precision_is_as_near_to_float32_as_the_specification(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ternary, "CPU_HAS_INT8", True)
+    monkeypatch.setattr(ternary, "int8_product", lambda device: "cpu")
     x, weights, trits, scales = case((96,), (40, 24), 128, dtype)
     exact = run(False, x.float(), weights, [t.float() for t in trits], scales, "token")
     ours, spec = (run(together, x, weights, trits, scales, "token") for together in (True, False))
@@ -74,7 +74,7 @@ def test_half_precision_is_as_near_to_float32_as_the_specification(
 def test_int8_products_are_exact(rows: int, outputs: int, inputs: int, seed: int) -> None:
     x, weights, trits, scales = case((rows,), (outputs,), inputs, torch.float32, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ternary, "CPU_HAS_INT8", True)
+        patch.setattr(ternary, "int8_product", lambda device: "cpu")
         (got,) = ternary.ternary_linears(x, weights, trits, scales, "token")
     (want,) = (reference.ternary_linear(x, weights[0], trits[0], scales[0], "token"),)
     assert torch.equal(got, want)

@@ -1,9 +1,9 @@
-"""Ternary linear layers that share their input, carried out together: one quantisation, one matrix product.
+"""Ternary linear layers that share their input, with one quantisation of it and the fastest exact product.
 
-Query, key and value read the same activations, and so do gate and up. Stacked, they quantise them once and
-run one wide product in each direction instead of two or three narrow ones. Where the processor multiplies
-int8 (AVX-512 VNNI), the forward product runs in int8 with int32 sums: twice as fast as bf16 and exact, since
-trits and quantised activations are small integers. The gradients are those of `reference.ternary_linear`.
+Query, key and value read the same activations, and so do gate and up: stacked, they quantise them once and run one
+wide product in each direction. The forward product is one of small integers: where the device multiplies int8
+(`capability`), that is twice as fast as bf16 and as exact. Of the activations only the int8 are kept for the
+backward pass, whose products are those of `reference.ternary_linear`.
 """
 
 from collections.abc import Sequence
@@ -14,78 +14,136 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smelter.kernels import reference
+from smelter.kernels.capability import Int8Product, capability
 
 MIN_INT8_ROWS = 32
 """Below this many tokens reading the weights is what takes the time, not multiplying them."""
 
 
-def _cpu_has_int8() -> bool:
-    """Whether the CPU multiplies int8 faster than floats (AVX-512 VNNI or AMX)."""
-    get_capabilities = getattr(torch.backends.cpu, "get_capabilities", None)
-    if get_capabilities is not None:
-        found = get_capabilities()
-        return bool(found.get("avx512_vnni") or found.get("amx_int8"))
-    return bool(torch.cpu._is_vnni_supported())
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def int8_product(device: torch.device) -> Int8Product:
+    """How this device multiplies int8; a constant to the compiler."""
+    return capability(device).int8_product
 
 
-CPU_HAS_INT8 = _cpu_has_int8()
-"""Looked up once: the compiler then sees a constant."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def uses_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device; a constant to the compiler."""
+    return capability(device).use_triton
 
 
-def _int8_product(integers: Tensor, trits: Tensor) -> Tensor:
-    """int8 [M, K] x trits [N, K] in any dtype -> int32 [M, N]."""
-    return torch._int_mm(integers, trits.to(torch.int8).T)
+def pick_product(rows: int, inputs: int, outputs: int, device: torch.device) -> Int8Product:
+    """How to multiply activations [rows, inputs] with weights [outputs, inputs]."""
+    product: Int8Product = int8_product(device)
+    # With a single column, PyTorch's int8 product (2.13, CPU) returns arbitrary numbers; cuBLAS wants multiples of 8.
+    if rows < MIN_INT8_ROWS or inputs == 1:
+        return "none"
+    if product == "cublas" and (inputs % 8 or outputs % 8):
+        return "none"
+    return product
+
+
+def _product(q: Tensor, row_scale: Tensor, trits: Tensor, column_scale: Tensor, how: Int8Product, dtype: Any) -> Tensor:
+    """[M, N] in `dtype`: integers q [M, K] (float32 or int8) times trits [N, K], times scales [M, 1] and [N]."""
+    if how == "triton":
+        from smelter.kernels.triton_ops import int8_matmul
+
+        product: Tensor = int8_matmul(q.to(torch.int8), trits.to(torch.int8), row_scale, column_scale, dtype)
+        return product
+    if how == "none":
+        # Sums of int8 x trit products overflow fp16 beyond K = 516; 1/128 is exact in every format.
+        shift = 128.0 if dtype == torch.float16 else 1.0
+        sums = F.linear((q.float() / shift).to(dtype), trits.to(dtype)).float() * shift
+    else:
+        sums = torch._int_mm(q.to(torch.int8), trits.to(torch.int8).T).float()
+    return (sums * (row_scale * column_scale)).to(dtype)
+
+
+def _columns(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """A scalar for each layer, repeated for each of its outputs: [N]."""
+    return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
+
+
+def _quantize(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers [M, K] and scales [M, 1] of x [M, K], normalised first where there is a `norm` [K]; 1 / its rms."""
+    if x.device.type == "cuda" and uses_triton(x.device):
+        from smelter.kernels import triton_ops
+
+        if norm is None:
+            return *triton_ops.quantize_rows(x), None
+        q, row_scale, rstd = triton_ops.rms_norm_quantize(x, norm, eps)
+        return q, row_scale, rstd
+    if norm is None:
+        return *reference.quantize_activations(x), None
+    q, row_scale = reference.quantize_activations(reference.rms_norm(x, norm, eps))
+    return q, row_scale, torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
 
 
 class _TernaryLinears(torch.autograd.Function):
-    """y_i = quantised(x) @ (scale_i * trits_i)^T for every layer i, activations quantised per token."""
+    """y = quantised(norm(x)) @ w'^T, quantised per token, w' [N, K] all layers' scale * trits stacked."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, use_int8: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, norm: Tensor | None, eps: float, how: Int8Product, *tensors: Tensor) -> Tensor:
         count = len(tensors) // 3
         weights, trits, scales = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        q, x_scale = reference.quantize_activations(x.reshape(-1, x.shape[-1]))
-        integers = q.to(torch.int8)
-        stacked = torch.cat(trits)  # [N, K]
-        product = _int8_product(integers, stacked) if use_int8 else F.linear(q.to(x.dtype), stacked)
-        outputs, start = [], 0
-        for part, scale in zip(trits, scales, strict=True):
-            end = start + part.shape[0]
-            y = (product[:, start:end].float() * (x_scale * scale)).to(x.dtype)
-            outputs.append(y.view(*x.shape[:-1], end - start))
-            start = end
-        ctx.save_for_backward(integers, x_scale, *trits, *scales)
+        flat = x.reshape(-1, x.shape[-1])
+        q, row_scale, rstd = _quantize(flat, norm, eps)
+        columns = _columns(scales, [part.shape[0] for part in trits])
+        y = _product(q, row_scale, torch.cat(trits), columns, how, x.dtype)
+        normed = (flat, norm, rstd) if norm is not None else ()
+        ctx.save_for_backward(q.to(torch.int8), row_scale, *trits, *scales, *normed)
         ctx.weight_dtypes = [weight.dtype for weight in weights]
-        return tuple(outputs)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Not stacked: putting the gradients side by side would cost more than the narrower products.
-        integers, x_scale, *saved = ctx.saved_tensors
-        count = len(saved) // 2
-        rows = integers.to(grads[0].dtype)
-        grad_x: Tensor | None = None
-        grad_weights = []
-        for grad, part, scale, dtype in zip(grads, saved[:count], saved[count:], ctx.weight_dtypes, strict=True):
-            flat = grad.reshape(-1, grad.shape[-1]).float()
-            share = (flat * scale).to(grad.dtype) @ part
-            grad_x = share if grad_x is None else grad_x + share
-            grad_weights.append(((flat * x_scale).to(grad.dtype).T @ rows).to(dtype))
-        assert grad_x is not None
-        return grad_x.view(*grads[0].shape[:-1], -1), None, *grad_weights, *(None,) * (2 * count)
+        (grad,) = grads
+        q, row_scale, *saved = ctx.saved_tensors
+        count = len(ctx.weight_dtypes)
+        trits, scales, normed = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        weight = torch.cat([part * scale for part, scale in zip(trits, scales, strict=True)])
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = flat @ weight.to(grad.dtype)
+        grad_weight = flat.T @ (q * row_scale).to(grad.dtype)
+        parts = grad_weight.split([part.shape[0] for part in trits])
+        grad_weights = [part.to(dtype) for part, dtype in zip(parts, ctx.weight_dtypes, strict=True)]
+        grad_norm = None
+        if normed:
+            grad_x, grad_norm = _rms_norm_backward(grad_x, *normed)
+        return grad_x.view(*grad.shape[:-1], -1), grad_norm, None, None, *grad_weights, *(None,) * (2 * count)
+
+
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x [M, K] and of the gain [K] of `reference.rms_norm`, from that of its output."""
+    unit, g = x.float() * rstd, grad.float()
+    grad_unit = g * weight
+    grad_x = rstd * (grad_unit - unit * (grad_unit * unit).mean(dim=-1, keepdim=True))
+    return grad_x.to(x.dtype), (g * unit).sum(0).to(weight.dtype)
 
 
 def ternary_linears(
-    x: Tensor, weights: Sequence[Tensor], trits: Sequence[Tensor], scales: Sequence[Tensor], activation_quant: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    trits: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    activation_quant: str,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Sequence[Tensor]:
-    """`reference.ternary_linear` of x [..., K] with each weight [N_i, K]; returns [..., N_i] for each."""
+    """`reference.ternary_linear` of x [..., K] with each weight [N_i, K]; returns [..., N_i] for each.
+
+    With a gain `norm` [K], x goes through `reference.rms_norm` first. The trits may be kept in any dtype that holds
+    them.
+    """
     rows = x.numel() // max(1, x.shape[-1])
-    # fp16 sums overflow unless scaled, and blocks of 256 have a scale each: the specification takes care of both.
-    if activation_quant != "token" or x.dtype == torch.float16 or not rows:
+    if activation_quant != "token" or not rows:
+        if norm is not None:
+            x = reference.rms_norm(x, norm, eps)
         triples = zip(weights, trits, scales, strict=True)
-        return [reference.ternary_linear(x, weight, t, scale, activation_quant) for weight, t, scale in triples]
-    # With a single column, PyTorch's int8 product (2.13) returns arbitrary numbers.
-    is_large = rows >= MIN_INT8_ROWS and x.shape[-1] > 1
-    use_int8 = CPU_HAS_INT8 and x.device.type == "cpu" and is_large
-    y: Sequence[Tensor] = _TernaryLinears.apply(x, use_int8, *weights, *trits, *scales)  # type: ignore[no-untyped-call]
-    return y
+        return [reference.ternary_linear(x, weight, t.to(x.dtype), s, activation_quant) for weight, t, s in triples]
+    sizes = [part.shape[0] for part in trits]
+    how = pick_product(rows, x.shape[-1], sum(sizes), x.device)
+    y: Tensor = _TernaryLinears.apply(x, norm, eps, how, *weights, *trits, *scales)  # type: ignore[no-untyped-call]
+    outputs: Sequence[Tensor] = y.split(sizes, dim=-1)
+    return outputs
