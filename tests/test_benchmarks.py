@@ -21,7 +21,7 @@ from smelter.loss import Loss, LossConfig, dense_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
-sys.path.insert(0, str(FOLDER))
+sys.path.append(str(FOLDER))  # behind the packages: benchmarks/foundry.py has the name of one
 
 SHARED = {"contestants"}
 """Used by benchmarks, and none itself."""

@@ -22,7 +22,7 @@ from smelter.kernels.capability import capability
 from smelter.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind the packages: foundry.py has the name of one
 agreement: Any = importlib.import_module("agreement")
 contestants: Any = importlib.import_module("contestants")
 

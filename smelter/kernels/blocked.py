@@ -106,7 +106,7 @@ def _shaped(scores: Tensor, batch: int, num_kv_heads: int, size: int) -> Tensor:
     """Scores [B * G, R * n, end] as [B, G, R, n, end]."""
     view = scores.view(batch, num_kv_heads, -1, size, scores.shape[-1])
     # The number of keys differs from block to block: the compiler is to make one program for all.
-    torch._dynamo.mark_dynamic(view, 4)
+    torch._dynamo.maybe_mark_dynamic(view, 4)
     return view
 
 
@@ -151,7 +151,8 @@ def _product(buffer: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _stack(heads: Tensor, num_kv_heads: int, rows: slice) -> Tensor:
     """Rows of heads [B, H, T, D], those that share keys after one another: [B * G, R * n, D]."""
-    return heads[:, :, rows].unflatten(1, (num_kv_heads, -1)).flatten(2, 3).flatten(0, 1)
+    stacked: Tensor = heads[:, :, rows].unflatten(1, (num_kv_heads, -1))  # [B, G, R, n, D]
+    return stacked.flatten(2, 3).flatten(0, 1)
 
 
 @torch.library.custom_op("smelter::capped_attention", mutates_args=())
