@@ -3,6 +3,7 @@
 Decided once, at the start, and said: `smelter train` prints the line that `describe` gives.
 """
 
+import ctypes
 import os
 import shutil
 import time
@@ -52,6 +53,21 @@ def can_compile(config: TrainingConfig, device: torch.device) -> bool:
         distributed.print0("no C++ compiler found: training without torch.compile, which is slower (install g++)")
         return False
     return True
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep memory that tensors free for the next ones, instead of handing it back and asking anew.
+
+    Every large tensor would else be new pages, zeroed by the system at first touch: 4% of a training step. True where
+    it was done; another C library, and allocators that replace malloc, manage on their own.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        is_glibc = hasattr(library, "gnu_get_libc_version")
+    except (OSError, TypeError):  # no C library of that kind
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    return is_glibc and all(library.mallopt(name, 2**30) for name in (mmap_threshold, trim_threshold))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

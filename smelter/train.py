@@ -118,6 +118,8 @@ class Trainer:
         self.run_dir = Path(training.run_dir)
         self.device = hardware.pick_device(training.device)
         distributed.start(self.device)
+        keeps_memory = self.device.type == "cpu" and hardware.keep_freed_memory()
+        self.allocator = "freed memory is kept" if keeps_memory else "memory as the system manages it"
         self.dtype = hardware.pick_dtype(training.precision, self.device)
         self.use_compile = hardware.can_compile(training, self.device)
         self.micro_steps = config.micro_steps(distributed.world_size())
@@ -298,7 +300,7 @@ class Trainer:
         """Train to the end, or until a signal. Returns 0, or 128 + the signal's number."""
         training = self.training
         peak = hardware.describe(self.device, self.dtype, self.use_compile, self.peak_flops)
-        print0(f"{peak} | {self.config.model.num_params_estimate:,} parameters")
+        print0(f"{peak} | {self.allocator} | {self.config.model.num_params_estimate:,} parameters")
         stream = BatchStream(
             self.shards.split("train"),
             self.tokenizer,

@@ -80,6 +80,30 @@ def test_int8_products_are_exact(rows: int, outputs: int, inputs: int, seed: int
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+def test_the_norm_within_is_the_norm_before(dtype: torch.dtype, mode: str, scale: float) -> None:
+    x, weights, trits, scales = case((3, 40), (24, 8), 256, dtype)
+    x, norm = x * scale, torch.rand(256) + 0.5
+    found = []
+    for is_within in (True, False):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, norm, *weights)]
+        if is_within:
+            outputs = ternary.ternary_linears(inputs[0], inputs[2:], trits, scales, mode, norm=inputs[1], eps=1e-6)
+        else:
+            normed = reference.rms_norm(inputs[0], inputs[1], 1e-6)
+            outputs = ternary.ternary_linears(normed, inputs[2:], trits, scales, mode)
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(y.shape, generator=generator).to(dtype) for y in outputs]
+        found.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for index, (got, want) in enumerate(zip(*found, strict=True)):
+        if index < len(weights):
+            assert torch.equal(got, want)
+        assert (got.float() - want.float()).norm() <= tolerance * want.float().norm()
+
+
 def test_one_layer_is_a_bit_linear() -> None:
     torch.manual_seed(0)
     layers = [bitnet.BitLinear(64, n) for n in (32, 16)]
