@@ -1,10 +1,10 @@
 """Does training by the fast path learn what training by the specification learns?
 
-A small ternary model, 200 steps of Muon and AdamW on the bytes of Python's standard library: once with the model written
-out by `kernels.reference` in float32 with a dense loss, once as `smelter train` runs it (compiled blocks, int8 products,
-attention in blocks, chunked loss, 16 bits where the device has them). Same weights and batches under each seed; then
-other seeds, to see how much a curve may differ without meaning anything. Exit code 1 where the two paths lie further
-apart than the seeds.
+A small ternary model, 200 steps of Muon and AdamW on the bytes of Python's standard library: once with the model
+written out by `kernels.reference` in float32 with a dense loss, once as `smelter train` runs it (compiled blocks, int8
+products, attention in blocks, chunked loss, 16 bits where the device has them). Same weights and batches under each
+seed; then other seeds, to see how much a curve may differ without meaning anything. Exit code 1 where the two paths lie
+further apart than the seeds.
 
     python benchmarks/curves.py [--quick] [--json]
 """

@@ -417,13 +417,24 @@ def parse_options(argv: list[str]) -> TrainOptions:
 
 
 def _dry_run(config: Config) -> int:
-    device = hardware.pick_device(config.training.device)
-    dtype = hardware.pick_dtype(config.training.precision, device)
+    """Print the resolved configuration and its cost; a GPU that is not here is planned for without a time."""
+    training = config.training
     config.micro_steps(distributed.world_size())
-    peak = hardware.measure_peak_flops(device, dtype)
     print(config_to_toml(config))
-    print(hardware.describe(device, dtype, config.training.use_torch_compile, peak))
-    print(plan(config, bytes_per_value=dtype.itemsize, peak_flops=peak).table())
+    is_elsewhere = training.device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
+    if is_elsewhere:
+        kind, peak = "cuda", None
+        dtype = hardware.pick_dtype("bf16" if training.precision == "auto" else training.precision, torch.device(kind))
+        print(f"for {training.device}, which is not here | computing in {str(dtype).removeprefix('torch.')}")
+    else:
+        device = hardware.pick_device(training.device)
+        kind = device.type
+        dtype = hardware.pick_dtype(training.precision, device)
+        peak = hardware.measure_peak_flops(device, dtype)
+        print(hardware.describe(device, dtype, training.use_torch_compile, peak))
+    # Newton-Schulz runs in float32 where there is no bf16.
+    sizes = {"bytes_per_value": dtype.itemsize, "newton_schulz_bytes": 2 if dtype == torch.bfloat16 else 4}
+    print(plan(config, **sizes, device_type=kind, world_size=distributed.world_size(), peak_flops=peak).table())
     return 0
 
 
