@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,8 +47,7 @@ class Setting:
     @property
     def model(self) -> ModelConfig:
         """The architecture, with room for `seq_len` tokens."""
-        values = asdict(preset(self.preset).model) | {"max_seq_len": self.seq_len}
-        return ModelConfig(**values)
+        return replace(preset(self.preset).model, max_seq_len=self.seq_len)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,7 +71,7 @@ class Smelter:
     """Ours as `smelter train` runs it: compiled blocks, soft-caps on, trits made once per optimizer step."""
 
     def __init__(self, setting: Setting, *, use_ternary: bool = True, use_compile: bool = True) -> None:
-        config = ModelConfig(**(asdict(setting.model) | {"use_ternary": use_ternary}))
+        config = replace(setting.model, use_ternary=use_ternary)
         self.model = Model(config, setting.torch_dtype).to(setting.device)
         self.model.trit_dtype = torch.int8
         self.model.use_gradient_checkpointing = setting.recompute

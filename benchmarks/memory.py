@@ -57,7 +57,7 @@ def return_freed_memory() -> None:
     """Make glibc give freed tensors back at once, so that resident memory is what is in use."""
     mmap_threshold = -3
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 1 << 20)
+    libc.mallopt(mmap_threshold, 1 << 16)
     libc.malloc_trim(0)
 
 

@@ -74,14 +74,12 @@ def measure(setting: Setting, micro_steps: int, short: int) -> dict[str, Any]:
     tokens = setting.batch_size * setting.seq_len
     speed = {name: tokens / seconds(found) for name, found in answers.items()}
     peak = {name: found[-1]["peak_mib"] for name, found in answers.items()}
-    # The first step makes the optimizer's state; the second is the one that every later step costs.
-    steps = {name: [workers[name].ask("optimizer_step") for _ in range(1)] for name in (OURS, PEER)}
+    steps = {}
     for name in (OURS, PEER):
+        workers[name].ask("optimizer_step")  # makes the optimizer's state
         workers[name].ask("micro_step")
-        steps[name].append(workers[name].ask("optimizer_step"))
-    whole = {
-        name: sum(answer["seconds"] for answer in answers[name]) + steps[name][1]["seconds"] for name in (OURS, PEER)
-    }
+        steps[name] = workers[name].ask("optimizer_step")  # what every later step costs
+    whole = {name: sum(answer["seconds"] for answer in answers[name]) + steps[name]["seconds"] for name in steps}
     for worker in workers.values():
         worker.close()
     found = {
@@ -92,8 +90,8 @@ def measure(setting: Setting, micro_steps: int, short: int) -> dict[str, Any]:
         "tokens_per_step": micro_steps * tokens,
         "whole_tok_per_sec": {name: micro_steps * tokens / value for name, value in whole.items()},
         "whole_ratio": whole[PEER] / whole[OURS],
-        "optimizer_seconds": {name: steps[name][1]["seconds"] for name in (OURS, PEER)},
-        "whole_peak_mib": {name: steps[name][1]["peak_mib"] for name in (OURS, PEER)},
+        "optimizer_seconds": {name: steps[name]["seconds"] for name in steps},
+        "whole_peak_mib": {name: steps[name]["peak_mib"] for name in steps},
         "ternary_time": speed[FULL_PRECISION] / speed[OURS],
     }
     if "torchao bitnet" in speed:

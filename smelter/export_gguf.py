@@ -8,8 +8,6 @@ bits in blocks of 256 by itself.
 """
 
 import importlib.util
-import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +53,7 @@ def _input_sizes(config: ModelConfig) -> dict[str, int]:
 
 def _check_pre_tokenizer(tokenizer: Tokenizer) -> None:
     """UserError unless text is split as llama.cpp's `qwen2` does it: another split gives other tokens, silently."""
-    values = tokenizer_values(tokenizer)
+    values = tokenizer.values
     parts = (values["pre_tokenizer"] or {}).get("pretokenizers", [])
     kinds = [part["type"] for part in parts]
     split = parts[0] if kinds == ["Split", "ByteLevel"] else {}
@@ -66,20 +64,11 @@ def _check_pre_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def tokenizer_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json as tables."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.json"
-        tokenizer.save(file)
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return values
-
-
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """The vocabulary in id order, padded to the embedding's rows, with merges and special tokens."""
     import gguf
 
-    values = tokenizer_values(tokenizer)
+    values = tokenizer.values
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
     for token, index in values["model"]["vocab"].items():

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smelter.kernels import reference
+from smelter.kernels.soft_cap import COMPILER_OPTIONS, capped, capped_exp, is_bounded
 
 Direction = Literal["forward", "reverse"]
 
@@ -79,34 +80,18 @@ def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
     return valid if weights is None else valid * weights
 
 
-def _capped(logits: Tensor, soft_cap: float) -> tuple[Tensor, Tensor | float]:
-    """soft_cap(logits) in float32, and the cap's slope there."""
-    x = logits.float()
-    if not soft_cap:
-        return x, 1.0
-    # Rounding the logits to 16 bits moves them further than the polynomial does.
-    t = torch.tanh(x / soft_cap) if logits.dtype == torch.float32 else reference.rational_tanh(x * (1 / soft_cap))
-    return t * soft_cap, 1 - t * t
-
-
-def _exp(capped: Tensor, soft_cap: float, dtype: torch.dtype) -> Tensor:
-    """exp, cheaper where the cap bounds its argument and the result is rounded to 16 bits."""
-    is_rounded = dtype != torch.float32 and 0 < soft_cap <= reference.MAX_EXPONENT
-    return reference.power_exp(capped) if is_rounded else torch.exp(capped)
-
-
 def _log_sum_exp(logits: Tensor, soft_cap: float) -> Tensor:
     """lse [n, 1] of the capped logits [n, V]."""
-    capped, _ = _capped(logits, soft_cap)
-    if 0 < soft_cap <= reference.MAX_EXPONENT:  # no maximum is needed
-        return _exp(capped, soft_cap, logits.dtype).sum(-1, keepdim=True).log()
-    return torch.logsumexp(capped, dim=-1, keepdim=True)
+    values, _ = capped(logits, soft_cap)
+    if is_bounded(soft_cap):
+        return capped_exp(values, soft_cap, logits.dtype).sum(-1, keepdim=True).log()
+    return torch.logsumexp(values, dim=-1, keepdim=True)
 
 
 def _replace_by_softmax_grad(logits: Tensor, shift: Tensor | None, factor: Tensor, soft_cap: float) -> None:
     """Replaces logits [n, V] by factor [n, 1] times exp(capped - shift [n, 1]) times the cap's slope."""
-    capped, slope = _capped(logits, soft_cap)
-    exponentials = _exp(capped, soft_cap, logits.dtype) if shift is None else torch.exp(capped - shift)
+    values, slope = capped(logits, soft_cap)
+    exponentials = capped_exp(values, soft_cap, logits.dtype) if shift is None else torch.exp(values - shift)
     logits.copy_(exponentials * slope * factor)
 
 
@@ -120,11 +105,11 @@ def _cross_entropy_and_grad(
     sums = _compiled(_log_sum_exp) if use_compile else _log_sum_exp
     replace = _compiled(_replace_by_softmax_grad) if use_compile else _replace_by_softmax_grad
     index = targets.clamp_min(0).unsqueeze(-1)
-    at_target, slope = _capped(logits.gather(-1, index), config.soft_cap)  # [n, 1]
+    at_target, slope = capped(logits.gather(-1, index), config.soft_cap)  # [n, 1]
     lse = sums(logits, config.soft_cap)
     share = weights.unsqueeze(-1)
     factor = (1.0 + 2.0 * config.z_loss * lse) * share
-    if 0 < config.soft_cap <= reference.MAX_EXPONENT:
+    if is_bounded(config.soft_cap):
         replace(logits, None, factor * (-lse).exp(), config.soft_cap)
     else:
         replace(logits, lse, factor, config.soft_cap)
@@ -141,15 +126,15 @@ def _distillation_and_grad(
 
     Computed in float32; the gradient comes in the logits' dtype.
     """
-    capped, slope = _capped(logits, config.soft_cap)
-    lse = torch.logsumexp(capped, dim=-1, keepdim=True)
+    values, slope = capped(logits, config.soft_cap)
+    lse = torch.logsumexp(values, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
-    ce = ((lse - capped.gather(-1, index)).squeeze(-1) * weights).sum()
+    ce = ((lse - values.gather(-1, index)).squeeze(-1) * weights).sum()
     z = (lse.squeeze(-1).square() * weights).sum()
     ce_share = 1.0 - config.kl_weight
-    grad = (capped - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
+    grad = (values - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
     temperature = config.temperature
-    student = F.log_softmax(capped / temperature, dim=-1)
+    student = F.log_softmax(values / temperature, dim=-1)
     if config.direction == "forward":
         # 0 * -inf where a teacher gives no probability at all: that term of the sum is 0.
         terms = torch.where(teacher > float("-inf"), teacher.exp() * (teacher - student), 0.0)
@@ -211,6 +196,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_head = share.float()
                 else:
                     add(grad_head, share)
+                del share
+            del logits, grad  # else they would still be there while the next chunk's are made
         sums = sums / normalizer
         ce_share = 1.0 - config.kl_weight if teachers else 1.0
         total = ce_share * sums[0] + config.z_loss * sums[1] + config.kl_weight * sums[2]
@@ -233,7 +220,7 @@ class _ChunkedLoss(torch.autograd.Function):
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, fused by torch.compile; made at its first use, since the compiler takes a second to import."""
-    return torch.compile(function, dynamic=False, options=reference.COMPILER_OPTIONS)
+    return torch.compile(function, dynamic=False, options=COMPILER_OPTIONS)
 
 
 def chunked_loss(

@@ -123,18 +123,19 @@ def _backward(model: ModelConfig, tokens: int, recomputed: int, bytes_per_value:
     return tokens * (max(mlp, attention) + recomputed) + weights + head
 
 
-def _optimizer(model: ModelConfig, newton_schulz_bytes: int) -> int:
-    """Muon's temporaries for the shape with most values, all of its matrices at once."""
+def _optimizer(model: ModelConfig, newton_schulz_bytes: int, device_type: str) -> int:
+    """Muon's temporaries for the shape with most values: all of its matrices at once, on a CPU one by one."""
     by_shape: dict[tuple[int, int], int] = {}
     hidden, query, kv, inner = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
     for shape in [(query, hidden), (hidden, query), *[(kv, hidden), (inner, hidden)] * 2, (hidden, inner)]:
         by_shape[shape] = by_shape.get(shape, 0) + model.num_layers
     largest = 0
     for (rows, columns), count in by_shape.items():
-        # float32 updates, one by one and stacked; two iterates; the Gram matrix and its polynomial.
+        # float32 updates and directions (or the stack); two iterates, the Gram matrix and its polynomial.
         iterates = 2 * newton_schulz_bytes * rows * columns
         squares = 2 * newton_schulz_bytes * min(rows, columns) ** 2
-        largest = max(largest, count * (2 * FLOAT * rows * columns + iterates + squares))
+        at_once = count if device_type == "cuda" else 1
+        largest = max(largest, count * 2 * FLOAT * rows * columns + at_once * (iterates + squares))
     return largest
 
 
@@ -174,6 +175,6 @@ def plan(
         activations_bytes=_activations(model, tokens, block, bytes_per_value, training.use_gradient_checkpointing),
         loss_bytes=_loss(config, tokens, bytes_per_value),
         backward_bytes=_backward(model, tokens, recomputed, bytes_per_value),
-        optimizer_bytes=_optimizer(model, newton_schulz_bytes) if is_muon else 0,
+        optimizer_bytes=_optimizer(model, newton_schulz_bytes, device_type) if is_muon else 0,
         seconds=seconds,
     )

@@ -1,5 +1,6 @@
 """Exports against those who read them: Transformers, tokenizers and gguf-py."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from smelter.__main__ import main
 from smelter.bitnet import bit_linears
 from smelter.errors import UserError
 from smelter.export import CapReport, compare, logits_of, measure_caps, probe_windows, runtime_model
-from smelter.export_gguf import check_gguf, gguf_name, read_gguf, tokenizer_values, write_gguf
+from smelter.export_gguf import check_gguf, gguf_name, read_gguf, write_gguf
 from smelter.export_hf import baked_tensors, compare_trits, qwen3_config, read_hf, write_hf
 from smelter.generate import generate, load_model
 from smelter.model import Model
@@ -210,7 +211,7 @@ def test_gguf_describes_shape_and_vocabulary(tmp_path: Path) -> None:
         [tokens.eos_id, tokens.pad_id, tokens.fim_prefix_id, tokens.fim_middle_id, tokens.fim_suffix_id]
     )
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    assert merges == [tuple(merge) for merge in tokenizer_values(tokens)["model"]["merges"]]
+    assert merges == [tuple(merge) for merge in tokens.values["model"]["merges"]]
     assert not [key for key in fields if "fim_rep" in key or "fim_sep" in key]
 
 
@@ -244,7 +245,7 @@ def test_gguf_holds_the_smallest_and_largest_scales_exactly(tmp_path: Path, size
 
 
 def test_gguf_refuses_tokenizers_that_split_otherwise(tmp_path: Path) -> None:
-    values = tokenizer_values(tiny.tokenizer())
+    values = copy.deepcopy(tiny.tokenizer().values)
     values["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+|\S+"
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="Qwen2"):

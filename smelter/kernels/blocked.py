@@ -2,9 +2,9 @@
 
 The idea is FlashAttention's (Dao et al., arXiv 2205.14135), made simpler by the cap (Gemma 2, arXiv 2408.00118):
 capped logits lie in [-cap, cap], so their exponentials neither overflow nor vanish in float32 and no maximum is
-needed. A block of queries multiplies the keys up to its own end (what lies to the right is never
-computed), one fused pass turns scores into exponentials and their sums, and a second product reads the values. The
-backward pass makes the scores again, so nothing of size T x T is kept.
+needed. A block of queries multiplies the keys up to its own end (what lies to the right is never computed), one fused
+pass turns scores into exponentials and their sums, and a second product reads the values. The backward pass makes the
+scores again, so nothing of size T x T is kept.
 
 Query heads that share a key head are stacked in one product, so keys are never repeated. The products go to the
 library (oneDNN, cuBLAS): this is also the path for Turing GPUs, whose tensor cores Triton cannot reach. The operation
@@ -19,33 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smelter.kernels import reference
+from smelter.kernels.soft_cap import COMPILER_OPTIONS, capped, capped_exp, is_bounded
 
 MIN_BLOCK = 128
 MAX_BLOCKS = 16
 """Fewer, larger blocks multiply faster; smaller ones multiply less that is hidden."""
+
 Docs = tuple[Tensor, Tensor]
 """Numbers of the documents that queries [B, n] and keys [B, end] belong to."""
-
-
-def _scaled(scores: Tensor, scale: float, cap: float) -> tuple[Tensor, Tensor | float]:
-    """Capped logits in float32 and the cap's slope there."""
-    x = scores.float() * scale
-    if not cap:
-        return x, 1.0
-    # Rounding the scores to 16 bits moves them further than the polynomial does.
-    t = torch.tanh(x / cap) if scores.dtype == torch.float32 else reference.rational_tanh(x * (1 / cap))
-    return cap * t, 1 - t * t
-
-
-def _is_bounded(cap: float) -> bool:
-    """Whether the cap alone keeps exponentials within float32."""
-    return 0 < cap <= reference.MAX_EXPONENT
-
-
-def _exp(logits: Tensor, dtype: torch.dtype, is_bounded: bool) -> Tensor:
-    """exp, cheaper where the logits are known to be small and the result is rounded to 16 bits."""
-    return reference.power_exp(logits) if is_bounded and dtype != torch.float32 else torch.exp(logits)
 
 
 def _visible(scores: Tensor, docs: Docs | None) -> Tensor:
@@ -65,13 +46,14 @@ def _exponentials(scores: Tensor, docs: Docs | None, scale: float, cap: float) -
 
     Without a maximum where the cap makes it needless; fp16 cannot hold exp(50), so it always needs one.
     """
-    logits, _ = _scaled(scores, scale, cap)
+    logits, _ = capped(scores, cap, scale)
     visible = _visible(scores, docs)
     highest = None
-    if not _is_bounded(cap) or scores.dtype == torch.float16:
+    if not is_bounded(cap) or scores.dtype == torch.float16:
         highest = torch.where(visible, logits, float("-inf")).amax(-1)
         logits = logits - highest.unsqueeze(-1)
-    e = torch.where(visible, _exp(logits, scores.dtype, highest is None), 0.0)
+    e = torch.exp(logits) if highest is not None else capped_exp(logits, cap, scores.dtype)
+    e = torch.where(visible, e, 0.0)
     return e.to(scores.dtype), e.sum(-1), highest
 
 
@@ -83,10 +65,10 @@ def _score_gradients(
     norm and delta [B, G, R, n]: 1 / the sum of exponentials if the cap bounds them, else its logarithm; and the sums
     over D of output times its gradient.
     """
-    logits, slope = _scaled(scores, scale, cap)
-    if _is_bounded(cap):
+    logits, slope = capped(scores, cap, scale)
+    if is_bounded(cap):
         # A factor of its own, since what the cap bounds is the logit, not its distance to the sum's logarithm.
-        weights = _exp(logits, scores.dtype, is_bounded=True) * norm.unsqueeze(-1)
+        weights = capped_exp(logits, cap, scores.dtype) * norm.unsqueeze(-1)
     else:
         weights = torch.exp(logits - norm.unsqueeze(-1))
     weights = torch.where(_visible(scores, docs), weights, 0.0)
@@ -99,7 +81,7 @@ def _score_gradients(
 def _pass_over_scores(function: Callable[..., Any], scale: float, cap: float, use_compile: bool) -> Callable[..., Any]:
     """`function` with its numbers filled in."""
     filled = functools.partial(function, scale=scale, cap=cap)
-    return torch.compile(filled, options=reference.COMPILER_OPTIONS) if use_compile else filled
+    return torch.compile(filled, options=COMPILER_OPTIONS) if use_compile else filled
 
 
 def _shaped(scores: Tensor, batch: int, num_kv_heads: int, size: int) -> Tensor:
@@ -203,7 +185,7 @@ def _backward(
     # Transposed, [B * G, D, T]: the library is faster with the short side first.
     grad_k = torch.zeros(keys.mT.shape, dtype=torch.float32, device=k.device)
     grad_v = torch.zeros_like(grad_k)
-    norms = torch.exp(-lse) if _is_bounded(cap) else lse
+    norms = torch.exp(-lse) if is_bounded(cap) else lse
     deltas = (grad.float() * out.float()).sum(-1)  # [B, H, T]
     gradients = _pass_over_scores(_score_gradients, dim**-0.5, cap, use_compile)
     add = _add_compiled() if use_compile else _add

@@ -15,15 +15,6 @@ from torch import Tensor
 
 BLOCK = 256  # llama.cpp's Q8_K block
 
-MAX_EXPONENT = 60.0
-"""exp(60) times any vocabulary or context stays below float32's 3e38, and exp(-60) above its 1e-38."""
-
-COMPILER_OPTIONS: dict[str, Any] = {
-    "cpp.enable_floating_point_contract_flag": "fast",
-    "realize_opcount_threshold": 1_000,
-}
-"""For torch.compile: multiply and add in one instruction, and keep no intermediate result in memory."""
-
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Absmean quantisation of a latent weight of any shape.
@@ -116,26 +107,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), as in Gemma 2 (arXiv 2408.00118); cap 0 means none."""
     return cap * torch.tanh(x / cap) if cap else x
-
-
-def rational_tanh(x: Tensor) -> Tensor:
-    """tanh as a ratio of polynomials: Lambert's continued fraction, cut at the seventh power.
-
-    Off by at most 1e-4 (around |x| = 4.97, where it is held): for values of 16 bits. A third of tanh's cost on a CPU.
-    """
-    x = x.clamp(-4.97, 4.97)
-    y = x * x
-    return x * (135135 + y * (17325 + y * (378 + y))) / (135135 + y * (62370 + y * (3150 + y * 28)))
-
-
-def power_exp(x: Tensor) -> Tensor:
-    """exp as the 256th power of a Taylor polynomial of x / 256: multiplications only.
-
-    Relative error below 1e-3 up to |x| = 50 and 2e-3 up to 60: for results of 16 bits. Half of exp's cost on a CPU.
-    """
-    y = x * (1 / 256)
-    # Two powers: the compiler makes multiplications of exponents below 32.
-    return (1 + y * (1 + y * (0.5 + y * (1 / 6 + y * (1 / 24))))).pow(16).pow(16)
 
 
 def causal_mask(doc_ids: Tensor | None, length: int, device: torch.device) -> Tensor:
