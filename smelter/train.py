@@ -39,6 +39,7 @@ from smelter.objective import Objective, load_teachers
 from smelter.plan import plan
 from smelter.schedule import RunLength, set_rates
 from smelter.shards import ShardSet
+from smelter.warm_start import load_initial_weights
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10
@@ -90,7 +91,7 @@ class Trainer:
             )
         found = prepare_run_dir(self.run_dir, config, training.resume)
         torch.manual_seed(training.seed)
-        self.model = Model(config.model, self.dtype).to(self.device)
+        self.model = Model(config.at_step(0).model, self.dtype).to(self.device)
         self.model.trit_dtype = torch.int8
         self.model.use_gradient_checkpointing = training.use_gradient_checkpointing
         self.optimizer = MuonAdamW(
@@ -112,6 +113,10 @@ class Trainer:
         self.elapsed = 0.0
         if found is not None:
             self._load(found)
+        elif training.init_from:
+            load_initial_weights(self.model, config, self.tokenizer)
+        if config.at_step(self.step).model.use_ternary and not self.model.config.use_ternary:
+            self.model.make_ternary()
         self.model.quantize_weights()
         if self.use_compile:
             for block in self.model.layers:
@@ -125,6 +130,12 @@ class Trainer:
         self.metrics = MetricsLogger(self.run_dir, config, training.trackers, self.step if found is not None else None)
         self.peak_flops = hardware.measure_peak_flops(self.device, self.dtype)
         self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
+
+    def _turn_ternary(self) -> None:
+        """End the full-precision phase: weights and optimizer go on, compiled blocks are compiled once more."""
+        self.model.make_ternary()
+        self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
+        print0(f"ternary from step {self.step + 1} on")
 
     def _load(self, path: Path) -> None:
         loaded = load_checkpoint(path, with_state=True)
@@ -269,6 +280,8 @@ class Trainer:
         recent: deque[float] = deque(maxlen=50)
         previous = time.perf_counter()
         while not length.done(self.step):
+            if self.config.at_step(self.step + 1).model.use_ternary and not self.model.config.use_ternary:
+                self._turn_ternary()
             set_rates(self.optimizer.param_groups, self.step, length.num_steps, training)
             rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             rates["lr_adamw"] = rates.pop("lr_vectors")
@@ -301,6 +314,8 @@ class Trainer:
                 line["peak_memory_mib"] = hardware.peak_memory_mib(self.device)
                 line["elapsed_seconds"] = self.elapsed
                 line["skipped_steps"] = self.skipped
+                if training.ternary_start_step:
+                    line["is_ternary"] = self.model.config.use_ternary
                 line |= self._weights_metrics()
                 if self._due(training.eval_every) and distributed.is_main():
                     line |= self._evaluate()

@@ -62,6 +62,12 @@ class TrainingConfig:
     """Run folder: configuration, metrics, checkpoints, report."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
+    init_from: str = ""
+    """Start from the weights of this run folder or checkpoint, with a new optimizer; a resumed run has its own."""
+    ternary_start_step: int = 0
+    """Full precision up to this step, ternary from there on; 0: ternary from the start (model.use_ternary)."""
+    ternary_warmup_steps: int = 0
+    """Linear warm-up of every learning rate after ternary_start_step; 0: the schedules go on as they are."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -144,6 +150,7 @@ class TrainingConfig:
         for name in (
             *("muon_weight_decay", "adamw_weight_decay", "warmup_steps", "grad_clip", "z_loss", "train_minutes"),
             *("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "muon_momentum_warmup"),
+            *("ternary_start_step", "ternary_warmup_steps"),
         ):
             value = getattr(self, name)
             require(value >= 0, f"training.{name} = {value}: must not be negative")
@@ -154,6 +161,11 @@ class TrainingConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
         require(0 <= self.seed < 2**63, f"training.seed = {self.seed}: must lie in [0, 2**63)")
+        require(
+            self.ternary_start_step < self.num_steps or bool(self.train_minutes),
+            f"training.ternary_start_step = {self.ternary_start_step}: the run ends at num_steps = {self.num_steps} "
+            "and would never be ternary: start earlier, or train a full-precision model with model.use_ternary = false",
+        )
         if self.train_minutes:
             schedules = {self.adamw_schedule} | ({self.muon_schedule} if self.optimizer == "muon" else set())
             require(

@@ -57,10 +57,11 @@ SMELTER = {
     "healing": f"{BASE} tokenizer",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
+    "warm_start": f"{BASE} tokenizer distributed model checkpoint",
     "objective": f"{BASE} model loss checkpoint",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate objective"
+        "schedule hardware plan generate evaluate objective warm_start"
     ),
     "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
