@@ -49,6 +49,30 @@ class TeacherHead:
 
 
 @dataclass(frozen=True)
+class SparseTeacher:
+    """A teacher's distribution at every token in few entries: ids [N, K] int64 and probs [N, K] float32.
+
+    kind "sampled": counts of draws / draws, an unbiased estimate of the distribution (RS-KD, 2503.16870); places not
+    used have probability 0. `entropy` [N] float32 is the teacher's true entropy in nats: with it the KL that is
+    reported is unbiased as well; without it the estimate's own entropy stands in.
+    kind "top_k": the exact probabilities of the K likeliest; the rest, 1 - sum, is one more category, the tail.
+
+    A row of zeros has no teacher: its token gets plain cross-entropy and no KL. `temperature` is what the teacher's
+    logits were divided by; it must be the loss's. `weight` is its weight in the mixture.
+    """
+
+    ids: Tensor
+    probs: Tensor
+    kind: Literal["sampled", "top_k"]
+    entropy: Tensor | None = None
+    weight: float = 1.0
+    temperature: float = 1.0
+
+
+Teacher = TeacherHead | SparseTeacher
+
+
+@dataclass(frozen=True)
 class Loss:
     """`total` is differentiable; the parts are detached. All are divided by the normalizer.
 
