@@ -1,62 +1,93 @@
-"""What a training step minimises: the student's loss, with teachers that run beside it."""
+"""What a training step minimises: the student's loss, with teachers that run beside it or have spoken before."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from smelter.checkpoint import load_checkpoint
 from smelter.config import Config
 from smelter.errors import ConfigError
-from smelter.loss import Loss, LossConfig, TeacherHead, chunked_loss
+from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
 from smelter.model import Model
+from smelter.teacher_cache import TeacherCache
+from smelter.teacher_model import TeacherModel, load_teacher
+from smelter.tokenizer import Tokenizer
 
 
-def load_teachers(config: Config, dtype: torch.dtype, device: torch.device) -> list[Model]:
+def load_teachers(config: Config, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device) -> list[TeacherModel]:
     """The models that `distillation.teachers` names, frozen; ConfigError for one of another vocabulary."""
     teachers = []
     for path in config.distillation.teachers:
-        loaded = load_checkpoint(Path(path), with_state=False)
-        if loaded.config.model.vocab_size != config.model.vocab_size:
+        teacher = load_teacher(
+            Path(path),
+            tokenizer,
+            config.model.vocab_size,
+            device=device,
+            dtype=dtype,
+            use_document_mask=config.data.use_document_mask,
+        )
+        if len(teacher.head) != config.model.vocab_size:
             raise ConfigError(
-                f"distillation.teachers: {path} has a vocabulary of {loaded.config.model.vocab_size}, the student "
-                f"{config.model.vocab_size}: use a teacher trained on the same shards"
+                f"distillation.teachers: {path} has a vocabulary of {len(teacher.head)}, the student "
+                f"{config.model.vocab_size}: set model.vocab_size = {len(teacher.head)}, or store what the teacher "
+                "says with `smelter teach` and set distillation.cached"
             )
-        teacher = Model(loaded.config.model, dtype)
-        teacher.load_state_dict(loaded.tensors)
-        teacher.to(device).quantize_weights()
-        teachers.append(teacher.requires_grad_(False).eval())
+        if teacher.max_seq_len < config.model.max_seq_len:
+            raise ConfigError(
+                f"distillation.teachers: {path} reads at most {teacher.max_seq_len} tokens, the student's rows have "
+                f"{config.model.max_seq_len}: set model.max_seq_len = {teacher.max_seq_len}"
+            )
+        teachers.append(teacher)
     return teachers
 
 
 class Objective(nn.Module):
     """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it."""
 
-    def __init__(self, model: Model, config: Config, teachers: list[Model], use_compile: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: Config,
+        teachers: Sequence[TeacherModel],
+        caches: Sequence[TeacherCache],
+        use_compile: bool,
+    ) -> None:
         super().__init__()
         self.model = model
         self.use_compile = use_compile
         self.chunk_size = config.training.loss_chunk_size
         # Kept out of the module tree: teachers are neither trained nor saved.
-        self.teachers = (teachers, config.distillation.teacher_weights or (1.0,) * len(teachers))
+        self.teachers, self.caches = teachers, caches
+        self.teacher_weights = config.distillation.teacher_weights or (1.0,) * config.distillation.num_teachers
         self.loss_config = LossConfig(
             soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
-            kl_weight=config.distillation.kl_weight if teachers else 0.0,
+            kl_weight=config.distillation.kl_weight if config.distillation.num_teachers else 0.0,
             temperature=config.distillation.temperature,
             direction=config.distillation.kl_direction,
         )
 
     def forward(
-        self, inputs: Tensor, targets: Tensor, weights: Tensor | None, doc_ids: Tensor | None, normalizer: Tensor
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        doc_ids: Tensor | None,
+        normalizer: Tensor,
+        cached: Sequence[Sequence[Tensor]] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`."""
+        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`.
+
+        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches.
+        """
         hidden = self.model(inputs, doc_ids)
-        heads = []
-        for teacher, weight in zip(*self.teachers, strict=True):
-            with torch.no_grad():
-                states = teacher(inputs, doc_ids).flatten(0, 1)
-            heads.append(TeacherHead(states, teacher.head, teacher.config.final_logit_soft_cap, weight))
+        teachers: list[Teacher] = []
+        for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
+            teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
+        for cache, rows, weight in zip(self.caches, cached, self.teacher_weights[len(self.teachers) :], strict=True):
+            ids, probs, entropy = (values.flatten(0, 1) for values in rows)
+            teachers.append(SparseTeacher(ids, probs, cache.method, entropy, weight, cache.temperature))
         loss: Loss = chunked_loss(
             hidden.flatten(0, 1),
             self.model.head,
@@ -64,7 +95,7 @@ class Objective(nn.Module):
             self.loss_config,
             weights=None if weights is None else weights.flatten(),
             normalizer=normalizer,
-            teachers=heads,
+            teachers=teachers,
             chunk_size=self.chunk_size,
             use_compile=self.use_compile,
         )

@@ -25,12 +25,14 @@ def require_finite(table: str, config: Any) -> None:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learning from teachers' probabilities in the same process; off while `teachers` is empty."""
+    """Learning from teachers' probabilities; off while `teachers` and `cached` are empty."""
 
     teachers: tuple[str, ...] = ()
-    """Run folders or checkpoints of teachers with the same tokenizer."""
+    """Teachers that run beside the student: run folders, checkpoints or Hugging Face folders, same tokenizer."""
+    cached: tuple[str, ...] = ()
+    """Folders that `smelter teach` wrote: teachers' probabilities from the disk. They decide the order of the data."""
     teacher_weights: tuple[float, ...] = ()
-    """Weight of each teacher in the mixture of probabilities; empty means equal weights."""
+    """Weight of each in the mixture of probabilities, teachers first, then cached; empty means equal weights."""
     kl_weight: float = 0.9
     """Share of the KL term in the loss; cross-entropy has the rest."""
     kl_direction: Literal["forward", "reverse"] = "forward"
@@ -43,15 +45,21 @@ class DistillationConfig:
         require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
         require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
         if self.teacher_weights:
+            count = f"{len(self.teachers)} teachers" + (f" and {len(self.cached)} cached" if self.cached else "")
             require(
-                len(self.teacher_weights) == len(self.teachers),
+                len(self.teacher_weights) == self.num_teachers,
                 f"distillation.teacher_weights has {len(self.teacher_weights)} entries for "
-                f"{len(self.teachers)} teachers: give one weight per teacher or none",
+                f"{count}: give one weight per teacher or none",
             )
             require(
                 min(self.teacher_weights) >= 0 and sum(self.teacher_weights) > 0,
                 "distillation.teacher_weights: none may be negative and one must be positive",
             )
+
+    @property
+    def num_teachers(self) -> int:
+        """Teachers of both kinds."""
+        return len(self.teachers) + len(self.cached)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class TrainingConfig:
     run_dir: str = "runs/default"
     """Run folder: configuration, metrics, checkpoints, report."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and, without distillation.cached, of the order of the data."""
     init_from: str = ""
     """Start from the weights of this run folder or checkpoint, with a new optimizer; a resumed run has its own."""
     ternary_start_step: int = 0

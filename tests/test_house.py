@@ -42,7 +42,10 @@ SMELTER = {
     "cache": BASE,
     "infill": BASE,
     "model": f"{BASE} kernels kernels.reference bitnet",
-    "loss": f"{BASE} kernels kernels.reference kernels.soft_cap",
+    "divergence": "",
+    "mixture": f"{BASE} kernels kernels.reference divergence",
+    "soft_target": f"{BASE} kernels.soft_cap mixture",
+    "loss": f"{BASE} kernels kernels.reference kernels.soft_cap divergence mixture soft_target",
     "muon": BASE,
     "records": BASE,
     "shards": f"{BASE} tokenizer",
@@ -51,6 +54,7 @@ SMELTER = {
     "data": f"{BASE} tokenizer shards fim",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
+    "signals": f"{BASE} distributed",
     "schedule": BASE,
     "hardware": f"{BASE} distributed kernels.capability",
     "plan": BASE,
@@ -58,12 +62,19 @@ SMELTER = {
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
     "warm_start": f"{BASE} tokenizer distributed model checkpoint",
-    "objective": f"{BASE} model loss checkpoint",
+    "sparse": BASE,
+    "teacher_cache": f"{BASE} tokenizer shards data sparse",
+    "write_teacher": f"{BASE} shards sparse teacher_cache",
+    "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
+    "objective": f"{BASE} tokenizer model loss teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate objective warm_start"
+        "schedule hardware plan generate evaluate signals teacher_cache objective warm_start"
     ),
-    "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
+    "teach": (
+        f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
+        "teacher_cache write_teacher teacher_model"
+    ),
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
     "export": (
