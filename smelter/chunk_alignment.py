@@ -172,3 +172,24 @@ def check_vocabulary(path: Path, spelling: Spelling, num_ids: int) -> None:
         raise DataError(
             f"{path}: its tokenizer gives id {int(spelling.ids.max())}, its model has {num_ids:,} ids: fetch both anew"
         )
+
+
+def read_as_written(ids: Ids, made: "Ids | list[int]", tokenizer: Tokenizer) -> tuple[int, int]:
+    """(shift, size): the first `size` of a document's `ids` stand in the arranged piece `made` from `shift` on.
+
+    A teacher has read the text from left to right. Of a piece that is rearranged for fill-in-the-middle only the
+    prefix of prefix-suffix-middle order is read like that: there the student knows no more than the teacher did.
+    """
+    if len(made) == 0 or made[0] != tokenizer.fim_prefix_id:
+        return 0, len(made)
+    if made[1] == tokenizer.fim_suffix_id:
+        return 0, 0
+    size = min(len(ids), len(made) - 1)
+    differs = np.flatnonzero(np.asarray(made[1 : size + 1]) != ids[:size])
+    return 1, int(differs[0]) if len(differs) else size
+
+
+def stack_targets(rows: Sequence[Chunks]) -> Chunks:
+    """The chunks of rows [n] each as those of their targets, [rows, n - 1]."""
+    made = [row.as_targets() for row in rows]
+    return Chunks(*(np.stack([getattr(row, name) for row in made]) for name in ("starts", "ends", "log_probs")))

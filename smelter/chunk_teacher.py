@@ -4,7 +4,7 @@ The folder, all little-endian:
 
     index.json     what it was made from; the files with their sizes and sha256; counts
     chunks.f16     [num_tokens of the train split]: `chunk_alignment.chunk_log_probs` of every document, and NaN for eos
-    skipped.u1     [num_docs]: 0, or why the teacher says nothing of the document (`REASONS`)
+    states.u1      [num_docs]: whether the teacher has read the document, or why not (`READ`, `NOT_SPELT`, `NOT_TEXT`)
 
 It belongs to the shards alone, not to an arrangement of their rows: whatever the context length, the seed and the
 rate of fill-in-the-middle, a row takes the slices of its documents. Two bytes a token; float16 is right to three
@@ -23,10 +23,10 @@ from smelter.errors import ConfigError, DataError
 from smelter.shards import ShardSet, file_sha256
 
 FORMAT, VERSION = "smelter-chunk-teacher", 1
-INDEX, UNFINISHED, VALUES, SKIPPED = "index.json", "unfinished.json", "chunks.f16", "skipped.u1"
+INDEX, UNFINISHED, VALUES, STATES = "index.json", "unfinished.json", "chunks.f16", "states.u1"
 VALUE_DTYPE = np.dtype("<f2")
-REASONS = ("", "the teacher's tokens do not spell its bytes", "it holds tokens that stand for no text")
-"""Why a document is passed over, by its number in skipped.u1."""
+READ, NOT_SPELT, NOT_TEXT = 1, 2, 3
+"""States of a document: read; the teacher's tokens do not spell its bytes; it holds tokens that stand for no text."""
 AGAIN = "run `smelter teach --method chunks` again with another --out"
 
 

@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from smelter.chunk_alignment import Chunks, read_as_written, stack_targets
 from smelter.config import DataConfig
 from smelter.errors import ConfigError, DataError
 from smelter.fim import fit_fim
@@ -63,6 +64,14 @@ class RowTeacher(Protocol):
         ...
 
 
+class DocumentTeacher(Protocol):
+    """What a teacher with another tokenizer says about the documents of the split."""
+
+    def chunks(self, doc: int, begin: int, size: int) -> Chunks:
+        """The chunks among tokens begin .. begin + size - 1 of a document."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass needs; arrays are [device_batch_size, seq_len]."""
@@ -77,6 +86,8 @@ class Batch:
     """Loss weight of each target; None if all are 1."""
     teachers: tuple[TeacherRows, ...] = ()
     """What each stored teacher says about the tokens."""
+    chunks: tuple[Chunks, ...] = ()
+    """What each teacher with another tokenizer says about the targets; arrays are [device_batch_size, seq_len]."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ class BatchStream:
         device_batch_size: int,
         rows_per_step: int,
         cached: Sequence[RowTeacher] = (),
+        chunk_teachers: Sequence[DocumentTeacher] = (),
     ) -> None:
         """`rows_per_step` rows make an optimizer step, `device_batch_size` of them a batch.
 
@@ -128,6 +140,7 @@ class BatchStream:
         self.device_batch_size = device_batch_size
         self.rows_per_step = rows_per_step
         self.cached = tuple(cached)
+        self.chunk_teachers = tuple(chunk_teachers)
         if config.fim_rate > 0:
             _check_fim_tokens(config, tokenizer)
         self.rows_per_epoch = max(1, split.num_tokens // seq_len)
@@ -147,16 +160,17 @@ class BatchStream:
         if self.cached:
             indices = [index % self.cached[0].num_rows for index in indices]
         rows = [self._row(index) for index in indices]
-        tokens = np.stack([row for row, _ in rows])
+        tokens = np.stack([row for row, _, _ in rows])
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         doc_ids = np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32)
-        weights = None if self.split.weights is None else np.stack([weight for _, weight in rows])[:, 1:]
+        weights = None if self.split.weights is None else np.stack([weight for _, weight, _ in rows])[:, 1:]
         return Batch(
             inputs=np.ascontiguousarray(inputs),
             targets=np.where(targets == self.tokenizer.pad_id, IGNORED, targets),
             weights=weights if weights is None else np.ascontiguousarray(weights),
             doc_ids=doc_ids,
             teachers=tuple(teacher.rows(indices) for teacher in self.cached),
+            chunks=tuple(stack_targets(of_rows) for of_rows in zip(*(chunks for _, _, chunks in rows), strict=True)),
         )
 
     def step(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -170,14 +184,15 @@ class BatchStream:
         """Row `index` of the endless sequence, [seq_len + 1] ids."""
         return self._row(index)[0]
 
-    def _row(self, index: int) -> tuple[Ids, NDArray[np.float32]]:
-        """A row's ids and the loss weight of each, [seq_len + 1]."""
+    def _row(self, index: int) -> tuple[Ids, NDArray[np.float32], list[Chunks]]:
+        """A row's ids, the loss weight of each, and every chunk teacher's chunks, [seq_len + 1]."""
         epoch, number = divmod(index, self.rows_per_epoch)
         size = self.seq_len + 1
         tokens = np.full(size, self.tokenizer.pad_id, dtype=np.int64)
         weights = np.ones(size, dtype=np.float32)
+        chunks = [Chunks.empty(size) for _ in self.chunk_teachers]
         filled = 0
-        for place, (doc, ids) in enumerate(self._pieces(epoch, number)):
+        for place, (doc, begin, ids) in enumerate(self._pieces(epoch, number)):
             if filled == size:
                 break
             made = self._arranged(ids, size - filled, (epoch, number, place))
@@ -185,11 +200,14 @@ class BatchStream:
             tokens[filled:end] = made
             if self.split.weights is not None:
                 weights[filled:end] = self.split.weights[doc]
+            for row, teacher in zip(chunks, self.chunk_teachers, strict=True):
+                shift, read = read_as_written(ids, made, self.tokenizer)
+                row.put(filled + shift, teacher.chunks(doc, begin, read))
             filled = end
-        return tokens, weights
+        return tokens, weights, chunks
 
-    def _pieces(self, epoch: int, number: int) -> Iterator[tuple[int, Ids]]:
-        """Documents, or parts of them, that make up window `number` of the stream: seq_len + 1 tokens in all."""
+    def _pieces(self, epoch: int, number: int) -> Iterator[tuple[int, int, Ids]]:
+        """Documents, or parts of them (first token's place, ids), that make up window `number` of the stream."""
         plan = self._epoch(epoch)
         missing = self.seq_len + 1
         start = (plan.offset + int(plan.rows[number]) * self.seq_len) % self.split.num_tokens
@@ -199,7 +217,7 @@ class BatchStream:
             ids = self.split.doc_with_eos(doc)
             begin = max(0, start - (int(plan.ends[place]) - len(ids)))
             ids = ids[begin : begin + missing]
-            yield doc, ids
+            yield doc, begin, ids
             missing -= len(ids)
             place = (place + 1) % len(plan.docs)
             if place == 0:

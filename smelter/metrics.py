@@ -7,7 +7,7 @@ checkpoint, so that a killed run and its continuation read as one run.
 | key | unit |
 |---|---|
 | step, tokens, skipped_steps | counts since the start of the run |
-| loss, ce_loss, z_loss, kl_loss | nats per token |
+| loss, ce_loss, z_loss, kl_loss, chunk_loss | nats per token |
 | lr_muon, lr_adamw, lr_embedding, grad_norm, loss_scale | as they are |
 | tok_per_sec, peak_memory_mib, elapsed_seconds | tokens/s, MiB, seconds |
 | is_ternary | 0 or 1; only with training.ternary_start_step |

@@ -1,11 +1,13 @@
 """What a training step minimises: the student's loss, with teachers that run beside it or have spoken before."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from smelter.chunk_loss import ChunkBatch, chunk_loss, target_log_probs
 from smelter.config import Config
 from smelter.errors import ConfigError
 from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
@@ -60,6 +62,8 @@ class Objective(nn.Module):
         # Kept out of the module tree: teachers are neither trained nor saved.
         self.teachers, self.caches = teachers, caches
         self.teacher_weights = config.distillation.teacher_weights or (1.0,) * config.distillation.num_teachers
+        self.chunk_weight = config.distillation.chunk_weight
+        self.chunk_temperature = config.distillation.chunk_temperature
         self.loss_config = LossConfig(
             soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
@@ -76,12 +80,15 @@ class Objective(nn.Module):
         doc_ids: Tensor | None,
         normalizer: Tensor,
         cached: Sequence[Sequence[Tensor]] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`.
+        chunks: Sequence[Sequence[Tensor]] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Total, CE, z, KL and chunk divergence of one micro-batch [B, T], each divided by `normalizer`.
 
-        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches.
+        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches, `chunks` starts,
+        ends and log-probabilities [B, T] for each of the chunk teachers.
         """
         hidden = self.model(inputs, doc_ids)
+        of_chunks = self._chunks(hidden, targets, weights, chunks) if chunks else None
         teachers: list[Teacher] = []
         for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
             teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
@@ -94,9 +101,44 @@ class Objective(nn.Module):
             targets.flatten(),
             self.loss_config,
             weights=None if weights is None else weights.flatten(),
+            ce_scale=None if of_chunks is None else of_chunks.ce_scale.flatten(),
             normalizer=normalizer,
             teachers=teachers,
             chunk_size=self.chunk_size,
             use_compile=self.use_compile,
         )
-        return loss.total, loss.ce, loss.z, loss.kl
+        if of_chunks is None:
+            return loss.total, loss.ce, loss.z, loss.kl, torch.zeros_like(loss.kl)
+        # The gradient is there; what the factors made of cross-entropy gives way to the divergence itself.
+        total = loss.total + of_chunks.correction / normalizer
+        return total, loss.ce, loss.z, loss.kl, of_chunks.divergence / normalizer
+
+    @torch.no_grad()
+    def _chunks(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor | None, chunks: Sequence[Sequence[Tensor]]
+    ) -> "_ChunkTerms":
+        """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
+        soft_cap = self.loss_config.soft_cap
+        log_probs = target_log_probs(
+            hidden.flatten(0, 1), self.model.head, targets.flatten(), soft_cap, self.chunk_size
+        )
+        log_probs = log_probs.view(targets.shape)
+        loss = chunk_loss(log_probs, targets, weights, [ChunkBatch(*parts) for parts in chunks], self.chunk_temperature)
+        surrogate = -log_probs * loss.factors
+        if weights is not None:
+            surrogate = surrogate * weights
+        return _ChunkTerms(
+            ce_scale=1 + self.chunk_weight * (loss.factors - loss.present),
+            correction=self.chunk_weight * (loss.total - surrogate.sum()),
+            divergence=loss.total,
+        )
+
+
+@dataclass(frozen=True)
+class _ChunkTerms:
+    """What the chunks add to a micro-batch: scale of each token's cross-entropy [B, T], and two sums."""
+
+    ce_scale: Tensor
+    correction: Tensor
+    """What the total lacks when its gradient comes from scaled cross-entropy."""
+    divergence: Tensor

@@ -5,13 +5,13 @@ teacher's logits a chunk at a time as it makes the student's. What a folder's mo
 (a scale, a bias) is folded into the two, and a probe at loading holds the result against the model's own logits.
 
 A teacher must give the student's ids the student's meaning. Teachers with another tokenizer score text, not ids:
-that is chunk-likelihood distillation, and not done here.
+that is done in `smelter.teach_chunks`, for which their ids are their own affair.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,20 @@ class TeacherModel(Protocol):
         ...
 
 
+def own_id(model: Any, name: Literal["bos", "eos"]) -> int | None:
+    """bos_token_id or eos_token_id of a model of Transformers, None where it has none; of several the first."""
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        found = getattr(config, f"{name}_token_id", None)
+        if found is not None:
+            return int(found[0] if isinstance(found, (list, tuple)) else found)
+    return None
+
+
 class CheckpointTeacher:
     """A model of ours."""
 
     def __init__(self, path: Path, model: Model) -> None:
-        self.path, self._model = path, model.requires_grad_(False)
+        self.path, self.model = path, model.requires_grad_(False)
         self.head = model.head
         self.soft_cap = model.config.final_logit_soft_cap
         self.max_seq_len = model.config.max_seq_len
@@ -62,31 +71,37 @@ class CheckpointTeacher:
     @torch.no_grad()
     def hidden(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Hidden states [B * T, C] of token ids [B, T]."""
-        states: Tensor = self._model(inputs, doc_ids)
+        states: Tensor = self.model(inputs, doc_ids)
         return states.flatten(0, 1)
 
 
 class FolderTeacher:
     """A causal language model of Transformers. No code from the folder is run."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, vocab_size: int, device: torch.device, dtype: torch.dtype):
-        """Load it, and check its ids and its logits. Raises DataError or ConfigError that names the folder."""
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer | None, vocab_size: int, device: torch.device, dtype: torch.dtype
+    ):
+        """Load it, and check its ids and its logits. Raises DataError or ConfigError that names the folder.
+
+        Without a `tokenizer` its ids are its own affair, and inputs have no padding.
+        """
         self.path, self._device = path, device
-        self._model = _load_folder(path, device, dtype)
-        config = self._model.config.get_text_config()
+        self.model = _load_folder(path, device, dtype)
+        config = self.model.config.get_text_config()
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.max_seq_len = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        self._rows = int(self._model.get_input_embeddings().weight.shape[0])
-        output = self._model.get_output_embeddings()
+        self._rows = int(self.model.get_input_embeddings().weight.shape[0])
+        output = self.model.get_output_embeddings()
         head, bias = output.weight.detach(), getattr(output, "bias", None)
         self._has_bias = bias is not None
         # A bias is one more column, against a hidden state that is always 1.
         whole = head if bias is None else torch.cat([head, bias.detach()[:, None]], dim=1)
         self.head = whole
-        self._pad_id = tokenizer.pad_id
-        _check_ids(path, tokenizer, min(self._rows, len(head)))
+        self._pad_id = -1 if tokenizer is None else tokenizer.pad_id
+        if tokenizer is not None:
+            _check_ids(path, tokenizer, min(self._rows, len(head)))
         self._check_logits(min(self._rows, 64))
         self.head = whole[:vocab_size]
 
@@ -96,7 +111,7 @@ class FolderTeacher:
         # Padding stands at the end of a row, where nothing sees it; the model may not know its id.
         tokens = inputs.masked_fill(inputs == self._pad_id, 0)
         positions = None if doc_ids is None else positions_in_documents(doc_ids)
-        states: Tensor = self._model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state
+        states: Tensor = self.model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state
         states = states * self._scale if self._scale != 1.0 else states
         return (F.pad(states, (0, 1), value=1.0) if self._has_bias else states).flatten(0, 1)
 
@@ -105,14 +120,14 @@ class FolderTeacher:
         """Hold hidden states and head against the model's own logits, and documents against being alone."""
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(num_ids, (1, 12), generator=generator).to(self._device)
-        own = self._model(tokens, use_cache=False).logits[0].float()
+        own = self.model(tokens, use_cache=False).logits[0].float()
         if not torch.isfinite(own).all():
             raise DataError(f"{self.path}: logits that are not finite: try another precision, fp32 above all")
         ours = reference.soft_cap(F.linear(self.hidden(tokens, None), self.head).float(), self.soft_cap)
         margin = 0.02 * float(own.std()) + 1e-6
         if not torch.allclose(ours, own, rtol=0.02, atol=margin):
             raise DataError(
-                f"{self.path}: {type(self._model).__name__} makes its logits in a way that is not known here (not a "
+                f"{self.path}: {type(self.model).__name__} makes its logits in a way that is not known here (not a "
                 "head on hidden states with scale, bias or soft-cap): use another model"
             )
         docs = torch.tensor([[0] * 5 + [1] * 7], device=self._device)
@@ -123,7 +138,7 @@ class FolderTeacher:
         """ConfigError where the model cannot be kept inside packed documents."""
         if not self._keeps_documents:
             raise ConfigError(
-                f"{self.path}: {type(self._model).__name__} looks across packed documents: set "
+                f"{self.path}: {type(self.model).__name__} looks across packed documents: set "
                 "data.use_document_mask = false, or use another model"
             )
 
@@ -198,7 +213,7 @@ def _check_ids(path: Path, tokenizer: Tokenizer, num_rows: int) -> None:
             raise DataError(
                 f"{path}: another tokenizer than the shards': {text[:20]!r}... is {ours[place : place + 4]} for the "
                 f"shards and {others[place : place + 4]} for the teacher (from id {place} on): tokenize with "
-                f"--tokenizer {path}, or compare whole pieces of text (chunk-likelihood, docs/distillation.md)"
+                f"--tokenizer {path}, or compare chunks of text (--method chunks, docs/other-tokenizers.md)"
             )
     unknown = sorted(set(range(num_rows, tokenizer.vocab_size)) - {tokenizer.pad_id})
     if unknown:

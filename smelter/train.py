@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smelter import cli, distributed, hardware
 from smelter.bitnet import bit_linears
 from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
+from smelter.chunk_teacher import ChunkTeacher
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distributed import print0
@@ -68,6 +69,7 @@ class Trainer:
                 f"({self.tokenizer.vocab_size}): set vocab_size = {self.tokenizer.vocab_size}"
             )
         self.caches = open_caches(config, self.shards)
+        self.chunk_teachers = [ChunkTeacher.open(Path(p), self.shards) for p in config.distillation.chunk_teachers]
         found = prepare_run_dir(self.run_dir, config, training.resume)
         torch.manual_seed(training.seed)
         self.model = Model(config.at_step(0).model, self.dtype).to(self.device)
@@ -161,7 +163,7 @@ class Trainer:
             mask = batch.targets >= 0
             valid += float(mask.sum() if batch.weights is None else (mask * batch.weights).sum())
         normalizer = distributed.sum_over_ranks(valid.to(self.device)).clamp_min(1e-8).float()
-        sums = torch.zeros(4, device=self.device)
+        sums = torch.zeros(5, device=self.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             parallel = self.objective if isinstance(self.objective, DistributedDataParallel) else None
@@ -173,6 +175,7 @@ class Trainer:
                     self._tensor(batch.doc_ids) if self.config.data.use_document_mask else None,
                     normalizer,
                     tuple(tuple(map(self._tensor, (rows.ids, rows.probs, rows.entropy))) for rows in batch.teachers),
+                    tuple(tuple(map(self._tensor, (c.starts, c.ends, c.log_probs))) for c in batch.chunks),
                 )
                 # DistributedDataParallel averages over ranks; the normalizer already counts all of them.
                 self.scaler.scale(parts[0] * distributed.world_size()).backward()
@@ -180,10 +183,12 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         max_norm = self.training.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        loss, ce, z, kl = distributed.sum_over_ranks(sums).tolist()
+        loss, ce, z, kl, chunk = distributed.sum_over_ranks(sums).tolist()
         values = {"loss": loss, "ce_loss": ce, "z_loss": z, "grad_norm": float(norm)}
         if self.config.distillation.num_teachers:
             values["kl_loss"] = kl
+        if self.chunk_teachers:
+            values["chunk_loss"] = chunk
         if torch.isfinite(norm) and abs(loss) < float("inf"):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
@@ -245,6 +250,7 @@ class Trainer:
             device_batch_size=training.device_batch_size,
             rows_per_step=training.total_batch_size // self.config.model.max_seq_len,
             cached=self.caches,
+            chunk_teachers=self.chunk_teachers,
         )
         batches = prefetch(stream, self.step, distributed.rank(), distributed.world_size())
         try:

@@ -33,6 +33,12 @@ class DistillationConfig:
     """Folders that `smelter teach` wrote: teachers' probabilities from the disk. They decide the order of the data."""
     teacher_weights: tuple[float, ...] = ()
     """Weight of each in the mixture of probabilities, teachers first, then cached; empty means equal weights."""
+    chunk_teachers: tuple[str, ...] = ()
+    """Folders that `smelter teach --method chunks` wrote: teachers with other tokenizers, each of equal weight."""
+    chunk_weight: float = 0.5
+    """Share of the divergence to chunk_teachers in the loss, where they have a chunk."""
+    chunk_temperature: float = 100.0
+    """Chunks' likelihoods are compared to the power 1 / this (arXiv 2503.20083)."""
     kl_weight: float = 0.9
     """Share of the KL term in the loss; cross-entropy has the rest."""
     kl_direction: Literal["forward", "reverse"] = "forward"
@@ -44,6 +50,15 @@ class DistillationConfig:
         require_finite("distillation", self)
         require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
         require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
+        require(0 <= self.chunk_weight <= 1, f"distillation.chunk_weight = {self.chunk_weight}: must lie in [0, 1]")
+        require(
+            self.chunk_temperature > 0, f"distillation.chunk_temperature = {self.chunk_temperature}: must be positive"
+        )
+        if self.chunk_teachers and self.num_teachers:
+            require(
+                self.kl_weight + self.chunk_weight <= 1,
+                f"distillation.chunk_weight = {self.chunk_weight} and kl_weight = {self.kl_weight}: together at most 1",
+            )
         if self.teacher_weights:
             count = f"{len(self.teachers)} teachers" + (f" and {len(self.cached)} cached" if self.cached else "")
             require(

@@ -51,7 +51,10 @@ SMELTER = {
     "shards": f"{BASE} tokenizer",
     "write_shards": f"{BASE} tokenizer records shards",
     "fim": f"{BASE} tokenizer",
-    "data": f"{BASE} tokenizer shards fim",
+    "chunk_alignment": f"{BASE} tokenizer",
+    "chunk_teacher": f"{BASE} shards chunk_alignment",
+    "chunk_loss": "kernels kernels.reference",
+    "data": f"{BASE} tokenizer shards fim chunk_alignment",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
     "signals": f"{BASE} distributed",
@@ -66,14 +69,18 @@ SMELTER = {
     "teacher_cache": f"{BASE} tokenizer shards data sparse",
     "write_teacher": f"{BASE} shards sparse teacher_cache",
     "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
-    "objective": f"{BASE} tokenizer model loss teacher_cache teacher_model",
+    "objective": f"{BASE} tokenizer model loss chunk_loss teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate signals teacher_cache objective warm_start"
+        "schedule hardware plan generate evaluate signals teacher_cache objective warm_start chunk_teacher"
+    ),
+    "teach_chunks": (
+        f"{BASE} shards checkpoint metrics generate signals chunk_alignment chunk_loss chunk_teacher write_teacher "
+        "teacher_model"
     ),
     "teach": (
         f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
-        "teacher_cache write_teacher teacher_model"
+        "teacher_cache write_teacher teacher_model teach_chunks"
     ),
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
