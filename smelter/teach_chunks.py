@@ -43,7 +43,7 @@ from smelter.generate import default_dtype, load_model, pick_device
 from smelter.metrics import short_duration, short_number
 from smelter.shards import ShardSet, Split, file_sha256
 from smelter.signals import StopSignal
-from smelter.teacher_model import CheckpointTeacher, FolderTeacher, TeacherModel, is_hf_folder, own_id, weights_hash
+from smelter.teacher_model import CheckpointTeacher, FolderTeacher, TeacherModel, is_hf_folder, weights_hash
 from smelter.write_teacher import Resume, free_bytes, fsync_folder, state_of, write_json
 
 BLOCK = 64
@@ -177,8 +177,7 @@ def _load(options: TeachChunksOptions) -> Reader:
     if is_hf_folder(options.teacher):
         tokenizer = TeacherTokenizer(options.teacher)
         folder = FolderTeacher(options.teacher, None, 2**31, device, dtype)
-        candidates = (tokenizer.first_id, own_id(folder.model, "bos"), own_id(folder.model, "eos"))
-        first = next((index for index in candidates if index is not None), None)
+        first = folder.start_id if tokenizer.first_id is None else tokenizer.first_id
         if first is None:
             raise DataError(
                 f"{options.teacher}: no token begins or ends a text (bos_token_id, eos_token_id), so its first token "

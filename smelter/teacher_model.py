@@ -11,7 +11,7 @@ that is done in `smelter.teach_chunks`, for which their ids are their own affair
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,20 +50,11 @@ class TeacherModel(Protocol):
         ...
 
 
-def own_id(model: Any, name: Literal["bos", "eos"]) -> int | None:
-    """bos_token_id or eos_token_id of a model of Transformers, None where it has none; of several the first."""
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-        found = getattr(config, f"{name}_token_id", None)
-        if found is not None:
-            return int(found[0] if isinstance(found, (list, tuple)) else found)
-    return None
-
-
 class CheckpointTeacher:
     """A model of ours."""
 
     def __init__(self, path: Path, model: Model) -> None:
-        self.path, self.model = path, model.requires_grad_(False)
+        self.path, self._model = path, model.requires_grad_(False)
         self.head = model.head
         self.soft_cap = model.config.final_logit_soft_cap
         self.max_seq_len = model.config.max_seq_len
@@ -71,7 +62,7 @@ class CheckpointTeacher:
     @torch.no_grad()
     def hidden(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Hidden states [B * T, C] of token ids [B, T]."""
-        states: Tensor = self.model(inputs, doc_ids)
+        states: Tensor = self._model(inputs, doc_ids)
         return states.flatten(0, 1)
 
 
@@ -86,14 +77,15 @@ class FolderTeacher:
         Without a `tokenizer` its ids are its own affair, and inputs have no padding.
         """
         self.path, self._device = path, device
-        self.model = _load_folder(path, device, dtype)
-        config = self.model.config.get_text_config()
+        self._model = _load_folder(path, device, dtype)
+        config = self._model.config.get_text_config()
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.max_seq_len = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        self._rows = int(self.model.get_input_embeddings().weight.shape[0])
-        output = self.model.get_output_embeddings()
+        self.start_id = _start_id(self._model)
+        self._rows = int(self._model.get_input_embeddings().weight.shape[0])
+        output = self._model.get_output_embeddings()
         head, bias = output.weight.detach(), getattr(output, "bias", None)
         self._has_bias = bias is not None
         # A bias is one more column, against a hidden state that is always 1.
@@ -111,7 +103,7 @@ class FolderTeacher:
         # Padding stands at the end of a row, where nothing sees it; the model may not know its id.
         tokens = inputs.masked_fill(inputs == self._pad_id, 0)
         positions = None if doc_ids is None else positions_in_documents(doc_ids)
-        states: Tensor = self.model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state
+        states: Tensor = self._model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state
         states = states * self._scale if self._scale != 1.0 else states
         return (F.pad(states, (0, 1), value=1.0) if self._has_bias else states).flatten(0, 1)
 
@@ -120,14 +112,14 @@ class FolderTeacher:
         """Hold hidden states and head against the model's own logits, and documents against being alone."""
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(num_ids, (1, 12), generator=generator).to(self._device)
-        own = self.model(tokens, use_cache=False).logits[0].float()
+        own = self._model(tokens, use_cache=False).logits[0].float()
         if not torch.isfinite(own).all():
             raise DataError(f"{self.path}: logits that are not finite: try another precision, fp32 above all")
         ours = reference.soft_cap(F.linear(self.hidden(tokens, None), self.head).float(), self.soft_cap)
         margin = 0.02 * float(own.std()) + 1e-6
         if not torch.allclose(ours, own, rtol=0.02, atol=margin):
             raise DataError(
-                f"{self.path}: {type(self.model).__name__} makes its logits in a way that is not known here (not a "
+                f"{self.path}: {type(self._model).__name__} makes its logits in a way that is not known here (not a "
                 "head on hidden states with scale, bias or soft-cap): use another model"
             )
         docs = torch.tensor([[0] * 5 + [1] * 7], device=self._device)
@@ -138,7 +130,7 @@ class FolderTeacher:
         """ConfigError where the model cannot be kept inside packed documents."""
         if not self._keeps_documents:
             raise ConfigError(
-                f"{self.path}: {type(self.model).__name__} looks across packed documents: set "
+                f"{self.path}: {type(self._model).__name__} looks across packed documents: set "
                 "data.use_document_mask = false, or use another model"
             )
 
@@ -201,6 +193,16 @@ def weights_hash(path: Path) -> str:
         return hashes[0]
     names = "".join(f"{file.name} {digest}\n" for file, digest in zip(files, hashes, strict=True))
     return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _start_id(model: Any) -> int | None:
+    """The id that begins a text for a model of Transformers: bos, or eos, of several the first; None without."""
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (model.config.get_text_config(), model.generation_config):
+            found = getattr(config, name, None)
+            if found is not None:
+                return int(found[0] if isinstance(found, (list, tuple)) else found)
+    return None
 
 
 def _check_ids(path: Path, tokenizer: Tokenizer, num_rows: int) -> None:
