@@ -118,9 +118,13 @@ class Objective(nn.Module):
         self, hidden: Tensor, targets: Tensor, weights: Tensor | None, chunks: Sequence[Sequence[Tensor]]
     ) -> "_ChunkTerms":
         """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
-        soft_cap = self.loss_config.soft_cap
         log_probs = target_log_probs(
-            hidden.flatten(0, 1), self.model.head, targets.flatten(), soft_cap, self.chunk_size
+            hidden.flatten(0, 1),
+            self.model.head,
+            targets.flatten(),
+            self.loss_config.soft_cap,
+            self.chunk_size,
+            self.use_compile,
         )
         log_probs = log_probs.view(targets.shape)
         loss = chunk_loss(log_probs, targets, weights, [ChunkBatch(*parts) for parts in chunks], self.chunk_temperature)

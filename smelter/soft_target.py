@@ -60,6 +60,18 @@ def _places(ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(ids), device=ids.device).unsqueeze(-1), ids
 
 
+def target_log_prob(
+    logits: Tensor, targets: Tensor, soft_cap: float, use_compile: bool
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Capped logit at the target [n, 1] of logits [n, V], log-sum-exp [n, 1], and the cap's slope at the target.
+
+    The log-probability is the first less the second. Below 0 a target is taken for 0.
+    """
+    sums = compiled(_log_sum_exp) if use_compile else _log_sum_exp
+    at_target, slope = capped(logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)), soft_cap)
+    return at_target, sums(logits, soft_cap, False), slope
+
+
 def cross_entropy_and_grad(
     logits: Tensor,
     targets: Tensor,
@@ -73,11 +85,9 @@ def cross_entropy_and_grad(
 
     The total is ce_scale CE + z_loss lse^2, with a scale [n] for each token.
     """
-    sums = compiled(_log_sum_exp) if use_compile else _log_sum_exp
     share, scale = weights.unsqueeze(-1), ce_scale.unsqueeze(-1)
     index = targets.clamp_min(0).unsqueeze(-1)
-    at_target, slope = capped(logits.gather(-1, index), soft_cap)  # [n, 1]
-    lse = sums(logits, soft_cap, False)
+    at_target, lse, slope = target_log_prob(logits, targets, soft_cap, use_compile)
     factor = (scale + 2.0 * z_loss * lse) * share
     _replace(logits, lse, factor, soft_cap, use_compile)
     grad_at_target = ((at_target - lse).exp() * factor - scale * share) * slope

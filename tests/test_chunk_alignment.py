@@ -105,6 +105,8 @@ def test_chunks_in_a_row_and_as_targets() -> None:
     longer = Chunks.empty(4)
     longer.put(0, chunks_of_slice(np.array([np.nan, -1.0, -2.0]), 0, 3))
     assert longer.as_targets().starts.tolist() == [-1, 1, -1]
+    assert longer.as_targets().ends.tolist() == [-1, 1, -1]
+    assert longer.as_targets().log_probs.tolist() == [0.0, -2.0, 0.0]
 
 
 def changed(folder: Path, **changes: Any) -> Path:
@@ -114,6 +116,14 @@ def changed(folder: Path, **changes: Any) -> Path:
     values = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(values | changes))
     return folder
+
+
+def test_text_that_names_a_special_token_is_not_what_the_teacher_reads(tmp_path: Path) -> None:
+    values = json.loads(changed(tmp_path / "plain").joinpath("tokenizer.json").read_text())
+    named = {"id": 700, "content": "<|turn|>", "special": True}
+    named |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    teacher = TeacherTokenizer(changed(tmp_path / "turns", added_tokens=[*values["added_tokens"], named]))
+    assert [spelling is None for spelling in teacher.spell([b"a <|turn|> b", b"a <|turn> b"])] == [True, False]
 
 
 def test_what_the_tokens_do_not_spell_is_passed_over(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ SMELTER = {
     "fim": f"{BASE} tokenizer",
     "chunk_alignment": f"{BASE} tokenizer",
     "chunk_teacher": f"{BASE} shards chunk_alignment",
-    "chunk_loss": "kernels kernels.reference",
+    "chunk_loss": "soft_target",
     "data": f"{BASE} tokenizer shards fim chunk_alignment",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",

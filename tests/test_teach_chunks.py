@@ -19,6 +19,7 @@ from smelter import teach_chunks
 from smelter.__main__ import main
 from smelter.chunk_alignment import TeacherTokenizer
 from smelter.chunk_teacher import ChunkTeacher
+from smelter.config import DataConfig
 from smelter.data import BatchStream
 from smelter.errors import ConfigError, DataError
 from smelter.generate import load_model
@@ -143,10 +144,16 @@ def test_stopped_and_killed_it_writes_the_same_bytes(
     command = teach_chunks.TeachChunksOptions(**options)
     assert teach_chunks.teach_chunks(command) == 128 + signal.SIGTERM
     assert "goes on from there" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "unfinished.json").read_text())
     with pytest.raises(DataError, match="not finished"):
         ChunkTeacher.open(tmp_path / "out", ShardSet.open(folder / "shards"))
     with pytest.raises(KeyboardInterrupt):
         teach_chunks.teach_chunks(command)
+    states = tmp_path / "out" / "states.u1"
+    states.write_bytes(states.read_bytes()[:-3] + bytes(2))  # a torn block
+    writer = teach_chunks._Writer(tmp_path / "out", {}, ShardSet.open(folder / "shards").split("train"))
+    assert writer.num_docs == 24
+    teach_chunks.write_json(tmp_path / "out" / "unfinished.json", settings)
     assert teach_chunks.teach_chunks(command) == 0
     for name in ("chunks.f16", "states.u1", "index.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -264,8 +271,6 @@ def test_chunks_of_a_batch_are_those_of_the_text_in_its_rows(folder: Path) -> No
     """Also under fill-in-the-middle: the teacher's chunk is the very text of the student's tokens."""
     shards = ShardSet.open(folder / "shards")
     teacher = ChunkTeacher.open(folder / "chunks", shards)
-    from smelter.config import DataConfig
-
     stream = BatchStream(
         shards.split("train"), shards.tokenizer, DataConfig(fim_rate=0.5), seq_len=64, seed=0, device_batch_size=4,
         rows_per_step=4, chunk_teachers=[teacher],
