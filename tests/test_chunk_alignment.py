@@ -156,7 +156,7 @@ def test_a_space_put_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
 
 
 def test_the_token_before_every_text(tmp_path: Path) -> None:
-    before = {"type": "TemplateProcessing", "pair": []}
+    before: dict[str, Any] = {"type": "TemplateProcessing", "pair": []}
     before["single"] = [
         {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
         {"Sequence": {"id": "A", "type_id": 0}},
