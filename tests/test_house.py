@@ -60,7 +60,7 @@ SMELTER = {
     "healing": f"{BASE} tokenizer",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
-    "objective": f"{BASE} model loss checkpoint",
+    "objective": f"{BASE} distributed tokenizer model loss shards checkpoint evaluate",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
         "schedule hardware plan generate evaluate objective"
