@@ -116,7 +116,7 @@ def needs_no_rows(teachers: Sequence[Teacher], direction: Direction, temperature
 
 def _negative_entropy(probs: Tensor) -> Tensor:
     """sum p log p [n, 1] of probabilities [n, K]."""
-    return torch.special.xlogy(probs, probs).sum(-1, keepdim=True)
+    return torch.xlogy(probs, probs).sum(-1, keepdim=True)
 
 
 def _tail(probs: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def gradient(config: Config, shards: ShardSet, batch: Batch, caches: Sequence[Te
     student = Model(config.model)
     student.quantize_weights()
     teachers = load_teachers(config, shards.tokenizer, torch.float32, torch.device("cpu"))
-    objective = Objective(student, config, teachers, caches, use_compile=False)
+    objective = Objective(student, config, teachers, use_compile=False, caches=caches)
     total, _, _, kl = objective(
         torch.from_numpy(batch.inputs),
         torch.from_numpy(batch.targets),
