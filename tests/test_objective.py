@@ -32,8 +32,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(json.dumps({"id": str(i), "kind": "text", "text": text, "source": f"{i}.py"}) + "\n")
     tokenizer = folder / "tokenizer.json"  # that of the teachers
     tiny.tokenizer().save(tokenizer)
-    options = {"out": folder / "shards", "tokenizer": tokenizer, "val_fraction": 0.2}
-    return tokenize(TokenizeOptions(records=(folder / "records.jsonl",), **options))
+    records, out = folder / "records.jsonl", folder / "shards"
+    return tokenize(TokenizeOptions(records=(records,), out=out, tokenizer=tokenizer, val_fraction=0.2))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from smelter.kernels import reference
 from smelter.objective import load_teachers
 from smelter.shards import ShardSet
 from smelter.teacher_model import TeacherModel, load_teacher, positions_in_documents, weights_hash
+from smelter.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -63,9 +64,8 @@ def load(folder: Path, vocab_size: int = 512, **options: Any) -> TeacherModel:
 
 def logits_of(teacher: TeacherModel, tokens: torch.Tensor, docs: torch.Tensor | None = None) -> torch.Tensor:
     hidden = teacher.hidden(tokens, docs)
-    return reference.soft_cap(F.linear(hidden, teacher.head.to(hidden.dtype)), teacher.soft_cap).unflatten(
-        0, tokens.shape
-    )
+    logits: torch.Tensor = reference.soft_cap(F.linear(hidden, teacher.head.to(hidden.dtype)), teacher.soft_cap)
+    return logits.view(*tokens.shape, -1)
 
 
 def random_tokens() -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +145,7 @@ def test_a_folder_teaches_online_and_from_the_disk(shards: Path, tmp_path: Path)
 
 def test_another_tokenizer_points_to_the_other_method(tmp_path: Path) -> None:
     folder = save_folder(tmp_path)
-    other = tiny.Tokenizer.train(["another corpus, with other words " * 20, *tiny.CODE.split("\n")[:40]], 512)
+    other = Tokenizer.train(["another corpus, with other words " * 20, *tiny.CODE.split("\n")[:40]], 512)
     other.save(folder / "tokenizer.json")
     with pytest.raises(DataError, match=r"another tokenizer than the shards'.*--tokenizer .*chunk-likelihood"):
         load(folder)
