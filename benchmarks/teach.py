@@ -185,9 +185,8 @@ def main() -> None:
             for t, cache in caches.items()
         ]
     ratio = TEACHER.num_params_estimate / STUDENT.num_params_estimate
-    print(
-        f"student {STUDENT.num_params_estimate:,} parameters, teacher {ratio:.1f} times as many, on {pick_device('auto')}"
-    )
+    size, device = STUDENT.num_params_estimate, pick_device("auto")
+    print(f"student {size:,} parameters, teacher {ratio:.1f} times as many, on {device}")
     print(f"{'teaching with it, tokens/s':44} {teaching:12,.0f}")
     print(f"{'batches out of the cache, tokens/s a core':44} {speed:12,.0f}")
     print(f"{'entropy of the teacher, nats':44} {'ids a token':>12} {'bytes a token':>14}")
