@@ -1,4 +1,4 @@
-"""How much memory does the loss take at a real vocabulary, and how long? What does distillation add?
+"""How much memory does the loss take at a real vocabulary, and how long?
 
 Cross-entropy from hidden states, forward and backward, three ways on the same numbers: our chunked loss, PyTorch's
 own chunked `linear_cross_entropy` (torch 2.13 and later), and `linear` + `cross_entropy` with all logits at once.
@@ -59,56 +59,6 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "torch linear_cross_entropy": torch_chunked,
     "torch linear + cross_entropy": torch_dense,
 }
-
-DRAWS = 50
-PLACES = 16
-"""Places that a cache has for the distinct ids of 50 draws."""
-
-DISTILLATIONS: dict[str, tuple[str, Direction]] = {
-    "cached draws": ("sampled", "forward"),
-    "cached top 16": ("top_k", "forward"),
-    "cached top 16, reverse": ("top_k", "reverse"),
-    "cached top 16, skew": ("top_k", "skew"),
-    "cached top 16, js": ("top_k", "js"),
-    "teacher beside": ("head", "forward"),
-    "teacher beside, reverse": ("head", "reverse"),
-    "teacher beside, skew": ("head", "skew"),
-    "teacher beside, js": ("head", "js"),
-}
-"""Cap, z-loss and 0.9 of a divergence to one teacher, beside `smelter chunked, cap and z-loss`, eager and compiled.
-
-The teacher that runs beside has the student's width; its body's forward pass is not counted, its head is.
-"""
-
-
-def teacher_of(kind: str, tokens: int, device: torch.device) -> Teacher:
-    """A teacher of random but peaked predictions: about 12 distinct ids in 50 draws, as of a real one."""
-    if kind == "head":
-        hidden = torch.randn(tokens, HIDDEN, device=device).to(DTYPE)
-        return TeacherHead(hidden, (torch.randn(VOCAB, HIDDEN, device=device) * HIDDEN**-0.5).to(DTYPE), 30.0)
-    ids = torch.rand(tokens, 1_000, device=device).topk(PLACES).indices * (VOCAB // 1_000)
-    probs = torch.full((PLACES,), 0.7, device=device).pow(torch.arange(PLACES, device=device))
-    probs = (probs / probs.sum() * (0.95 if kind == "top_k" else 1.0)).expand(tokens, PLACES).contiguous()
-    if kind == "top_k":
-        return SparseTeacher(ids, probs, "top_k")
-    draws = torch.multinomial(probs, DRAWS, replacement=True)
-    counts = torch.zeros_like(probs).scatter_add_(1, draws, torch.ones_like(draws, dtype=probs.dtype))
-    return SparseTeacher(ids, counts / DRAWS, "sampled", torch.full((tokens,), 2.0, device=device))
-
-
-def distillation(name: str, use_compile: bool, teacher: Teacher | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The loss with one teacher; without, plain cross-entropy with cap and z-loss."""
-    config = CAP_AND_Z
-    if teacher is not None:
-        config = replace(CAP_AND_Z, kl_weight=0.9, direction=DISTILLATIONS[name][1])
-
-    def loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        teachers = [] if teacher is None else [teacher]
-        return chunked_loss(
-            hidden, head, targets, config, teachers=teachers, chunk_size=CHUNK, use_compile=use_compile
-        ).total
-
-    return loss
 
 
 def peak_mib(device: torch.device) -> float:

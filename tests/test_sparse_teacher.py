@@ -234,23 +234,6 @@ def test_draws_give_the_full_kl_on_average(kinds: str) -> None:
     assert float((5 * error / want.abs().clamp_min(0.02)).median()) < 0.5  # a bound that a wrong gradient would break
 
 
-def test_top_k_cut_off_and_renormalised_would_not_pass_for_draws() -> None:
-    """The bound above has teeth: the biased estimate is further off than draws are on average."""
-    tokens, vocab = 4, 12
-    hidden, head, _, _ = inputs(5, tokens, vocab)
-    full = teacher_head(1, tokens, vocab)
-    found = probabilities(full).topk(2)
-    cut = SparseTeacher(found.indices, found.values / found.values.sum(-1, keepdim=True), "sampled")
-    grads = [
-        torch.autograd.grad(
-            chunked_loss(hidden, head, torch.arange(tokens), LossConfig(kl_weight=0.8), teachers=[teacher]).total,
-            hidden,
-        )[0]
-        for teacher in (cut, full)
-    ]
-    assert float((grads[0] - grads[1]).abs().max()) > 0.05
-
-
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("kind", "direction"), [("sampled", "forward"), *(("top_k", d) for d in DIRECTIONS)])
 def test_a_token_without_teacher_is_plain_cross_entropy(
@@ -418,7 +401,10 @@ def test_nothing_is_larger_than_a_chunk_of_logits(kinds: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(
     ("kinds", "direction"),
-    [*((kinds, "forward") for kinds in MIXTURES), *(("head top_k", d) for d in ("reverse", "skew", "js"))],
+    [
+        *((kinds, "forward") for kinds in ("top_k", "sampled", "head sampled")),
+        *(("head top_k", d) for d in ("reverse", "skew", "js")),
+    ],
 )
 def test_compiled_equals_eager(kinds: str, direction: Direction) -> None:
     config = LossConfig(4.0, 0.01, 0.7, 1.0, direction)
