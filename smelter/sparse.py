@@ -58,4 +58,5 @@ def likeliest(log_probs: Tensor, k: int) -> Entries:
 
 def entropy(probs: Tensor, log_probs: Tensor) -> Tensor:
     """Entropy [N] in nats of probs [N, V] with their logarithms, which must be finite."""
-    return -torch.linalg.vecdot(probs, log_probs)
+    nats: Tensor = -torch.linalg.vecdot(probs, log_probs)
+    return nats
