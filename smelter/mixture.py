@@ -90,6 +90,10 @@ class SparseTarget:
     present: Tensor
 
 
+def _is_sampled(teacher: Teacher) -> bool:
+    return isinstance(teacher, SparseTeacher) and teacher.kind == "sampled"
+
+
 def checked_teachers(teachers: Sequence[Teacher], direction: Direction, temperature: float) -> tuple[Teacher, ...]:
     """The teachers of positive weight; ConfigError for what a sparse one cannot serve."""
     for teacher in teachers:
@@ -116,7 +120,7 @@ def needs_no_rows(teachers: Sequence[Teacher], direction: Direction, temperature
 
 def _negative_entropy(probs: Tensor) -> Tensor:
     """sum p log p [n, 1] of probabilities [n, K]."""
-    return torch.special.xlogy(probs, probs).sum(-1, keepdim=True)
+    return torch.xlogy(probs, probs).sum(-1, keepdim=True)
 
 
 def _tail(probs: Tensor) -> Tensor:
@@ -208,35 +212,42 @@ def teacher_log_probs(teacher: TeacherHead, rows: slice, temperature: float) -> 
     return F.log_softmax(reference.soft_cap(logits, teacher.soft_cap) / temperature, dim=-1)
 
 
+def _row(teacher: Teacher, rows: slice, temperature: float, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A teacher's log-probabilities [n, V], and at which tokens it is present [n, 1]."""
+    if isinstance(teacher, TeacherHead):
+        row = teacher_log_probs(teacher, rows, temperature)
+        return row, torch.ones(len(row), 1, dtype=torch.bool, device=row.device)
+    assert log_q is not None
+    ids, probs = teacher.ids[rows], teacher.probs[rows]
+    row = (_sampled_row if _is_sampled(teacher) else _top_k_row)(ids, probs, log_q)
+    return row, probs.sum(-1, keepdim=True) > 0
+
+
+def _row_entropy(row: Tensor) -> Tensor:
+    """Entropy [n, 1] of log-probabilities [n, V]."""
+    return -(row.exp() * row.clamp_min(torch.finfo(row.dtype).min)).sum(-1, keepdim=True)
+
+
+def _entropy(teacher: Teacher, rows: slice, row: Tensor) -> Tensor:
+    """Entropy [n, 1] of a teacher, which does not depend on the student."""
+    return _stated_entropy(teacher, rows) if isinstance(teacher, SparseTeacher) else _row_entropy(row)
+
+
 @torch.no_grad()
 def mixture(
     teachers: Sequence[Teacher], rows: slice, temperature: float, log_q: Tensor | None, use_confidence: bool
 ) -> Mixture:
     """The mixture at the tokens `rows`; log_q [n, V], the student's at that temperature, for sparse teachers."""
-    is_sampled = any(isinstance(teacher, SparseTeacher) and teacher.kind == "sampled" for teacher in teachers)
+    is_sampled = any(_is_sampled(teacher) for teacher in teachers)
     mixed: Tensor | None = None
     log_weights, entropies = [], []
     for teacher in teachers:
-        if isinstance(teacher, TeacherHead):
-            row = teacher_log_probs(teacher, rows, temperature)
-            present = torch.ones(len(row), 1, dtype=torch.bool, device=row.device)
-            if len(teachers) == 1:
-                return Mixture(row, present.squeeze(-1), None)
-        else:
-            assert log_q is not None
-            ids, probs = teacher.ids[rows], teacher.probs[rows]
-            present = probs.sum(-1, keepdim=True) > 0
-            row = (_sampled_row if teacher.kind == "sampled" else _top_k_row)(ids, probs, log_q)
-        stated = _stated_entropy(teacher, rows) if isinstance(teacher, SparseTeacher) else None
-        entropy = None
-        if isinstance(teacher, SparseTeacher) and teacher.kind == "sampled":
-            entropy = stated
-        elif is_sampled or (use_confidence and stated is None):
-            entropy = -(row.exp() * row.clamp_min(torch.finfo(row.dtype).min)).sum(-1, keepdim=True)
+        row, present = _row(teacher, rows, temperature, log_q)
+        if len(teachers) == 1 and isinstance(teacher, TeacherHead):
+            return Mixture(row, present.squeeze(-1), None)
         if is_sampled:
-            assert entropy is not None
-            entropies.append(entropy)
-        confidence = (entropy if stated is None else stated) if use_confidence else None
+            entropies.append(_entropy(teacher, rows, row) if _is_sampled(teacher) else _row_entropy(row))
+        confidence = _entropy(teacher, rows, row) if use_confidence else None
         log_weight = _log_weight(teacher.weight, confidence, present)
         log_weights.append(log_weight)
         row += log_weight

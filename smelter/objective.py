@@ -1,17 +1,24 @@
 """What a training step minimises: the student's loss, with teachers that run beside it or have spoken before."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smelter import distributed
 from smelter.chunk_loss import ChunkBatch, chunk_loss, target_log_probs
-from smelter.config import Config
-from smelter.errors import ConfigError
+from smelter.config import Config, DistillationConfig
+from smelter.distributed import print0
+from smelter.errors import ConfigError, DataError
+from smelter.evaluate import spread_windows
 from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
 from smelter.model import Model
+from smelter.shards import Split
 from smelter.teacher_cache import TeacherCache
 from smelter.teacher_model import TeacherModel, load_teacher
 from smelter.tokenizer import Tokenizer
@@ -44,16 +51,68 @@ def load_teachers(config: Config, tokenizer: Tokenizer, dtype: torch.dtype, devi
     return teachers
 
 
+def fixed_weights(config: DistillationConfig) -> tuple[float, ...]:
+    """The teachers' weights as the recipe gives them: equal ones if it gives none."""
+    return config.teacher_weights or (1.0,) * config.num_teachers
+
+
+def weights_by_loss(weights: tuple[float, ...], losses: list[float], tau: float) -> tuple[float, ...]:
+    """Weights times exp(-loss / tau), summing to 1; losses in nats per token."""
+    best = min(loss for weight, loss in zip(weights, losses, strict=True) if weight)
+    # A teacher of weight 0 may be better than the best, by more than an exponential can hold.
+    factors = [math.exp(min(0.0, (best - loss) / tau)) for loss in losses]
+    scaled = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    return tuple(value / sum(scaled) for value in scaled)
+
+
+def held_out_loss(teacher: TeacherModel, split: Split, config: Config, eos_id: int) -> float:
+    """Nats per token of a teacher on the windows of `evaluate.validation_loss`. Raises DataError for an empty split."""
+    seq_len, device = config.model.max_seq_len, teacher.head.device
+    windows = spread_windows(split, seq_len, config.training.eval_tokens, eos_id)
+    nats, num_tokens = 0.0, 0
+    while rows := list(islice(windows, config.training.device_batch_size)):
+        inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows, strict=True))
+        loss = chunked_loss(
+            teacher.hidden(inputs, None), teacher.head, targets.flatten(), LossConfig(teacher.soft_cap), normalizer=1.0
+        )
+        nats += float(loss.ce)
+        num_tokens += int((targets >= 0).sum())
+    if not num_tokens:
+        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
+    return nats / num_tokens
+
+
+def validation_weights(
+    teachers: Sequence[TeacherModel], config: Config, split: Split, tokenizer: Tokenizer
+) -> tuple[float, ...]:
+    """The teachers' weights after their losses on the held-out split, which are measured here and printed."""
+    losses = []
+    for path, teacher in zip(config.distillation.teachers, teachers, strict=True):
+        nats = held_out_loss(teacher, split, config, tokenizer.eos_id)
+        losses.append(distributed.agree(nats))
+        if not math.isfinite(losses[-1]):
+            raise ConfigError(f"distillation.teachers: {path} has a held-out loss of {nats}: leave it out")
+    weights = weights_by_loss(fixed_weights(config.distillation), losses, config.distillation.validation_tau)
+    for path, loss, weight in zip(config.distillation.teachers, losses, weights, strict=True):
+        print0(f"teacher {path}: held-out loss {loss:.4f}, weight {weight:.3f}")
+    return weights
+
+
 class Objective(nn.Module):
-    """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it."""
+    """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it.
+
+    `teacher_weights` are the recipe's unless given. `kl_weight` is the divergence's share, which a schedule may change
+    between steps.
+    """
 
     def __init__(
         self,
         model: Model,
         config: Config,
         teachers: Sequence[TeacherModel],
-        caches: Sequence[TeacherCache],
         use_compile: bool,
+        teacher_weights: tuple[float, ...] | None = None,
+        caches: Sequence[TeacherCache] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,15 +120,18 @@ class Objective(nn.Module):
         self.chunk_size = config.training.loss_chunk_size
         # Kept out of the module tree: teachers are neither trained nor saved.
         self.teachers, self.caches = teachers, caches
-        self.teacher_weights = config.distillation.teacher_weights or (1.0,) * config.distillation.num_teachers
+        self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
+        self.kl_weight = config.distillation.kl_weight
         self.chunk_weight = config.distillation.chunk_weight
         self.chunk_temperature = config.distillation.chunk_temperature
         self.loss_config = LossConfig(
             soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
-            kl_weight=config.distillation.kl_weight if config.distillation.num_teachers else 0.0,
             temperature=config.distillation.temperature,
             direction=config.distillation.kl_direction,
+            skew_alpha=config.distillation.skew_alpha,
+            js_beta=config.distillation.js_beta,
+            use_confidence=config.distillation.teacher_weighting == "confidence",
         )
 
     def forward(
@@ -99,7 +161,7 @@ class Objective(nn.Module):
             hidden.flatten(0, 1),
             self.model.head,
             targets.flatten(),
-            self.loss_config,
+            replace(self.loss_config, kl_weight=self.kl_weight),
             weights=None if weights is None else weights.flatten(),
             ce_scale=None if of_chunks is None else of_chunks.ce_scale.flatten(),
             normalizer=normalizer,

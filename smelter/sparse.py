@@ -56,6 +56,7 @@ def likeliest(log_probs: Tensor, k: int) -> Entries:
     return Entries(np.full(len(ids), k), ids.flatten().cpu().numpy(), values.float().flatten().cpu().numpy())
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Entropy [N] in nats of log_probs [N, V]."""
-    return -(log_probs.exp() * log_probs).sum(-1)
+def entropy(probs: Tensor, log_probs: Tensor) -> Tensor:
+    """Entropy [N] in nats of probs [N, V] with their logarithms, which must be finite."""
+    nats: Tensor = -torch.linalg.vecdot(probs, log_probs)
+    return nats

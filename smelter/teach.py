@@ -212,11 +212,12 @@ class Reader:
             chunk = slice(start, start + size)
             logits = reference.soft_cap(F.linear(states[chunk], head).float(), self.teacher.soft_cap)
             log_probs = F.log_softmax(logits / self.temperature, dim=-1)
-            nats[places[chunk]] = entropy(log_probs).cpu().numpy()
+            probs = log_probs.exp()
+            nats[places[chunk]] = entropy(probs, log_probs).cpu().numpy()
             if uniforms is None:
                 parts.append(likeliest(log_probs, self.format.max_entries))
             else:
-                parts.append(count_draws(draw(log_probs.exp(), uniforms[chunk].to(self.device)).cpu().numpy()))
+                parts.append(count_draws(draw(probs, uniforms[chunk].to(self.device)).cpu().numpy()))
         if not np.isfinite(nats).all():
             raise DataError(
                 f"{self.teacher.path}: probabilities that are not finite in row {row}: try --precision fp32"

@@ -33,6 +33,10 @@ class DistillationConfig:
     """Folders that `smelter teach` wrote: teachers' probabilities from the disk. They decide the order of the data."""
     teacher_weights: tuple[float, ...] = ()
     """Weight of each in the mixture of probabilities, teachers first, then cached; empty means equal weights."""
+    teacher_weighting: Literal["fixed", "validation", "confidence"] = "fixed"
+    """fixed: teacher_weights. validation: times exp(-held-out loss / validation_tau). confidence: see docs."""
+    validation_tau: float = 0.1
+    """Nats per token by which a teacher must be worse on held-out code for its weight to fall by the factor e."""
     chunk_teachers: tuple[str, ...] = ()
     """Folders that `smelter teach --method chunks` wrote: teachers with other tokenizers, each of equal weight."""
     chunk_weight: float = 0.5
@@ -41,23 +45,43 @@ class DistillationConfig:
     """Chunks' likelihoods are compared to the power 1 / this (arXiv 2503.20083)."""
     kl_weight: float = 0.9
     """Share of the KL term in the loss; cross-entropy has the rest."""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || student). reverse: KL(student || teacher)."""
+    kl_schedule: Literal["constant", "linear"] = "constant"
+    """linear: the share goes from kl_weight to kl_weight_end over the run."""
+    kl_weight_end: float = 0.0
+    """Share of the KL term at the end of a linear schedule."""
+    kl_direction: Literal["forward", "reverse", "skew", "js"] = "forward"
+    """forward: KL(teacher || student). reverse: KL(student || teacher). skew, js: to a blend of the two."""
+    skew_alpha: float = 0.1
+    """skew: the teacher's share in the blend; 0 is forward."""
+    js_beta: float = 0.5
+    """js: the teacher's share in the blend, and the weight of its side; near 0 like forward, near 1 like reverse."""
     temperature: float = 1.0
     """Softens both distributions; the term is multiplied by its square."""
 
     def __post_init__(self) -> None:
         require_finite("distillation", self)
-        require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
-        require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
+        for name in ("kl_weight", "kl_weight_end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"distillation.{name} = {value}: must lie between 0 and 1")
+        for name in ("temperature", "validation_tau"):
+            value = getattr(self, name)
+            require(value > 0, f"distillation.{name} = {value}: must be positive")
+        require(0 <= self.skew_alpha < 1, f"distillation.skew_alpha = {self.skew_alpha}: must lie in [0, 1)")
+        require(0 < self.js_beta < 1, f"distillation.js_beta = {self.js_beta}: must lie between 0 and 1, both excluded")
+        require(
+            self.teacher_weighting != "validation" or not self.cached,
+            'distillation.teacher_weighting = "validation" measures teachers that run here, which those of '
+            'distillation.cached do not: give teacher_weights, and leave it "fixed"',
+        )
         require(0 <= self.chunk_weight <= 1, f"distillation.chunk_weight = {self.chunk_weight}: must lie in [0, 1]")
         require(
             self.chunk_temperature > 0, f"distillation.chunk_temperature = {self.chunk_temperature}: must be positive"
         )
         if self.chunk_teachers and self.num_teachers:
+            most = max(self.kl_weight, self.kl_weight_end if self.kl_schedule == "linear" else 0.0)
             require(
-                self.kl_weight + self.chunk_weight <= 1,
-                f"distillation.chunk_weight = {self.chunk_weight} and kl_weight = {self.kl_weight}: together at most 1",
+                most + self.chunk_weight <= 1,
+                f"distillation.chunk_weight = {self.chunk_weight} and kl_weight up to {most}: together at most 1",
             )
         if self.teacher_weights:
             count = f"{len(self.teachers)} teachers" + (f" and {len(self.cached)} cached" if self.cached else "")

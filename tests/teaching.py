@@ -14,7 +14,7 @@ from smelter.teacher_cache import TeacherCache
 from smelter.write_shards import TokenizeOptions, tokenize
 
 SEQ_LEN = 64
-CUT = {"seq_len": SEQ_LEN, "rows": 11, "device": "cpu", "batch_size": 3}
+CUT: dict[str, Any] = {"seq_len": SEQ_LEN, "rows": 11, "device": "cpu", "batch_size": 3}
 """Eleven rows in batches of three: the last one is not full."""
 
 
@@ -27,8 +27,8 @@ def make_shards(folder: Path, *, seed: int = 0) -> Path:
             record = {"kind": "text", "id": str(number), "text": piece, "split": "train" if number % 5 else "val"}
             file.write(json.dumps(record) + "\n")
     tiny.tokenizer().save(folder / "tokenizer.json")
-    options = {"out": folder / "shards", "tokenizer": folder / "tokenizer.json"}
-    return tokenize(TokenizeOptions(records=(folder / "corpus.jsonl",), **options))
+    records, tokenizer = folder / "corpus.jsonl", folder / "tokenizer.json"
+    return tokenize(TokenizeOptions(records=(records,), out=folder / "shards", tokenizer=tokenizer))
 
 
 def make_cache(teacher: Path, shards: Path, out: Path, **options: Any) -> TeacherCache:

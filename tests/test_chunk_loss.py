@@ -178,7 +178,7 @@ class Stub(torch.nn.Module):
 
 def made_objective(head: Tensor, config: LossConfig, share: float, tau: float) -> Objective:
     distillation = DistillationConfig(chunk_weight=share, chunk_temperature=tau)
-    objective = Objective(tiny.model(), Config(distillation=distillation), [], [], use_compile=False)
+    objective = Objective(tiny.model(), Config(distillation=distillation), [], use_compile=False)
     objective.loss_config, objective.chunk_size = config, 5
     return objective
 

@@ -69,7 +69,7 @@ SMELTER = {
     "teacher_cache": f"{BASE} tokenizer shards data sparse",
     "write_teacher": f"{BASE} shards sparse teacher_cache",
     "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
-    "objective": f"{BASE} tokenizer model loss chunk_loss teacher_cache teacher_model",
+    "objective": f"{BASE} distributed tokenizer model loss chunk_loss shards evaluate teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
         "schedule hardware plan generate evaluate signals teacher_cache objective warm_start chunk_teacher"

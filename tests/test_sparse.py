@@ -62,4 +62,4 @@ def test_the_likeliest_and_the_entropy() -> None:
     assert entries.counts.tolist() == [2, 2]
     assert entries.ids[:2].tolist() == [0, 2]
     assert np.allclose(np.exp(entries.values), [0.5, 0.25, 0.25, 0.25])
-    assert torch.allclose(entropy(log_probs), torch.tensor([1.75, 2.0]) * np.log(2))
+    assert torch.allclose(entropy(log_probs.exp(), log_probs), torch.tensor([1.75, 2.0]) * np.log(2))

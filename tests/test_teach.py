@@ -58,7 +58,7 @@ def gradient(config: Config, shards: ShardSet, batch: Batch, caches: Sequence[Te
     student = Model(config.model)
     student.quantize_weights()
     teachers = load_teachers(config, shards.tokenizer, torch.float32, torch.device("cpu"))
-    objective = Objective(student, config, teachers, caches, use_compile=False)
+    objective = Objective(student, config, teachers, use_compile=False, caches=caches)
     total, _, _, kl = objective(
         torch.from_numpy(batch.inputs),
         torch.from_numpy(batch.targets),
@@ -371,6 +371,16 @@ def test_a_teacher_that_has_gone_mad(shards: Path, tmp_path: Path) -> None:
         made.norm.weight[3] = float("nan")
     with pytest.raises(DataError, match="not finite in row 0: try --precision fp32"):
         make_cache(tiny.checkpoint(tmp_path / "mad", made), shards, tmp_path / "c")
+
+
+def test_shards_are_not_made_anew_under_a_cache(teacher: Path, tmp_path: Path) -> None:
+    """What a teacher took days to say is not swept away with the shards that it spoke of."""
+    shards = make_shards(tmp_path)
+    assert teach(TeachOptions(teacher=teacher, shards=shards, rows=2, device="cpu", batch_size=2)) == 0
+    assert (shards / "teachers" / "big" / "index.json").is_file()
+    assert ShardSet.open(shards, verify=True).split("train").num_docs > 0
+    with pytest.raises(DataError, match="also holds 'teachers', which is not of the shards: move it"):
+        make_shards(tmp_path, seed=1)
 
 
 def test_the_index_says_what_it_is(teacher: Path, cache: TeacherCache) -> None:
