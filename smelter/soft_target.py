@@ -92,9 +92,9 @@ def cross_entropy_and_grad(
     _replace(logits, lse, factor, soft_cap, use_compile)
     grad_at_target = ((at_target - lse).exp() * factor - scale * share) * slope
     logits.index_put_(_places(index), grad_at_target.to(logits.dtype))
-    ce, z = lse - at_target, lse.square()
-    parts = torch.cat((scale * ce + z_loss * z, ce, z, torch.zeros_like(ce)), dim=-1)
-    return (parts * share).sum(0), logits
+    ce, z = (lse - at_target) * share, (lse.square() * share).sum()
+    total = (scale * ce).sum() + z_loss * z
+    return torch.stack((total, ce.sum(), z, torch.zeros_like(total))), logits
 
 
 def soft_cross_entropy_and_grad(

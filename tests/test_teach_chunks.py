@@ -26,8 +26,10 @@ from smelter.generate import load_model
 from smelter.metrics import read_metrics
 from smelter.shards import ShardSet
 from smelter.teach_chunks import BLOCK, Window, windows
+from smelter.teacher_model import CheckpointTeacher
 from smelter.tokenizer import Tokenizer
 from smelter.write_shards import TokenizeOptions, tokenize
+from smelter.write_teacher import write_json
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_a_long_document_is_read_in_windows(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "t").mkdir()
     other_tokenizer().save(tmp_path / "t" / "tokenizer.json")
     model, own, _ = load_model(folder / "teacher")
-    teacher = teach_chunks.CheckpointTeacher(folder, model)
+    teacher = CheckpointTeacher(folder, model)
     reader = teach_chunks.Reader(teacher, TeacherTokenizer(tmp_path / "t"), own.eos_id, 40, 3)
     (spelling,) = reader.tokenizer.spell([text.encode()])
     assert spelling is not None
@@ -140,8 +142,9 @@ def test_stopped_and_killed_it_writes_the_same_bytes(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(teach_chunks._Writer, "append", interrupted)
-    options = {"teacher": folder / "teacher", "shards": folder / "shards", "out": tmp_path / "out", "device": "cpu"}
-    command = teach_chunks.TeachChunksOptions(**options)
+    command = teach_chunks.TeachChunksOptions(
+        teacher=folder / "teacher", shards=folder / "shards", out=tmp_path / "out", device="cpu"
+    )
     assert teach_chunks.teach_chunks(command) == 128 + signal.SIGTERM
     assert "goes on from there" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "unfinished.json").read_text())
@@ -153,7 +156,7 @@ def test_stopped_and_killed_it_writes_the_same_bytes(
     states.write_bytes(states.read_bytes()[:-3] + bytes(2))  # a torn block
     writer = teach_chunks._Writer(tmp_path / "out", {}, ShardSet.open(folder / "shards").split("train"))
     assert writer.num_docs == 24
-    teach_chunks.write_json(tmp_path / "out" / "unfinished.json", settings)
+    write_json(tmp_path / "out" / "unfinished.json", settings)
     assert teach_chunks.teach_chunks(command) == 0
     for name in ("chunks.f16", "states.u1", "index.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -172,8 +175,8 @@ def test_documents_that_the_teacher_cannot_read_are_counted(tmp_path: Path, caps
     texts = ["def f():\n    return 1\n", "cafe\u0301 = 1\n", "x = 'é'\n", "y = 2\n"]
     with (tmp_path / "records.jsonl").open("w") as file:
         for number, text in enumerate([*texts, "val = 1\n"]):
-            split = "val" if number == 4 else "train"
-            file.write(json.dumps({"kind": "text", "id": str(number), "text": text, "split": split}) + "\n")
+            side = "val" if number == 4 else "train"
+            file.write(json.dumps({"kind": "text", "id": str(number), "text": text, "split": side}) + "\n")
     tiny.tokenizer().save(tmp_path / "tokenizer.json")
     made = TokenizeOptions(
         records=(tmp_path / "records.jsonl",), out=tmp_path / "shards", tokenizer=tmp_path / "tokenizer.json"
@@ -275,7 +278,8 @@ def test_chunks_of_a_batch_are_those_of_the_text_in_its_rows(folder: Path) -> No
         shards.split("train"), shards.tokenizer, DataConfig(fim_rate=0.5), seq_len=64, seed=0, device_batch_size=4,
         rows_per_step=4, chunk_teachers=[teacher],
     )  # fmt: skip
-    split, known = shards.split("train"), {}
+    split = shards.split("train")
+    known: dict[tuple[int, ...], set[float]] = {}
     for doc in range(split.num_docs):
         ids = split.doc(doc).tolist()
         found = teacher.chunks(doc, 0, len(ids))
