@@ -10,6 +10,7 @@ from smelter.errors import UserError
 
 COMMANDS = {
     "tokenize": ("smelter.write_shards", "JSONL records -> tokenizer and packed shards"),
+    "teach": ("smelter.teach", "a local teacher's probabilities, stored beside the shards for training"),
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
     "evaluate": ("smelter.evaluate", "bits per byte and infilling on held-out data"),
     "complete": ("smelter.generate", "complete or infill code from the command line"),

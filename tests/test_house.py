@@ -54,18 +54,26 @@ SMELTER = {
     "data": f"{BASE} tokenizer shards fim",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
+    "signals": f"{BASE} distributed",
     "schedule": BASE,
     "hardware": f"{BASE} distributed kernels.capability",
     "plan": BASE,
     "healing": f"{BASE} tokenizer",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
-    "objective": f"{BASE} distributed tokenizer model loss shards checkpoint evaluate",
+    "sparse": BASE,
+    "teacher_cache": f"{BASE} tokenizer shards data sparse",
+    "write_teacher": f"{BASE} shards sparse teacher_cache",
+    "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
+    "objective": f"{BASE} distributed tokenizer model loss shards evaluate teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate objective"
+        "schedule hardware plan generate evaluate signals teacher_cache objective"
     ),
-    "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
+    "teach": (
+        f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
+        "teacher_cache write_teacher teacher_model"
+    ),
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
     "export": (
