@@ -68,18 +68,18 @@ def _bits(first: Measured, second: Measured) -> Iterator[Row]:
         language for language in first.results["bpb_by_language"] if language in second.results["bpb_by_language"]
     ]
     for language in (None, *(languages if len(languages) > 1 else ())):
-        chosen = [(a, b) for a, b in pairs if language in (None, a["language"])]
+        chosen = [(x, y) for x, y in pairs if language in (None, x["language"])]
         if language is None:
-            name, bpb = "bits per byte", [side.results["val_bpb"] for side in (first, second)]
+            name, a, b = "bits per byte", first.results["val_bpb"], second.results["val_bpb"]
         else:
             name = f"  {language}"
-            bpb = [side.results["bpb_by_language"][language]["bpb"] for side in (first, second)]
+            a, b = (side.results["bpb_by_language"][language]["bpb"] for side in (first, second))
         limits = None
         if len(chosen) > 1:
-            changes = [(b["nats"] - a["nats"]) / log(2) for a, b in chosen]
-            limits = bootstrap(changes, [a["num_bytes"] for a, _ in chosen])
+            changes = [(y["nats"] - x["nats"]) / log(2) for x, y in chosen]
+            limits = bootstrap(changes, [x["num_bytes"] for x, _ in chosen])
         basis = f"{len(chosen):,} files, paired" if chosen else "other files"
-        yield Row(name, *bpb, limits, basis, is_share=False)
+        yield Row(name, a, b, limits, basis, is_share=False)
 
 
 def _gaps(first: Measured, second: Measured) -> Iterator[Row]:

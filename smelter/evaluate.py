@@ -256,10 +256,11 @@ def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
     """Measure everything asked for; returns the results and the file they were written to."""
     if options.checkpoint is None:
         raise UserError("give a run or a checkpoint, or --compare with two of them")
+    path = options.checkpoint
     if options.full:
         options = replace(options, max_infill=FULL_GAPS, max_spans=FULL_GAPS)
     _check(options)
-    model, tokenizer, checkpoint = load_model(options.checkpoint, device=pick_device(options.device), with_state=True)
+    model, tokenizer, checkpoint = load_model(path, device=pick_device(options.device), with_state=True)
     config = checkpoint.config
     context = config.model.max_seq_len
     stride = options.stride or max(1, context // 2)

@@ -35,9 +35,8 @@ def paired_share_difference(first: Sequence[bool], second: Sequence[bool]) -> tu
     both, only_first, only_second, neither = (int(x.sum()) for x in (a & b, a & ~b, ~a & b, ~a & ~b))
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     agreement = both * neither - only_first * only_second
-    if agreement > 0:  # Newcombe's correction for continuity
-        agreement = max(agreement - cases / 2, 0)
-    correlation = agreement / math.sqrt(product) if product else 0.0
+    corrected = max(agreement - cases / 2, 0.0) if agreement > 0 else float(agreement)  # for continuity
+    correlation = corrected / math.sqrt(product) if product else 0.0
     shares = float(a.mean()), float(b.mean())
     return _newcombe(shares[0], wilson(shares[0], cases), shares[1], wilson(shares[1], cases), correlation)
 

@@ -20,7 +20,7 @@ from smelter.errors import UserError
 from smelter.infill import edit_similarity, is_exact
 from smelter.model import Model
 from smelter.problems import Problem
-from smelter.sandbox import Limits, SandboxError, run_python
+from smelter.sandbox import Limits, Reason, SandboxError, run_python
 from smelter.tokenizer import Tokenizer
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "processes"]
@@ -58,15 +58,23 @@ def judge(problem: Problem, completion: str, limits: Limits = LIMITS) -> Verdict
     if not problem.cases:
         word = secrets.token_hex(8)
         result = run_python(f"{program}\nprint({word!r})\n", limits=limits)
-        passed = result.reason == "ok" and result.stdout.rstrip("\n").endswith(word)
-        return "passed" if passed else "failed" if result.reason in ("ok", "error") else result.reason
+        if result.reason == "ok" and result.stdout.rstrip("\n").endswith(word):
+            return "passed"
+        return _verdict_on(result.reason)
     for given, accepted in problem.cases:
         result = run_python(program, stdin=given, limits=limits)
-        if result.reason not in ("ok", "error"):
-            return result.reason
-        if result.reason == "error" or result.stdout.split() not in [output.split() for output in accepted]:
-            return "failed"
+        if result.reason != "ok" or result.stdout.split() not in [output.split() for output in accepted]:
+            return _verdict_on(result.reason)
     return "passed"
+
+
+def _verdict_on(reason: Reason) -> Verdict:
+    """Of a program that did not pass."""
+    match reason:
+        case "ok" | "error":
+            return "failed"
+        case limit:
+            return limit
 
 
 def attempt(
