@@ -64,16 +64,15 @@ def _pairs(first: Measured, second: Measured, measure: str) -> list[tuple[Case, 
 
 def _bits(first: Measured, second: Measured) -> Iterator[Row]:
     pairs = _pairs(first, second, "bits_per_byte")
-    languages = [
-        language for language in first.results["bpb_by_language"] if language in second.results["bpb_by_language"]
-    ]
+    ones, others = (side.results.get("bpb_by_language", {}) for side in (first, second))
+    languages = [language for language in ones if language in others]
     for language in (None, *(languages if len(languages) > 1 else ())):
         chosen = [(x, y) for x, y in pairs if language in (None, x["language"])]
         if language is None:
             name, a, b = "bits per byte", first.results["val_bpb"], second.results["val_bpb"]
         else:
             name = f"  {language}"
-            a, b = (side.results["bpb_by_language"][language]["bpb"] for side in (first, second))
+            a, b = ones[language]["bpb"], others[language]["bpb"]
         limits = None
         if len(chosen) > 1:
             changes = [(y["nats"] - x["nats"]) / log(2) for x, y in chosen]
@@ -84,7 +83,7 @@ def _bits(first: Measured, second: Measured) -> Iterator[Row]:
 
 def _gaps(first: Measured, second: Measured) -> Iterator[Row]:
     for kind, title in KINDS.items():
-        a, b = first.results["infill"].get(kind), second.results["infill"].get(kind)
+        a, b = (side.results.get("infill", {}).get(kind) for side in (first, second))
         if a and b:
             pairs = _pairs(first, second, f"infill/{kind}")
             if pairs:

@@ -35,7 +35,7 @@ from smelter.errors import DataError
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a HumanEval completion."""
 MBPP_PROMPT = (
-    "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n"
+    "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
 )
 MBPP_SHOTS = (2, 3, 4)
 MBPP_TEST = range(11, 511)

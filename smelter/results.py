@@ -50,20 +50,30 @@ def write_results(path: Path, results: Results, cases: Iterable[Case]) -> None:
 
 def read_results(path: Path) -> tuple[Results, list[Case]]:
     """Figures and cases, no cases where their file is missing. Raises DataError that names the file and the fix."""
-    found: list[Any] = []
-    for file in (path, cases_path(path)):
-        if file is not path and not file.is_file():
-            break
-        try:
-            text = file.read_text(encoding="utf-8")
-            found += [json.loads(text)] if file is path else [[json.loads(line) for line in text.splitlines()]]
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror}: `smelter evaluate RUN` writes it") from None
-        except ValueError as error:
-            raise DataError(f"{file}: damaged ({error}): evaluate again") from None
-    if not isinstance(found[0], dict) or "val_bpb" not in found[0]:
+    results = _parsed(path, _text(path))
+    if not isinstance(results, dict) or "val_bpb" not in results:
         raise DataError(f"{path}: not what `smelter evaluate` writes: give a run, a checkpoint or a results.json")
-    return found[0], found[1] if len(found) > 1 else []
+    beside = cases_path(path)
+    if not beside.is_file():
+        return results, []
+    # Not splitlines(): code may hold any of Unicode's line separators.
+    return results, [_parsed(beside, line) for line in _text(beside).split("\n") if line]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: `smelter evaluate RUN` writes it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: damaged ({error}): evaluate again") from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}): evaluate again") from None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -92,9 +102,6 @@ def summary(results: Results) -> str:
         ("  xz -9, all joined", f"{results['xz_joined_bpb']:.3f}"),
         ("held-out", f"{results['val_files']:,} files, {results['val_bytes']:,} bytes"),
     ]
-    for language, found in results["bpb_by_language"].items():
-        bpb, files, size = found["bpb"], found["num_files"], found["num_bytes"]
-        rows.append((f"  {language}", f"{bpb:.3f} bits per byte in {files:,} files, {size:,} bytes"))
     if results["trits"]:
         totals = Counter[str]()
         for counts in results["trits"].values():
@@ -103,33 +110,46 @@ def summary(results: Results) -> str:
         names = (("-1", "-1"), ("0", "0"), ("1", "+1"))
         shares = ", ".join(f"{totals[trit] / everything:.1%} {name}" for trit, name in names)
         rows.append(("weights", f"{everything:,} ternary: {shares}"))
-    parts = [table(rows)]
-    gaps = _gaps(results)
-    if len(gaps) > 1:
-        parts.append(table(gaps))
-    solved = _solved(results)
-    if solved:
-        parts.append(table(solved))
-    return "\n\n".join(parts)
+    return "\n\n".join([table(rows), *map(table, tables(results).values())])
+
+
+def tables(results: Results) -> dict[str, list[list[str]]]:
+    """{title: rows} of what has parts: languages, kinds of gaps, sets of problems. The first row is the head.
+
+    A row that tells more about the one above it begins with two spaces. Results of before there were such parts
+    have no tables.
+    """
+    parts = {
+        "Bits per byte by language": _languages(results),
+        "Gaps filled in": _gaps(results),
+        "Problems solved": _solved(results),
+    }
+    return {title: rows for title, rows in parts.items() if len(rows) > 1}
+
+
+def _languages(results: Results) -> list[list[str]]:
+    rows = [["language", "bits per byte", "files", "bytes"]]
+    for language, found in results.get("bpb_by_language", {}).items():
+        rows.append([language, f"{found['bpb']:.3f}", f"{found['num_files']:,}", f"{found['num_bytes']:,}"])
+    return rows
 
 
 def _gaps(results: Results) -> list[list[str]]:
-    rows = [["filled in", "exactly", "95% interval", "edit similarity", "of"]]
-    for kind, found in results["infill"].items():
+    rows = [["filled in", "exactly", "95% interval", "edit similarity", "gaps"]]
+    for kind, found in results.get("infill", {}).items():
         share, cases = found["exact_match"], found["cases"]
-        rows.append(
-            [KINDS[kind], percent(share), interval(share, cases), f"{found['edit_similarity']:.3f}", f"{cases:,}"]
-        )
+        similarity = f"{found['edit_similarity']:.3f}"
+        rows.append([KINDS[kind], percent(share), interval(share, cases), similarity, f"{cases:,}"])
         if kind == "single_line":
-            rows.append(["  prefix before suffix", percent(results["infill_exact_match_psm"])])
-            rows.append(["  untrained model", percent(results["infill_exact_match_untrained"])])
+            for name, key in (("prefix before suffix", "psm"), ("untrained model", "untrained")):
+                rows.append([f"  {name}", percent(results[f"infill_exact_match_{key}"]), "", "", ""])
     return rows
 
 
 def _solved(results: Results) -> list[list[str]]:
     sets = {**results.get("pass_at_k", {}), **results.get("infill_files", {})}
     ks = sorted({int(key[5:]) for found in sets.values() for key in found if key.startswith("pass@")})
-    rows = [["problems solved", *(f"pass@{k}" for k in ks), "exactly", "edit similarity", "of"]] if sets else []
+    rows = [["solved", *(f"pass@{k}" for k in ks), "exactly", "edit similarity", "problems"]]
     for name, found in sets.items():
         exact = percent(found["exact_match"]) if "exact_match" in found else ""
         similar = f"{found['edit_similarity']:.3f}" if "edit_similarity" in found else ""

