@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from smelter.cli import parse
 from smelter.config import ActivationQuant
 from smelter.errors import DataError, UserError
-from smelter.evaluate import open_shards, run_folder, table, write_json
+from smelter.evaluate import open_shards, run_folder
 from smelter.export_gguf import check_gguf, read_gguf, write_gguf
 from smelter.export_hf import check_expressible, compare_trits, hf_name, read_hf, write_hf
 from smelter.generate import load_model
 from smelter.kernels import reference
 from smelter.model import Attention, Model
+from smelter.results import table, write_json
 from smelter.tokenizer import Tokenizer
 
 MAX_CAP_KL = 1e-2

@@ -24,12 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smelter import cli, distributed, hardware
 from smelter.bitnet import bit_linears
+from smelter.bpb import validation_loss
 from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distributed import print0
 from smelter.errors import ConfigError, UserError
-from smelter.evaluate import validation_loss
 from smelter.generate import samples
 from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
 from smelter.model import Model
