@@ -14,7 +14,7 @@ from smelter import distributed
 from smelter.config import Config, DistillationConfig
 from smelter.distributed import print0
 from smelter.errors import ConfigError, DataError
-from smelter.evaluate import spread_windows
+from smelter.bpb import spread_windows
 from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
 from smelter.model import Model
 from smelter.shards import Split
