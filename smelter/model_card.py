@@ -30,7 +30,7 @@ A code model of {num_params:,} parameters whose body weights are ternary (each i
 matrix; [BitNet b1.58](https://arxiv.org/abs/2402.17764)), trained with Smelter {version} for {step:,} steps. Its
 architecture is Qwen3's, so nothing of ours is needed to run it. Context: {context:,} tokens.
 
-It completes code and fills in the middle. It is not a chat model, and knows no instructions.
+It completes code and fills in the middle.
 
 ## Use
 
@@ -108,7 +108,7 @@ The packed folder has two bits a weight and is read by Smelter itself:
 
 MODELFILE = """# ollama create {name} -f Modelfile
 FROM ./{file}
-TEMPLATE \"\"\"{{{{- if .Suffix }}}}{prefix}{{{{ .Prompt }}}}{suffix}{{{{ .Suffix }}}}{middle}{{{{- else }}}}{{{{ .Prompt }}}}{{{{- end }}}}\"\"\"
+TEMPLATE \"\"\"{{{{- if .Suffix }}}}{fim}{{{{- else }}}}{{{{ .Prompt }}}}{{{{- end }}}}\"\"\"
 PARAMETER num_ctx {context}
 PARAMETER num_predict 64
 PARAMETER temperature 0
@@ -126,6 +126,7 @@ def modelfile(name: str, file: str, tokenizer: Tokenizer, context: int) -> str:
         name=name,
         file=file,
         context=context,
+        fim=f"{special.fim_prefix}{{{{ .Prompt }}}}{special.fim_suffix}{{{{ .Suffix }}}}{special.fim_middle}",
         eos=special.eos,
         prefix=special.fim_prefix,
         suffix=special.fim_suffix,

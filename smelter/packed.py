@@ -5,7 +5,7 @@
     model.safetensors  ternary matrix [N, K]: NAME.weight uint8 [N, K / 4] (see `bitnet.pack_trits`) and NAME.scale,
                        float32 []; embedding and head bfloat16; the rest float32
 
-Loading makes latent weights that quantise to the stored trits and scale: `trit * scale / share of trits that are not 0`,
+Loading makes latent weights that quantise to the stored trits and scale: `trit * scale / share of non-zero trits`,
 whose mean magnitude is the scale. So a packed model is a model like any other from there on: it completes, is
 evaluated and exported. What is lost is what only training needs.
 """

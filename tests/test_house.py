@@ -55,7 +55,8 @@ SMELTER = {
     "hardware": f"{BASE} distributed kernels.capability",
     "plan": BASE,
     "healing": f"{BASE} tokenizer",
-    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
+    "packed": f"{BASE} tokenizer bitnet model checkpoint",
+    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
     "objective": f"{BASE} model loss checkpoint",
     "train": (
@@ -65,8 +66,10 @@ SMELTER = {
     "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_check": f"{BASE} tokenizer kernels.reference model evaluate export_hf",
+    "model_card": f"{BASE} tokenizer checkpoint export_check",
     "export": (
-        f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate evaluate export_hf export_gguf"
+        f"{BASE} tokenizer model checkpoint packed generate evaluate export_hf export_gguf export_check model_card"
     ),
     "serve": f"{BASE} tokenizer model checkpoint generate",
     "report": f"{BASE} metrics",
