@@ -1,5 +1,6 @@
 """What a training step minimises: the student's loss, with teachers that run beside it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,11 +37,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.use_compile = use_compile
+        self.soft_cap = config.model.final_logit_soft_cap
         self.chunk_size = config.training.loss_chunk_size
         # Kept out of the module tree: teachers are neither trained nor saved.
         self.teachers = (teachers, config.distillation.teacher_weights or (1.0,) * len(teachers))
         self.loss_config = LossConfig(
-            soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
             kl_weight=config.distillation.kl_weight if teachers else 0.0,
             temperature=config.distillation.temperature,
@@ -52,6 +53,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`."""
         hidden = self.model(inputs, doc_ids)
+        soft_cap = self.model.config.final_logit_soft_cap
         heads = []
         for teacher, weight in zip(*self.teachers, strict=True):
             with torch.no_grad():
@@ -61,11 +63,12 @@ class Objective(nn.Module):
             hidden.flatten(0, 1),
             self.model.head,
             targets.flatten(),
-            self.loss_config,
+            replace(self.loss_config, soft_cap=soft_cap),
             weights=None if weights is None else weights.flatten(),
             normalizer=normalizer,
             teachers=heads,
             chunk_size=self.chunk_size,
-            use_compile=self.use_compile,
+            # A cap on its way out is another number each step, which would be compiled anew each step.
+            use_compile=self.use_compile and soft_cap == self.soft_cap,
         )
         return loss.total, loss.ce, loss.z, loss.kl
