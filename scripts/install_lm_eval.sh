@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 version=0.4.13
 target=${LM_EVAL_DIR:-$HOME/.cache/foundry-tests/lm-eval-$version}
-venv=${VIRTUAL_ENV:-$PWD/.venv}
+venv=${VENV:-$PWD/.venv}
 lender=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 if [[ -f $target/.lender && "$(cat "$target/.lender")" == "$lender" ]]; then
