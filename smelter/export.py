@@ -62,6 +62,8 @@ class ExportOptions:
     """Folder to write into."""
     gguf_type: Literal["TQ2_0", "TQ1_0", "F16"] = "TQ2_0"
     """TQ2_0: 2.06 bits a weight, the fastest. TQ1_0: 1.69 bits, slower. F16: any size of model."""
+    gguf_embedding: Literal["Q8_0", "F16", "F32"] = "Q8_0"
+    """Type of the embedding, which is the output head too. F16 and F32 are larger, slower and nearer to the checkpoint."""
     packed: bool = False
     """With --format all, also a folder with two bits a weight that smelter's own commands read."""
     license: str = "other"
@@ -128,7 +130,8 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
             checks |= check_tokenizer(folder, tokenizer, source.texts) | check_hf_logits(folder, model, windows)
     elif part == "gguf":
         file = folder / f"{source.name}-{options.gguf_type}.gguf"
-        write_gguf(file, model, tokenizer, name=source.name, gguf_type=options.gguf_type)
+        kinds = {"gguf_type": options.gguf_type, "embedding_type": options.gguf_embedding}
+        write_gguf(file, model, tokenizer, name=source.name, **kinds)
         read = read_gguf(file, model.config.num_layers)
         checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
         checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)

@@ -245,8 +245,8 @@ def llama_cpp_ids(program: Path, model: Path, text: str, *, parse_special: bool,
     file = work / ".tmp_text"
     file.write_bytes(text.encode())
     try:
-        special = "--parse-special" if parse_special else "--no-parse-special"
-        command = [str(program), "-m", str(model), "-f", str(file), "--ids", "--no-bos", "--no-escape", special]
+        command = [str(program), "-m", str(model), "-f", str(file), "--ids", "--no-bos", "--no-escape"]
+        command += [] if parse_special else ["--no-parse-special"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     finally:
         file.unlink()

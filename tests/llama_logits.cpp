@@ -1,8 +1,8 @@
 // The logits that llama.cpp computes for every token of given sequences: llama_logits MODEL IN OUT f16|f32
 //
 // IN holds 32-bit numbers: for each sequence its length, then its token ids. OUT gets a row of float32 logits for each
-// token, in order. The last argument is the type of the KV cache (f16 is llama.cpp's own choice). Each sequence is one
-// batch and begins with an empty cache.
+// token, in order. The last argument is what attention computes in: f16 is llama.cpp's own choice, f32 turns flash
+// attention off and keeps the KV cache in float32. Each sequence is one batch and begins with an empty cache.
 
 #include "llama.h"
 
@@ -42,6 +42,7 @@ int main(int argc, char ** argv) {
     params.n_threads = params.n_threads_batch = 1;
     if (!std::strcmp(argv[4], "f32")) {
         params.type_k = params.type_v = GGML_TYPE_F32;
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED; // it would compute in f16 all the same
     }
     llama_context * context = llama_init_from_model(model, params);
     require(context, "cannot make a context");

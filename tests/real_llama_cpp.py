@@ -84,6 +84,7 @@ def serve(folder: Path, model: Path, context: int, log: Path) -> Iterator[Server
         port = int(free.getsockname()[1])
     program, *options = shlex.split(server_command(model, context))
     options[options.index("--port") + 1] = str(port)
+    options += ["--threads", "1"]  # a small model is no faster with two, and tests share the machine
     with log.open("w") as file:
         process = subprocess.Popen([str(folder / "bin" / program), *options], stdout=file, stderr=file)
     try:

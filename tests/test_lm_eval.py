@@ -144,4 +144,3 @@ def test_it_finds_what_we_find(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert theirs_bits == pytest.approx(trained_bits, rel=1e-2)
     # One case may be a tie to float32.
     assert abs(theirs_accuracy - ours_accuracy) <= 1 / len(cases) + 1e-9
-    assert theirs_accuracy > 0.25
