@@ -63,7 +63,7 @@ class ExportOptions:
     gguf_type: Literal["TQ2_0", "TQ1_0", "F16"] = "TQ2_0"
     """TQ2_0: 2.06 bits a weight, the fastest. TQ1_0: 1.69 bits, slower. F16: any size of model."""
     gguf_embedding: Literal["Q8_0", "F16", "F32"] = "Q8_0"
-    """Type of the embedding, which is the output head too. F16 and F32 are larger, slower and nearer to the checkpoint."""
+    """Type of the embedding (the output head too). F16 and F32 are larger, slower and nearer to the checkpoint."""
     packed: bool = False
     """With --format all, also a folder with two bits a weight that smelter's own commands read."""
     license: str = "other"

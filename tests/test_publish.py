@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from smelter.__main__ import main
 from smelter.bitnet import bit_linears
 from smelter.errors import CheckpointError, UserError
 from smelter.export_check import check_llama_cpp_tokenizer, infill_prompt, llama_cpp_ids
+from smelter.export_gguf import read_gguf, write_gguf
 from smelter.generate import complete_text, load_model
 from smelter.model_card import data_section, modelfile, server_command
 from smelter.packed import is_packed, load_packed, write_packed
@@ -134,6 +136,7 @@ def test_packed_is_the_same_model_in_two_bits(published: Path) -> None:
     assert torch.equal(model.embed_tokens.weight.bfloat16(), again.embed_tokens.weight.bfloat16())
 
 
+@pytest.mark.slow
 def test_packed_completes_evaluates_and_exports(published: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(published / "out" / "packed", tmp_path / "packed")
     assert run_export(folder, tmp_path / "gguf", "--format", "gguf") == 0
@@ -187,6 +190,16 @@ def test_the_infilling_prompt_is_one_text_for_all(published: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(str(published / "out" / "hf"))
     assert theirs(prompt["text"]).input_ids == prompt["ids"]
     assert json.loads((published / "out" / "gguf" / "export.json").read_text())["infill_prompt"] == prompt
+
+
+@pytest.mark.parametrize("kind", ["F16", "F32"])
+def test_the_embedding_can_be_kept_finer(tmp_path: Path, kind: str) -> None:
+    model = calm_model(**GGUF_SHAPE)
+    write_gguf(tmp_path / "m", model, tiny.tokenizer(), name="tiny", gguf_type="TQ2_0", embedding_type=kind)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m").tensors}
+    assert (kinds["token_embd.weight"], kinds["blk.0.attn_q.weight"]) == (kind, "TQ2_0")
+    stored = read_gguf(tmp_path / "m", 2)("model.embed_tokens.weight")
+    assert torch.equal(stored, model.embed_tokens.weight.to(torch.float16 if kind == "F16" else torch.float32).float())
 
 
 def test_the_modelfile_has_our_order_and_stops(published: Path) -> None:
