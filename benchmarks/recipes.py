@@ -37,7 +37,7 @@ from smelter.evaluate import exact_match, open_shards, validation_loss
 from smelter.generate import infill_lines, load_model
 from smelter.infill import choose_cases
 
-EVAL_TOKENS = 262_144
+EVAL_TOKENS = 65_536
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from smelter.generate import samples
 from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
 from smelter.model import Model
 from smelter.muon import MuonAdamW
-from smelter.objective import Objective, load_teachers
+from smelter.objective import Objective, load_teachers, validation_weights
 from smelter.plan import plan
-from smelter.schedule import RunLength, final_cap, set_rates
+from smelter.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.shards import ShardSet
 
 MAX_SKIPPED = 10
@@ -118,7 +118,11 @@ class Trainer:
             for block in self.model.layers:
                 block.compile()
         teachers = load_teachers(config, self.dtype, self.device)
-        self.objective: nn.Module = Objective(self.model, config, teachers, self.use_compile)
+        weights = None
+        if config.distillation.teacher_weighting == "validation" and teachers:
+            weights = validation_weights(teachers, config, self.shards.split("val"), self.tokenizer)
+        self.loss = Objective(self.model, config, teachers, self.use_compile, weights)
+        self.objective: nn.Module = self.loss
         if distributed.world_size() > 1:
             self.objective = DistributedDataParallel(
                 self.objective, device_ids=[self.device.index] if self.device.type == "cuda" else None
@@ -279,6 +283,9 @@ class Trainer:
             set_rates(self.optimizer.param_groups, self.step, length.num_steps, training)
             rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             rates["lr_adamw"] = rates.pop("lr_vectors")
+            self.loss.kl_weight = kl_weight(length.progress(self.step, self.elapsed), self.config.distillation)
+            if self.config.distillation.kl_schedule != "constant":
+                rates["kl_weight"] = self.loss.kl_weight
             values = self._train_step(next(batches))
             if self.skipped_in_a_row == MAX_SKIPPED:
                 raise UserError(

@@ -31,17 +31,35 @@ class DistillationConfig:
     """Run folders or checkpoints of teachers with the same tokenizer."""
     teacher_weights: tuple[float, ...] = ()
     """Weight of each teacher in the mixture of probabilities; empty means equal weights."""
+    teacher_weighting: Literal["fixed", "validation", "confidence"] = "fixed"
+    """fixed: teacher_weights. validation: times exp(-held-out loss / validation_tau). confidence: see docs."""
+    validation_tau: float = 0.1
+    """Nats per token by which a teacher must be worse on held-out code for its weight to fall by the factor e."""
     kl_weight: float = 0.9
     """Share of the KL term in the loss; cross-entropy has the rest."""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || student). reverse: KL(student || teacher)."""
+    kl_schedule: Literal["constant", "linear"] = "constant"
+    """linear: the share goes from kl_weight to kl_weight_end over the run."""
+    kl_weight_end: float = 0.0
+    """Share of the KL term at the end of a linear schedule."""
+    kl_direction: Literal["forward", "reverse", "skew", "js"] = "forward"
+    """forward: KL(teacher || student). reverse: KL(student || teacher). skew, js: to a blend of the two."""
+    skew_alpha: float = 0.1
+    """skew: the teacher's share in the blend; 0 is forward."""
+    js_beta: float = 0.5
+    """js: the teacher's share in the blend, and the weight of its side; near 0 like forward, near 1 like reverse."""
     temperature: float = 1.0
     """Softens both distributions; the term is multiplied by its square."""
 
     def __post_init__(self) -> None:
         require_finite("distillation", self)
-        require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
-        require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
+        for name in ("kl_weight", "kl_weight_end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"distillation.{name} = {value}: must lie between 0 and 1")
+        for name in ("temperature", "validation_tau"):
+            value = getattr(self, name)
+            require(value > 0, f"distillation.{name} = {value}: must be positive")
+        require(0 <= self.skew_alpha < 1, f"distillation.skew_alpha = {self.skew_alpha}: must lie in [0, 1)")
+        require(0 < self.js_beta < 1, f"distillation.js_beta = {self.js_beta}: must lie between 0 and 1, both excluded")
         if self.teacher_weights:
             require(
                 len(self.teacher_weights) == len(self.teachers),

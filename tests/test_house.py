@@ -42,7 +42,10 @@ SMELTER = {
     "cache": BASE,
     "infill": BASE,
     "model": f"{BASE} kernels kernels.reference bitnet",
-    "loss": f"{BASE} kernels kernels.reference kernels.soft_cap",
+    "divergence": "",
+    "mixture": f"{BASE} kernels kernels.reference divergence",
+    "soft_target": f"{BASE} kernels.soft_cap mixture",
+    "loss": f"{BASE} kernels kernels.reference kernels.soft_cap divergence mixture soft_target",
     "muon": BASE,
     "records": BASE,
     "shards": f"{BASE} tokenizer",
@@ -58,7 +61,7 @@ SMELTER = {
     "packed": f"{BASE} tokenizer bitnet model checkpoint",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
-    "objective": f"{BASE} model loss checkpoint",
+    "objective": f"{BASE} distributed tokenizer model loss shards checkpoint evaluate",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
         "schedule hardware plan generate evaluate objective"
