@@ -25,6 +25,7 @@ from smelter.errors import CheckpointError, ConfigError, UserError
 from smelter.healing import Healing, take_back
 from smelter.infill import InfillCase, choose_cases, fit_context
 from smelter.model import Model
+from smelter.packed import is_packed, load_packed
 from smelter.tokenizer import Tokenizer
 
 FimOrder = Literal["spm", "psm"]
@@ -77,11 +78,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def load_model(
     path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, with_state: bool = False
 ) -> tuple[Model, Tokenizer, Checkpoint]:
-    """A run folder's newest checkpoint, or a checkpoint, ready to use: trits made, in evaluation mode.
+    """A run folder's newest checkpoint, a checkpoint or a packed model, ready to use: trits made, in evaluation mode.
 
     `dtype` is the compute dtype, by default `default_dtype`. Raises CheckpointError or DataError.
     """
-    checkpoint = load_checkpoint(path, with_state=with_state)
+    checkpoint = load_packed(path) if is_packed(path) else load_checkpoint(path, with_state=with_state)
     where = torch.device(device)
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's numbers alone
         model = Model(checkpoint.config.model, dtype or default_dtype(where))

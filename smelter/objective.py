@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from smelter import distributed
+from smelter.bpb import spread_windows
 from smelter.config import Config, DistillationConfig
 from smelter.distributed import print0
 from smelter.errors import ConfigError, DataError
-from smelter.bpb import spread_windows
 from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
 from smelter.model import Model
 from smelter.shards import Split
@@ -116,13 +116,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.use_compile = use_compile
+        self.soft_cap = config.model.final_logit_soft_cap
         self.chunk_size = config.training.loss_chunk_size
         # Kept out of the module tree: teachers are neither trained nor saved.
         self.teachers, self.caches = teachers, caches
         self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
         self.kl_weight = config.distillation.kl_weight
         self.loss_config = LossConfig(
-            soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
             temperature=config.distillation.temperature,
             direction=config.distillation.kl_direction,
@@ -145,6 +145,7 @@ class Objective(nn.Module):
         `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches.
         """
         hidden = self.model(inputs, doc_ids)
+        soft_cap = self.model.config.final_logit_soft_cap
         teachers: list[Teacher] = []
         for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
             teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
@@ -155,11 +156,12 @@ class Objective(nn.Module):
             hidden.flatten(0, 1),
             self.model.head,
             targets.flatten(),
-            replace(self.loss_config, kl_weight=self.kl_weight),
+            replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
             weights=None if weights is None else weights.flatten(),
             normalizer=normalizer,
             teachers=teachers,
             chunk_size=self.chunk_size,
-            use_compile=self.use_compile,
+            # A cap on its way out is another number each step, which would be compiled anew each step.
+            use_compile=self.use_compile and soft_cap == self.soft_cap,
         )
         return loss.total, loss.ce, loss.z, loss.kl

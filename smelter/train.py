@@ -36,7 +36,7 @@ from smelter.model import Model
 from smelter.muon import MuonAdamW
 from smelter.objective import Objective, load_teachers, validation_weights
 from smelter.plan import plan
-from smelter.schedule import RunLength, kl_weight, set_rates
+from smelter.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.shards import ShardSet
 from smelter.signals import StopSignal
 from smelter.teacher_cache import open_caches
@@ -91,6 +91,7 @@ class Trainer:
         self.elapsed = 0.0
         if found is not None:
             self._load(found)
+        self._set_final_cap()
         self.model.quantize_weights()
         if self.use_compile:
             for block in self.model.layers:
@@ -121,6 +122,12 @@ class Trainer:
             self.length.num_steps = loaded.state["num_steps"]
         print0(f"resuming from {path}")
 
+    def _set_final_cap(self) -> None:
+        """Give the model the cap of the present step; a checkpoint says the one that its model has."""
+        cap, fraction = self.config.model.final_logit_soft_cap, self.training.final_cap_anneal_fraction
+        cap = final_cap(cap, self.step, self.length.num_steps, fraction)
+        self.model.config = replace(self.model.config, final_logit_soft_cap=cap)
+
     def save(self) -> Path:
         """Write a checkpoint of the current step; returns its path."""
         path = self.run_dir / "checkpoints" / f"step_{self.step:07d}"
@@ -128,7 +135,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir,
                 self.step,
-                config=self.config,
+                config=replace(self.config, model=self.model.config),
                 tensors=dict(self.model.state_dict()),
                 tokenizer_file=Path(self.config.data.shards) / "tokenizer.json",
                 state={
@@ -277,6 +284,7 @@ class Trainer:
             self.elapsed, step_seconds = distributed.agree(self.elapsed), distributed.agree(step_seconds)
             if len(recent) >= MIN_TIMED_STEPS:
                 length.update(self.step, self.elapsed, step_seconds)
+            self._set_final_cap()
             stopping = distributed.any_rank(stop.number != 0)
             if self._due(training.log_every) or self._due(training.eval_every) or stopping:
                 span = self.elapsed - log_elapsed
@@ -289,6 +297,8 @@ class Trainer:
                 line["peak_memory_mib"] = hardware.peak_memory_mib(self.device)
                 line["elapsed_seconds"] = self.elapsed
                 line["skipped_steps"] = self.skipped
+                if training.final_cap_anneal_fraction:
+                    line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
                 line |= self._weights_metrics()
                 if self._due(training.eval_every) and distributed.is_main():
                     line |= self._evaluate()

@@ -59,7 +59,8 @@ SMELTER = {
     "hardware": f"{BASE} distributed kernels.capability",
     "plan": BASE,
     "healing": f"{BASE} tokenizer",
-    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
+    "packed": f"{BASE} tokenizer bitnet model checkpoint",
+    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
     "decode": f"{BASE} tokenizer model healing generate",
     "intervals": "",
     "bpb": f"{BASE} tokenizer model shards data",
@@ -85,9 +86,11 @@ SMELTER = {
     ),
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_check": f"{BASE} tokenizer kernels.reference model evaluate export_hf",
+    "model_card": f"{BASE} tokenizer checkpoint export_check",
     "export": (
-        f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate results evaluate export_hf "
-        "export_gguf"
+        f"{BASE} tokenizer model checkpoint packed generate results evaluate export_hf export_gguf export_check "
+        "model_card"
     ),
     "serve": f"{BASE} tokenizer model checkpoint generate",
     "report": f"{BASE} metrics intervals results",
