@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the text, of the training and of the rows")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
-    minutes, rows, repeats = (0.1, 8, 3) if options.quick else (4.0, 64, 15)
+    minutes, rows, repeats = (0.1, 8, 3) if options.quick else (2.0, 32, 7)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw, shards_path = folder / "corpus.jsonl", folder / "shards"

@@ -322,10 +322,12 @@ def _check_resumable(found: Path, config: Config) -> None:
     new = dict(_flat(config_to_dict(config.at_step(manifest["step"]))))
     # A key that the version which saved it did not know had its default.
     old = dict(_flat(config_to_dict(Config()))) | dict(_flat(manifest["config"]))
+    # A checkpoint says the cap that its model had, which training with this option lowers.
+    changing = {"model.final_logit_soft_cap"} if new["training.final_cap_anneal_fraction"] else set()
     differing = [
         f"{key} = {new.get(key)!r} (was {old.get(key)!r})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in MAY_DIFFER
+        if old.get(key) != new.get(key) and key not in MAY_DIFFER | changing
     ]
     if differing:
         raise ConfigError(

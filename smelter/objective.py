@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from smelter import distributed
+from smelter.bpb import spread_windows
 from smelter.chunk_loss import ChunkBatch, chunk_loss, target_log_probs
 from smelter.config import Config, DistillationConfig
 from smelter.distributed import print0
 from smelter.errors import ConfigError, DataError
-from smelter.evaluate import spread_windows
 from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
 from smelter.model import Model
 from smelter.shards import Split
@@ -117,6 +117,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.use_compile = use_compile
+        self.soft_cap = config.model.final_logit_soft_cap
         self.chunk_size = config.training.loss_chunk_size
         # Kept out of the module tree: teachers are neither trained nor saved.
         self.teachers, self.caches = teachers, caches
@@ -125,7 +126,6 @@ class Objective(nn.Module):
         self.chunk_weight = config.distillation.chunk_weight
         self.chunk_temperature = config.distillation.chunk_temperature
         self.loss_config = LossConfig(
-            soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
             temperature=config.distillation.temperature,
             direction=config.distillation.kl_direction,
@@ -150,7 +150,10 @@ class Objective(nn.Module):
         ends and log-probabilities [B, T] for each of the chunk teachers.
         """
         hidden = self.model(inputs, doc_ids)
-        of_chunks = self._chunks(hidden, targets, weights, chunks) if chunks else None
+        soft_cap = self.model.config.final_logit_soft_cap
+        # A cap on its way out is another number each step, which would be compiled anew each step.
+        use_compile = self.use_compile and soft_cap == self.soft_cap
+        of_chunks = self._chunks(hidden, targets, weights, chunks, soft_cap, use_compile) if chunks else None
         teachers: list[Teacher] = []
         for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
             teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
@@ -161,13 +164,13 @@ class Objective(nn.Module):
             hidden.flatten(0, 1),
             self.model.head,
             targets.flatten(),
-            replace(self.loss_config, kl_weight=self.kl_weight),
+            replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
             weights=None if weights is None else weights.flatten(),
             ce_scale=None if of_chunks is None else of_chunks.ce_scale.flatten(),
             normalizer=normalizer,
             teachers=teachers,
             chunk_size=self.chunk_size,
-            use_compile=self.use_compile,
+            use_compile=use_compile,
         )
         if of_chunks is None:
             return loss.total, loss.ce, loss.z, loss.kl, torch.zeros_like(loss.kl)
@@ -177,17 +180,17 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _chunks(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor | None, chunks: Sequence[Sequence[Tensor]]
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        chunks: Sequence[Sequence[Tensor]],
+        soft_cap: float,
+        use_compile: bool,
     ) -> "_ChunkTerms":
         """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
-        log_probs = target_log_probs(
-            hidden.flatten(0, 1),
-            self.model.head,
-            targets.flatten(),
-            self.loss_config.soft_cap,
-            self.chunk_size,
-            self.use_compile,
-        )
+        flat, head = hidden.flatten(0, 1), self.model.head
+        log_probs = target_log_probs(flat, head, targets.flatten(), soft_cap, self.chunk_size, use_compile)
         log_probs = log_probs.view(targets.shape)
         loss = chunk_loss(log_probs, targets, weights, [ChunkBatch(*parts) for parts in chunks], self.chunk_temperature)
         surrogate = -log_probs * loss.factors

@@ -180,6 +180,7 @@ class Reader:
 
     def __init__(self, teacher: TeacherModel, settings: dict[str, Any], device: torch.device) -> None:
         self.teacher, self.device = teacher, device
+        self.head = teacher.head
         self.format = row_format(settings)
         self.seed: int = settings["arrangement"]["seed"]
         self.temperature: float = settings["temperature"]
@@ -191,6 +192,7 @@ class Reader:
         inputs = torch.from_numpy(batch.inputs).to(self.device)
         doc_ids = torch.from_numpy(batch.doc_ids).to(self.device) if self.use_document_mask else None
         hidden = self.teacher.hidden(inputs, doc_ids).unflatten(0, inputs.shape)
+        self.head = self.head.to(hidden.dtype)  # once: the head of one of ours is kept in float32
         for number, wanted in enumerate(has_target):
             entries, nats = self._row(hidden[number], wanted, first_row + number)
             yield self.format.pack(entries, nats)
@@ -200,17 +202,16 @@ class Reader:
         """Entries of the T tokens of a row [T, C'] and entropy [T]; none where no target is."""
         places = np.flatnonzero(wanted)
         states = hidden[torch.from_numpy(places).to(self.device)]
-        head = self.teacher.head.to(states.dtype)
         counts, nats = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
         parts = [Entries(counts[:0], np.zeros(0, np.int64), np.zeros(0, np.int64))]
         uniforms = None
         if self.format.method == "sampled":
             uniforms = torch.from_numpy(_uniforms(self.seed, row, len(wanted), self.format.max_entries)[places])
         # float32 logits and probabilities and their sum in float64: 4 + 4 + 8 bytes and some.
-        size = max(1, CHUNK_BYTES // (24 * len(head)))
+        size = max(1, CHUNK_BYTES // (24 * len(self.head)))
         for start in range(0, len(places), size):
             chunk = slice(start, start + size)
-            logits = reference.soft_cap(F.linear(states[chunk], head).float(), self.teacher.soft_cap)
+            logits = reference.soft_cap(F.linear(states[chunk], self.head).float(), self.teacher.soft_cap)
             log_probs = F.log_softmax(logits / self.temperature, dim=-1)
             probs = log_probs.exp()
             nats[places[chunk]] = entropy(probs, log_probs).cpu().numpy()

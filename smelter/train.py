@@ -24,20 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smelter import cli, distributed, hardware
 from smelter.bitnet import bit_linears
+from smelter.bpb import validation_loss
 from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
 from smelter.chunk_teacher import ChunkTeacher
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distributed import print0
 from smelter.errors import ConfigError, UserError
-from smelter.evaluate import validation_loss
 from smelter.generate import samples
 from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
 from smelter.model import Model
 from smelter.muon import MuonAdamW
 from smelter.objective import Objective, load_teachers, validation_weights
 from smelter.plan import plan
-from smelter.schedule import RunLength, kl_weight, set_rates
+from smelter.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.shards import ShardSet
 from smelter.signals import StopSignal
 from smelter.teacher_cache import open_caches
@@ -98,6 +98,7 @@ class Trainer:
             load_initial_weights(self.model, config, self.tokenizer)
         if config.at_step(self.step).model.use_ternary and not self.model.config.use_ternary:
             self.model.make_ternary()
+        self._set_final_cap()
         self.model.quantize_weights()
         if self.use_compile:
             for block in self.model.layers:
@@ -134,6 +135,12 @@ class Trainer:
             self.length.num_steps = loaded.state["num_steps"]
         print0(f"resuming from {path}")
 
+    def _set_final_cap(self) -> None:
+        """Give the model the cap of the present step; a checkpoint says the one that its model has."""
+        cap, fraction = self.config.model.final_logit_soft_cap, self.training.final_cap_anneal_fraction
+        cap = final_cap(cap, self.step, self.length.num_steps, fraction)
+        self.model.config = replace(self.model.config, final_logit_soft_cap=cap)
+
     def save(self) -> Path:
         """Write a checkpoint of the current step; returns its path."""
         path = self.run_dir / "checkpoints" / f"step_{self.step:07d}"
@@ -141,7 +148,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir,
                 self.step,
-                config=self.config,
+                config=replace(self.config.at_step(self.step), model=self.model.config),
                 tensors=dict(self.model.state_dict()),
                 tokenizer_file=Path(self.config.data.shards) / "tokenizer.json",
                 state={
@@ -296,6 +303,7 @@ class Trainer:
             self.elapsed, step_seconds = distributed.agree(self.elapsed), distributed.agree(step_seconds)
             if len(recent) >= MIN_TIMED_STEPS:
                 length.update(self.step, self.elapsed, step_seconds)
+            self._set_final_cap()
             stopping = distributed.any_rank(stop.number != 0)
             if self._due(training.log_every) or self._due(training.eval_every) or stopping:
                 span = self.elapsed - log_elapsed
@@ -310,6 +318,8 @@ class Trainer:
                 line["skipped_steps"] = self.skipped
                 if training.ternary_start_step:
                     line["is_ternary"] = self.model.config.use_ternary
+                if training.final_cap_anneal_fraction:
+                    line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
                 line |= self._weights_metrics()
                 if self._due(training.eval_every) and distributed.is_main():
                     line |= self._evaluate()

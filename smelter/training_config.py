@@ -163,6 +163,9 @@ class TrainingConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     z_loss: float = 1e-4
     """Weight of the squared log-partition term that keeps logits small."""
+    final_cap_anneal_fraction: float = 0.0
+    """Share of the steps, at the end, over which 1 / model.final_logit_soft_cap falls linearly to 0: the model then
+    ends without that cap, as exports need it. 0 keeps the cap."""
     loss_chunk_size: int = 1_024
     """Tokens whose logits exist at once in the loss."""
     use_torch_compile: bool = True
@@ -204,7 +207,7 @@ class TrainingConfig:
         for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"training.{name} = {value}: must lie in [0, 1)")
-        for name in ("cooldown_fraction", "min_lr_ratio"):
+        for name in ("cooldown_fraction", "min_lr_ratio", "final_cap_anneal_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
         require(0 <= self.seed < 2**63, f"training.seed = {self.seed}: must lie in [0, 2**63)")

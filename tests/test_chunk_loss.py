@@ -141,7 +141,7 @@ def test_two_passes_have_the_gradient_of_the_dense_formula(kind: str) -> None:
         flat, of_targets, of_weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
         if use_chunks:
             objective.model = Stub(w)  # type: ignore[assignment]
-            terms = objective._chunks(x, targets, weights, [as_tensors(c) for c in chunks])
+            terms = objective._chunks(x, targets, weights, [as_tensors(c) for c in chunks], config.soft_cap, False)
             loss = chunked_loss(
                 flat, w, of_targets, config, weights=of_weights, ce_scale=terms.ce_scale.flatten(), normalizer=3.0,
                 teachers=teachers, chunk_size=5,

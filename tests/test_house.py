@@ -62,17 +62,27 @@ SMELTER = {
     "hardware": f"{BASE} distributed kernels.capability",
     "plan": BASE,
     "healing": f"{BASE} tokenizer",
-    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
-    "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
+    "packed": f"{BASE} tokenizer bitnet model checkpoint",
+    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
+    "decode": f"{BASE} tokenizer model healing generate",
+    "intervals": "",
+    "bpb": f"{BASE} tokenizer model shards data",
+    "problems": f"{BASE} decode",
+    "pass_at_k": f"{BASE} tokenizer sandbox model infill decode problems",
+    "results": f"{BASE} intervals",
+    "compare": f"{BASE} intervals pass_at_k results",
+    "evaluate": (
+        f"{BASE} tokenizer bitnet model infill shards checkpoint generate decode bpb problems pass_at_k results compare"
+    ),
     "warm_start": f"{BASE} tokenizer distributed model checkpoint",
     "sparse": BASE,
     "teacher_cache": f"{BASE} tokenizer shards data sparse",
     "write_teacher": f"{BASE} shards sparse teacher_cache",
     "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
-    "objective": f"{BASE} distributed tokenizer model loss chunk_loss shards evaluate teacher_cache teacher_model",
+    "objective": f"{BASE} distributed tokenizer model loss chunk_loss shards bpb teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate signals teacher_cache objective warm_start chunk_teacher"
+        "schedule hardware plan generate bpb signals teacher_cache objective warm_start chunk_teacher"
     ),
     "teach_chunks": (
         f"{BASE} shards checkpoint metrics generate signals chunk_alignment chunk_loss chunk_teacher write_teacher "
@@ -84,11 +94,14 @@ SMELTER = {
     ),
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_check": f"{BASE} tokenizer kernels.reference model evaluate export_hf",
+    "model_card": f"{BASE} tokenizer checkpoint export_check",
     "export": (
-        f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate evaluate export_hf export_gguf"
+        f"{BASE} tokenizer model checkpoint packed generate results evaluate export_hf export_gguf export_check "
+        "model_card"
     ),
     "serve": f"{BASE} tokenizer model checkpoint generate",
-    "report": f"{BASE} metrics",
+    "report": f"{BASE} metrics intervals results",
     "__main__": BASE,
 }
 

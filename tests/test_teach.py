@@ -26,7 +26,7 @@ from smelter.errors import ConfigError, DataError
 from smelter.model import Model
 from smelter.objective import Objective, load_teachers
 from smelter.shards import ShardSet
-from smelter.teach import Reader, TeachOptions, plan
+from smelter.teach import Reader, TeachOptions, plan, teach
 from smelter.teacher_cache import TeacherCache, open_caches
 from smelter.write_teacher import CacheWriter
 

@@ -94,7 +94,7 @@ def test_hidden_states_and_head_are_the_models_logits(kind: str, tmp_path: Path)
 def test_our_export_is_the_same_teacher_as_our_checkpoint(tmp_path: Path) -> None:
     made = tiny.model(attn_logit_soft_cap=0.0, final_logit_soft_cap=0.0, use_ternary=False, activation_quant="none")
     (tmp_path / "hf").mkdir()
-    write_hf(tmp_path / "hf", made, tiny.tokenizer(), name="t", step=1, path=tmp_path / "hf")
+    write_hf(tmp_path / "hf", made, tiny.tokenizer())
     ours, theirs = load(tiny.checkpoint(tmp_path / "run", made)), load(tmp_path / "hf")
     assert theirs.max_seq_len == ours.max_seq_len == 96
     tokens, docs = random_tokens()
