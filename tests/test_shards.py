@@ -297,7 +297,7 @@ def test_a_line_of_just_the_limit_is_read(tmp_path: Path) -> None:
         ([], "input"),
         (["r", "--val-fraction", "1"], "--val-fraction = 1"),
         (["r", "--max-line-mb", "0"], "--max-line-mb = 0"),
-        (["r", "--vocab-size", "100"], "at least 261"),
+        (["r", "--vocab-size", "100"], "at least 263"),
         (["r", "--vocab-size", "300", "--tokenizer", "t.json"], "only one of the two"),
         (["r", "--tokenizer", "t.json"], "t.json: cannot read"),
         (["r", "--fim-prefix-token", "<|pad|>"], "must differ"),
