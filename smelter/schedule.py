@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from smelter.config import Schedule, TrainingConfig
+from smelter.config import TrainingConfig
+from smelter.training_config import Schedule
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int | None, config: TrainingConfig) -> float:
