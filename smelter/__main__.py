@@ -12,7 +12,7 @@ COMMANDS = {
     "tokenize": ("smelter.write_shards", "JSONL records -> tokenizer and packed shards"),
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
     "evaluate": ("smelter.evaluate", "bits per byte and infilling on held-out data"),
-    "complete": ("smelter.generate", "complete or infill code from the command line"),
+    "complete": ("smelter.complete", "complete or infill code, or answer, from the command line"),
     "export": ("smelter.export", "checkpoint -> Hugging Face folder or GGUF file"),
     "report": ("smelter.report", "run folder -> one self-contained HTML page"),
 }

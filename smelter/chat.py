@@ -48,18 +48,13 @@ class ChatFormat:
         if tokenizer.im_start_id is None or tokenizer.im_end_id is None:
             raise DataError(
                 "this tokenizer has no <|im_start|> and <|im_end|>, so the model knows no conversations: use a model "
-                "whose shards hold records of kind \"instruct\", tokenized by this version"
+                'whose shards hold records of kind "instruct", tokenized by this version'
             )
         self.tokenizer = tokenizer
         self.im_start_id: int = tokenizer.im_start_id
         self.im_end_id: int = tokenizer.im_end_id
         self._line_break = tokenizer.encode("\n")
         self._answer_begins = [self.im_start_id, *tokenizer.encode(head("assistant"))]
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """The tokens that end an answer."""
-        return [self.im_end_id, self.tokenizer.eos_id]
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> Rendered:
         """Ids of {"role", "content"} messages, after which the assistant writes if `add_generation_prompt`.
@@ -91,6 +86,11 @@ class ChatFormat:
         """
         prompt = [self.im_start_id, *question, self.im_end_id, *self._line_break, *self._answer_begins]
         return [*prompt, *answer, self.im_end_id, self.tokenizer.eos_id], len(prompt)
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end what a model writes: eos, and a message's end where there are conversations."""
+    return [tokenizer.eos_id, *([] if tokenizer.im_end_id is None else [tokenizer.im_end_id])]
 
 
 def head(role: str) -> str:

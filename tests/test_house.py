@@ -57,6 +57,7 @@ SMELTER = {
     "plan": BASE,
     "healing": f"{BASE} tokenizer",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
+    "complete": f"{BASE} tokenizer chat model generate",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
     "objective": f"{BASE} model loss checkpoint",
     "train": (
@@ -64,8 +65,8 @@ SMELTER = {
         "schedule hardware plan generate evaluate objective"
     ),
     "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
-    "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
-    "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_hf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint",
+    "export_gguf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint export_hf",
     "export": (
         f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate evaluate export_hf export_gguf"
     ),
