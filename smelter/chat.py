@@ -7,10 +7,10 @@
 
 The two special tokens are put by us and by us alone: a message that has them written out, in a file about chat
 formats or from a person who would like to speak for the assistant, encodes to ordinary text. `TEMPLATE` is the same
-format for Transformers and llama.cpp (which knows ChatML by its `<|im_start|>`); both take written-out special
-tokens for the real ones.
+format for Transformers (which takes written-out special tokens for the real ones) and llama.cpp (which knows ChatML
+by its `<|im_start|>`).
 
-A role and its message are encoded as one text, as both of them do. Only the assistant's role stands apart from what
+A role and its message are encoded as one text, as those two do. Only the assistant's role stands apart from what
 follows, because that is where generation begins: a model must go on from exactly the ids that it was trained on.
 The ids are the same but for an answer that begins with a line break.
 """

@@ -11,12 +11,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smelter import write_shards
+from smelter import complete, write_shards
 from smelter.__main__ import main
 from smelter.chat import TEMPLATE, ChatFormat, head, stop_ids
 from smelter.complete import answer_messages
 from smelter.errors import ConfigError, DataError
-from smelter.generate import load_model
+from smelter.generate import Generation, load_model
 from smelter.shards import ShardSet
 from smelter.tokenizer import SpecialTokens, Tokenizer
 from smelter.write_shards import TokenizeOptions
@@ -236,6 +236,43 @@ def test_shards_of_version_1_are_read(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- models that stop
+
+
+def test_the_command_answers_a_message(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    model, run = tiny.model(), str(tiny.checkpoint(tmp_path / "run", tiny.model()))
+    assert main(["complete", run, "--chat", "x = caf\udce9?", "--max-tokens", "8", "--device", "cpu"]) == 0
+    out = capsysbinary.readouterr()
+    assert out.out.decode() == answer_messages(model, TOKENS, messages("x = caf\udce9?"), max_tokens=8).text
+    assert not out.err
+
+
+def test_an_answer_ends_at_either_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+
+    def fake(_: Any, prompts: list[list[int]], *, stop_ids: list[int], **options: Any) -> list[Generation]:
+        asked.extend(prompts)
+        assert set(stop_ids) == {CHAT.im_end_id, TOKENS.eos_id}
+        return [Generation(TOKENS.encode("Yes."), [0.0], "stop", CHAT.im_end_id)]
+
+    monkeypatch.setattr(complete, "generate", fake)
+    made = answer_messages(tiny.model(), TOKENS, messages("Is it?"))
+    assert (made.text, made.finish, made.num_prompt_tokens) == ("Yes.", "stop", len(asked[0]))
+    assert asked == [CHAT.render(messages("Is it?"), add_generation_prompt=True).ids]
+
+
+def test_mistakes_of_conversations_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = Tokenizer.train([tiny.CODE], 512, SpecialTokens(im_start="", im_end=""))
+    runs = [str(tiny.checkpoint(tmp_path / name, tiny.model(), tokens)) for name, tokens in (("o", old), ("n", TOKENS))]
+    for run, options, words in (
+        (runs[0], ["--chat", "a"], "has no <|im_start|> and <|im_end|>"),
+        (runs[1], ["--chat", "a", "--prompt", "b"], "give either --prompt, or --chat"),
+        (runs[1], ["--chat", tiny.CODE], "the model's context of 96"),
+    ):
+        assert main(["complete", run, *options, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
 
 ANSWERS = {
     "Add two numbers.": "def add(a, b):\n    return a + b\n",
