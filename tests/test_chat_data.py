@@ -18,7 +18,7 @@ from smelter.chat import stop_ids
 from smelter.config import DataConfig
 from smelter.data import IGNORED, BatchStream, eval_windows
 from smelter.errors import ConfigError, DataError
-from smelter.evaluate import bits_per_byte, nll_sum, spread_windows, validation_loss
+from smelter.evaluate import bits_per_byte, compressor_baselines, nll_sum, spread_windows, validation_loss
 from smelter.shards import ShardSet, Split
 from smelter.tokenizer import SpecialTokens, Tokenizer
 
@@ -270,3 +270,23 @@ def test_bits_per_byte_of_an_answer_is_given_its_question(tmp_path: Path) -> Non
     expected = nll_sum(model, ids[:, :-1], targets) / np.log(2) / len(b"return x + 1\n")
     assert bits_per_byte(model, split, stride=48) == pytest.approx(expected, rel=1e-6)
     assert validation_loss(model, split, 10**6, tokenizer=TOKENS)[1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_evaluate_fills_in_lines_of_texts_and_compresses_what_it_scores(tmp_path: Path) -> None:
+    """Conversations have no lines to fill in: the model never saw them rearranged."""
+    answers = [{"teacher": "t", "text": f"conversation = {i}\n" * 4} for i in range(9)]
+    held_out = [
+        {"kind": "instruct", "prompt": "Go on.", "responses": answers, "split": "val"},
+        {"kind": "text", "text": "plain_text = 1\n" * 3, "split": "val"},
+        {"kind": "text", "text": "x", "split": "train"},
+    ]
+    made = write_shards(tmp_path, held_out)
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(made.path))
+    assert main(["evaluate", str(run), "--max-infill", "20", "--device", "cpu"]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["infill_cases"] == 3
+    assert {sample["expected"] for sample in results["samples"]} == {"plain_text = 1"}
+    scored = [*(answer["text"].encode() for answer in answers), b"plain_text = 1\n" * 3]
+    assert results["val_bytes"] == sum(map(len, scored))
+    assert results["gzip_bpb"] == compressor_baselines(scored)["gzip_bpb"]
