@@ -276,7 +276,7 @@ def test_bits_per_byte_of_an_answer_is_given_its_question(tmp_path: Path) -> Non
 def test_evaluate_fills_in_lines_of_texts_and_compresses_what_it_scores(tmp_path: Path) -> None:
     """Conversations have no lines to fill in: the model never saw them rearranged."""
     answers = [{"teacher": "t", "text": f"conversation = {i}\n" * 4} for i in range(9)]
-    held_out = [
+    held_out: list[dict[str, Any]] = [
         {"kind": "instruct", "prompt": "Go on.", "responses": answers, "split": "val"},
         {"kind": "text", "text": "plain_text = 1\n" * 3, "split": "val"},
         {"kind": "text", "text": "x", "split": "train"},
