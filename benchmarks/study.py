@@ -141,12 +141,16 @@ def prepare(base: Config, *, quick: bool, say: Callable[[str], None]) -> None:
     here = [name for name in PACKAGES if (packages / name).is_dir() and not quick]
     parts = {"library": [name for name in here if name not in ("torch", "transformers")], "frameworks": []}
     parts["frameworks"] = [name for name in here if name not in parts["library"]]
-    vocab = str(base.model.vocab_size)
+    vocab, partial = str(base.model.vocab_size), shards.with_name(".tmp_all")
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def call(module: str, *arguments: str) -> None:
         say(f"{module} {' '.join(arguments)}")
-        subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()[-400:]}")
 
     for part, names in parts.items():
         library = [f"{name}={stdlib / name}" for name in ("asyncio", "email", "json")] if quick else ["stdlib"]
@@ -156,10 +160,23 @@ def prepare(base: Config, *, quick: bool, say: Callable[[str], None]) -> None:
             options = ["--language", "python", "--license", "unknown"]
             call("foundry", "corpus", *sources, *options, "--out", str(folder / f"{part}.jsonl"))
     files = [str(folder / f"{part}.jsonl") for part in parts if (folder / f"{part}.jsonl").is_file()]
-    call("smelter", "tokenize", *files, "--vocab-size", vocab, "--tokenizer-mb", "32", "--out", str(shards))
+    # Two packages may hold the same file.
+    call(
+        "smelter",
+        "tokenize",
+        *files,
+        "--skip-invalid",
+        "--vocab-size",
+        vocab,
+        "--tokenizer-mb",
+        "32",
+        "--out",
+        str(shards),
+    )
     for file in files if len(files) > 1 else []:
-        tokenizer = str(shards / "tokenizer.json")
+        tokenizer = str(partial / "tokenizer.json")
         call("smelter", "tokenize", file, "--tokenizer", tokenizer, "--out", str(Path(file).with_suffix("")))
+    partial.replace(shards)  # last: with it, all is there
 
 
 def quick_form(study: Study) -> Study:

@@ -57,10 +57,12 @@ class Document:
     """Either "train" or "val", or "" if the record leaves it open."""
     weight: float
     """Weight in the loss, above 0."""
+    license: str = ""
+    """The record's licence, "" where it names none."""
+    teacher: str = ""
+    """Who answered, where this is a teacher's answer."""
     prompt: str = ""
     """What `text` answers; empty for a plain document."""
-    teacher: str = ""
-    """Who answered."""
 
     @property
     def content(self) -> str:
@@ -251,7 +253,8 @@ def _parse(line: bytes) -> tuple[bytes, list[Document]]:
             _invalid("wrong field", f'"{key}" does not belong in a record of kind "{kind}": remove it')
     prompt = values.get("prompt") or ""
     responses = [(values["text"], 1.0, "")] if kind == "text" else [_response(each) for each in values["responses"]]
-    documents = [Document(text, "", split, weight, prompt, teacher) for text, weight, teacher in responses]
+    licence = values.get("license", "")
+    documents = [Document(text, "", split, weight, licence, teacher, prompt) for text, weight, teacher in responses]
     name = values.get("id") or _digest("\0".join(document.content for document in documents))
     # Two records of one prompt must not stand on both sides of the split.
     source = values.get("source") or (f"prompt {_digest(prompt)}" if prompt else name)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from smelter.config import TrainingConfig
+from smelter.config import DistillationConfig, TrainingConfig
 from smelter.training_config import Schedule
 
 
@@ -36,6 +36,17 @@ def muon_momentum(step: int, config: TrainingConfig) -> float:
     return start + (config.muon_momentum - start) * rise
 
 
+def final_cap(cap: float, step: int, num_steps: int | None, fraction: float) -> float:
+    """The output logits' soft-cap at `step` (from 0); 0 means none.
+
+    Its inverse falls linearly over the last `fraction` of the steps and is 0 at the last one.
+    """
+    if not cap or not fraction or num_steps is None:
+        return cap
+    left = (num_steps - 1 - step) / (fraction * num_steps)
+    return 0.0 if left <= 0 else cap / min(1.0, left)
+
+
 def set_rates(groups: list[dict[str, Any]], step: int, num_steps: int | None, config: TrainingConfig) -> None:
     """Write learning rate, momentum and decay for `step` into the optimizer's groups (by their names)."""
     peaks = {
@@ -51,6 +62,13 @@ def set_rates(groups: list[dict[str, Any]], step: int, num_steps: int | None, co
         if is_muon:
             group["momentum"] = muon_momentum(step, config)
             group["weight_decay"] = config.muon_weight_decay * (1 - step / num_steps if num_steps else 1.0)
+
+
+def kl_weight(progress: float, config: DistillationConfig) -> float:
+    """The divergence's share in the loss when `progress` (0 to 1) of the run is over."""
+    if config.kl_schedule == "constant":
+        return config.kl_weight
+    return config.kl_weight + (config.kl_weight_end - config.kl_weight) * progress
 
 
 @dataclass
@@ -71,12 +89,19 @@ class RunLength:
             return
         left = max(0.0, self.config.train_minutes * 60 - elapsed)
         total = step + int(left / seconds_per_step)
-        if self.num_steps is not None or step >= (1 - self.config.cooldown_fraction) * total:
+        ending = max(self.config.cooldown_fraction, self.config.final_cap_anneal_fraction)
+        if self.num_steps is not None or step >= (1 - ending) * total:
             self.num_steps = total
 
     def done(self, step: int) -> bool:
         """Whether `step` steps complete the run."""
         return self.num_steps is not None and step >= self.num_steps
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """Share of the run that is over, 0 to 1: by steps, or by the clock where that limits the run."""
+        if self.config.train_minutes:
+            return min(1.0, elapsed / (self.config.train_minutes * 60))
+        return min(1.0, step / self.config.num_steps)
 
     def eta(self, step: int, elapsed: float, seconds_per_step: float) -> float:
         """Seconds left."""

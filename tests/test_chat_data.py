@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smelter.__main__ import main
+from smelter.bpb import bits_per_byte, compressor_baselines, document_nats, nll_rows, spread_windows, validation_loss
 from smelter.chat import stop_ids
 from smelter.config import DataConfig
 from smelter.data import IGNORED, BatchStream, eval_windows
 from smelter.errors import ConfigError, DataError
-from smelter.evaluate import bits_per_byte, compressor_baselines, nll_sum, spread_windows, validation_loss
 from smelter.shards import ShardSet, Split
 from smelter.tokenizer import SpecialTokens, Tokenizer
 
@@ -261,15 +261,19 @@ def test_bits_per_byte_of_an_answer_is_given_its_question(tmp_path: Path) -> Non
     """The model's surprise at the answer after the prompt, divided by the answer's bytes."""
     answer = {"teacher": "t", "text": "return x + 1\n"}
     record = {"kind": "instruct", "prompt": "Add one.", "responses": [answer]}
-    made = write_shards(tmp_path, [record | {"split": "val"}, {"kind": "text", "text": "y", "split": "train"}])
+    held_out: list[dict[str, Any]] = [record | {"split": "val"}, {"kind": "text", "text": "abc\n", "split": "val"}]
+    made = write_shards(tmp_path, [*held_out, {"kind": "text", "text": "y", "split": "train"}])
     model, split = tiny.model(), made.split("val")
     begin, end = (int(each[0]) for each in split.written)
     ids = np.array([[EOS, *split.doc(0).tolist()]])
     targets = np.full((1, ids.shape[1] - 1), IGNORED)
     targets[0, begin:end] = ids[0, begin + 1 : end + 1]
-    expected = nll_sum(model, ids[:, :-1], targets) / np.log(2) / len(b"return x + 1\n")
-    assert bits_per_byte(model, split, stride=48) == pytest.approx(expected, rel=1e-6)
-    assert validation_loss(model, split, 10**6, tokenizer=TOKENS)[1] == pytest.approx(expected, rel=1e-6)
+    expected = float(nll_rows(model, ids[:, :-1], targets).sum())
+    nats = document_nats(model, split, stride=48)
+    assert nats[0] == pytest.approx(expected, rel=1e-6)
+    bpb = nats.sum() / np.log(2) / len(b"return x + 1\nabc\n")
+    assert bits_per_byte(model, split, stride=48) == pytest.approx(bpb, rel=1e-6)
+    assert validation_loss(model, split, 10**6, tokenizer=TOKENS)[1] == pytest.approx(bpb, rel=1e-6)
 
 
 @pytest.mark.slow
