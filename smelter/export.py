@@ -21,7 +21,7 @@ from torch import Tensor
 from smelter.checkpoint import Checkpoint
 from smelter.cli import parse
 from smelter.errors import UserError
-from smelter.evaluate import run_folder, table, write_json
+from smelter.evaluate import run_folder
 from smelter.export_check import (
     CapReport,
     check_gguf_logits,
@@ -41,6 +41,7 @@ from smelter.generate import load_model
 from smelter.model import Model
 from smelter.model_card import model_card, modelfile, server_command, use_section
 from smelter.packed import write_packed
+from smelter.results import table, write_json
 from smelter.tokenizer import Tokenizer
 
 MUST_BE_ZERO = (

@@ -158,11 +158,13 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     healing: Healing | None = None,
+    until: Callable[[int, int], bool] | None = None,
 ) -> list[Generation]:
     """Continue every prompt (token ids, of any lengths) in one batch; results in the prompts' order.
 
-    `healing` holds what the rows must spell first; it is used up.
-    Each row ends at the first of: a stop id, `max_tokens` new tokens, the end of the model's context. Raises
+    `healing` holds what the rows must spell first; it is used up. `until(row, token)` is asked after each token;
+    true ends the row, with finish "stop". Each row ends at the first of: a stop id, `until`, `max_tokens` new
+    tokens, the end of the model's context. Raises
     UserError for an empty prompt, one that leaves no room, or options out of range.
     """
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -184,6 +186,7 @@ def generate(
     stopped: list[int | None] = [None] * len(prompts)
     rows = list(range(len(prompts)))  # of the prompts, in the order of the batch
     done: set[int] = set()
+    ended: set[int] = set()  # by `until`
     with _eager():
         hidden = model(tokens, positions=positions, cache=cache, mask=cache.advance(positions, longest))
         hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # [B, C]
@@ -203,6 +206,9 @@ def generate(
                     continue
                 new[row].append(token)
                 logprobs[row].append(logprob)
+                if until is not None and until(row, token):
+                    ended.add(row)
+                    done.add(row)
                 if len(new[row]) == limits[row]:
                     done.add(row)
             if len(done) == len(prompts):
@@ -219,7 +225,9 @@ def generate(
             mask = cache.advance(positions, max(where) + 1)
             hidden = model(chosen[:, None], positions=positions, cache=cache, mask=mask)[:, 0]
     return [
-        Generation(new[row], logprobs[row], "length" if stopped[row] is None else "stop", stopped[row])
+        Generation(
+            new[row], logprobs[row], "length" if stopped[row] is None and row not in ended else "stop", stopped[row]
+        )
         for row in range(len(prompts))
     ]
 
