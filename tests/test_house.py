@@ -49,7 +49,8 @@ SMELTER = {
     "muon": BASE,
     "records": BASE,
     "shards": f"{BASE} tokenizer",
-    "write_shards": f"{BASE} tokenizer records shards",
+    "chat": f"{BASE} tokenizer",
+    "write_shards": f"{BASE} tokenizer chat records shards",
     "fim": f"{BASE} tokenizer",
     "chunk_alignment": f"{BASE} tokenizer",
     "chunk_teacher": f"{BASE} shards chunk_alignment",
@@ -64,6 +65,7 @@ SMELTER = {
     "healing": f"{BASE} tokenizer",
     "packed": f"{BASE} tokenizer bitnet model checkpoint",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
+    "complete": f"{BASE} tokenizer chat model generate",
     "decode": f"{BASE} tokenizer model healing generate",
     "intervals": "",
     "bpb": f"{BASE} tokenizer model shards data",
@@ -92,8 +94,8 @@ SMELTER = {
         f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
         "teacher_cache write_teacher teacher_model teach_chunks"
     ),
-    "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
-    "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_hf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint",
+    "export_gguf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint export_hf",
     "export_check": f"{BASE} tokenizer kernels.reference model evaluate export_hf",
     "model_card": f"{BASE} tokenizer checkpoint export_check",
     "export": (
