@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smelter.bitnet import BitLinear, RMSNorm, apply_together, quantize_weights
+from smelter.bitnet import BitLinear, RMSNorm, apply_together, freeze, quantize_weights
 from smelter.config import ModelConfig
 from smelter.kernels import Documents, documents, reference
 from smelter.kernels import attention as run_attention
@@ -164,6 +164,19 @@ class Model(nn.Module):
     def quantize_weights(self) -> None:
         """Make every trit from its latent weight; call after each change of the weights."""
         quantize_weights(self, self.trit_dtype)
+
+    def freeze(self) -> None:
+        """Make a trained model quick (see `bitnet.freeze`); its weights may not change after this."""
+        for block in self.layers:
+            attention, mlp = block.self_attn, block.mlp
+            freeze(
+                [
+                    [attention.q_proj, attention.k_proj, attention.v_proj],
+                    [attention.o_proj],
+                    [mlp.gate_proj, mlp.up_proj],
+                    [mlp.down_proj],
+                ]
+            )
 
     @property
     def head(self) -> Tensor:
