@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
     "evaluate": ("smelter.evaluate", "bits per byte and infilling on held-out data"),
     "complete": ("smelter.generate", "complete or infill code from the command line"),
+    "serve": ("smelter.serve", "the model behind HTTP: for editors, OpenAI clients, and a page"),
     "export": ("smelter.export", "checkpoint -> Hugging Face folder or GGUF file"),
     "report": ("smelter.report", "run folder -> one self-contained HTML page"),
 }

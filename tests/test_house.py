@@ -67,7 +67,25 @@ SMELTER = {
     "export": (
         f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate evaluate export_hf export_gguf"
     ),
-    "serve": f"{BASE} tokenizer model checkpoint generate",
+    "serving": "",
+    "serving.text": "",
+    "serving.engine": f"{BASE} tokenizer model cache healing generate serving.text",
+    "serving.schema": "",
+    "serving.errors": "",
+    "serving.stats": "serving.engine",
+    "serving.gate": "serving.errors serving.stats",
+    "serving.asking": "tokenizer serving.engine serving.errors serving.stats",
+    "serving.openai_routes": "tokenizer generate serving.engine serving.errors serving.schema serving.asking",
+    "serving.llama_routes": (
+        "tokenizer generate serving.engine serving.errors serving.schema serving.asking serving.openai_routes"
+    ),
+    "serving.app": (
+        "serving serving.errors serving.schema serving.stats serving.gate serving.asking serving.openai_routes "
+        "serving.llama_routes"
+    ),
+    "serve": (
+        f"{BASE} tokenizer model checkpoint generate serving.engine serving.stats serving.gate serving.asking serving.app"
+    ),
     "report": f"{BASE} metrics",
     "__main__": BASE,
 }
