@@ -168,6 +168,7 @@ class Model(nn.Module):
     def freeze(self) -> None:
         """Make a trained model quick (see `bitnet.freeze`); its weights may not change after this."""
         for block in self.layers:
+            assert isinstance(block, Block)
             attention, mlp = block.self_attn, block.mlp
             freeze(
                 [

@@ -84,7 +84,8 @@ SMELTER = {
         "serving.llama_routes"
     ),
     "serve": (
-        f"{BASE} tokenizer model checkpoint generate serving.engine serving.stats serving.gate serving.asking serving.app"
+        f"{BASE} tokenizer model checkpoint generate "
+        "serving.engine serving.stats serving.gate serving.asking serving.app"
     ),
     "report": f"{BASE} metrics",
     "__main__": BASE,

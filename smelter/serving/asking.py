@@ -68,7 +68,10 @@ class Stream:
         loop = asyncio.get_running_loop()
 
         def deliver_to(index: int) -> Callable[[Piece], None]:
-            return lambda piece: loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece)) and None
+            def deliver(piece: Piece) -> None:
+                loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+
+            return deliver
 
         try:
             self._answers: list[Answer] = service.engine.submit(requests, [deliver_to(i) for i in range(len(requests))])

@@ -102,7 +102,7 @@ class Gate:
 
 async def _read_body(receive: Receive) -> bytes | None:
     """The whole body, or None where it is larger than allowed, whatever its headers say."""
-    body = b""
+    body: bytes = b""
     while True:
         message = await receive()
         body += message.get("body", b"")

@@ -75,14 +75,20 @@ def check_ids(ids: Sequence[int], tokenizer: Tokenizer, context: int, max_tokens
         )
 
 
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """The prompts as a list, whichever of the four forms they came in."""
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    ids = [each for each in body.prompt if isinstance(each, int)]
+    return [ids] if ids else [each for each in body.prompt if not isinstance(each, int)]
+
+
 def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
     """One for each prompt, with the seed of its first answer."""
     tokenizer, context = service.tokenizer, service.engine.context
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     check_max_tokens(max_tokens, context)
-    prompts = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
-    if prompts and isinstance(prompts[0], int):
-        prompts = [prompts]  # type: ignore[list-item]
+    prompts = _prompts(body)
     num_top = int(body.logprobs) if body.logprobs is not None else 0
     prompt_logprobs = bool(body.echo) and body.logprobs is not None
     if not prompts or len(prompts) * (body.n or 1) > MAX_CHOICES:
@@ -103,7 +109,7 @@ def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
         else:
             if body.suffix is not None:
                 raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
-            ids = (tokenizer.encode(prompt) or [tokenizer.eos_id]) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+            ids = list(prompt) if isinstance(prompt, list) else tokenizer.encode(prompt) or [tokenizer.eos_id]
             check_ids(ids, tokenizer, context, max_tokens)
             text, num_tokens = prompt if isinstance(prompt, str) else tokenizer.decode(ids), len(ids)
         request = Request(
