@@ -79,9 +79,11 @@ def wait_until(condition: Any, seconds: float = 20.0) -> float:
     return time.monotonic() - start
 
 
-def raw_request(url: str, lines: str, body: bytes = b"") -> socket.socket:
-    """A connection on which a request was sent and nothing read; `lines` are its first line and headers."""
+def raw_request(url: str, body: bytes) -> socket.socket:
+    """A connection on which a request to /v1/completions was sent, and nothing read."""
     host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=20)
-    connection.sendall(lines.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "Connection: close", "", ""])
+    connection.sendall(head.encode() + body)
     return connection

@@ -90,7 +90,7 @@ class Gate:
         if self.rules.api_key is not None and path not in OPEN_PATHS and method != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             # Compared as bytes and in constant time, so that the time tells nothing about the key.
-            equal = hmac.compare_digest(given.strip().encode(), self.rules.api_key.encode())
+            equal = hmac.compare_digest(given.strip().encode("latin-1"), self.rules.api_key.encode())
             if scheme.lower() != "bearer" or not equal:
                 headers_ = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "a valid key is needed: Authorization: Bearer KEY", headers=headers_)

@@ -6,7 +6,8 @@ const MAX_CHARACTERS = 24000; // of context on either side; the server keeps wha
 const $ = (id) => document.getElementById(id);
 const code = $("code"), overlay = $("overlay"), tip = $("tip");
 
-// What stands at the cursor in grey: tokens {text, logprob, top}, of which `taken` characters are accepted already.
+// What stands at the cursor in grey: its tokens {text, logprob, top}, how many characters are accepted already, and how
+// long the code was then.
 let suggestion = null;
 let request = null; // AbortController of the one in flight
 let timer = 0;
@@ -41,7 +42,7 @@ function draw() {
       start += token.text.length;
       if (!text) continue;
       const span = element("span", { className: "token", textContent: text });
-      span.style.setProperty("--doubt", `${Math.round(45 * (1 - Math.exp(token.logprob)))}%`);
+      span.style.setProperty("--doubt", `${Math.round(26 * (1 - Math.exp(token.logprob)))}%`);
       span.dataset.index = index;
       parts.push(span);
     }
@@ -159,7 +160,7 @@ async function ask() {
       if (response.status === 401) $("key-field").hidden = false;
       throw new Error(error.message);
     }
-    suggestion = { at, text: "", taken: 0, tokens: [] };
+    suggestion = { at, text: "", taken: 0, tokens: [], length: code.value.length };
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       if (controller.signal.aborted) return;
@@ -229,7 +230,6 @@ function changed() {
   if ($("auto").checked && !composing) timer = setTimeout(ask, PAUSE_MS);
 }
 
-code.addEventListener("beforeinput", () => { if (suggestion) suggestion.length = code.value.length; });
 code.addEventListener("input", changed);
 code.addEventListener("scroll", scroll);
 code.addEventListener("compositionstart", () => { composing = true; dismiss(); });
