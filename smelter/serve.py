@@ -135,9 +135,9 @@ def main(argv: list[str]) -> int:
     for name, value, least in (
         ("slots", options.slots, 1),
         ("queue", options.queue, 0),
-        ("threads", options.threads or 1, 1),
+        ("threads", options.threads, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     import torch
 
@@ -147,29 +147,29 @@ def main(argv: list[str]) -> int:
     from smelter.serving.engine import Engine
     from smelter.serving.stats import Stats
 
-    listener = listen(options.host, options.port)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    model, tokenizer, checkpoint = load_model(options.checkpoint, device=pick_device(options.device))
-    engine = Engine(model, tokenizer, num_slots=options.slots, max_queue=options.queue)
-    num_params = sum(parameter.numel() for parameter in model.parameters())
-    name = options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
-    service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
-    rules = rules_of(options)
-    if rules.hosts is None and rules.api_key is None:
-        print(
-            f"smelter serve: anyone who reaches {options.host} may ask: set --api-key or {KEY_VARIABLE}",
-            file=sys.stderr,
-        )
-    host, port = listener.getsockname()[:2]
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    with listen(options.host, options.port) as listener:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        model, tokenizer, checkpoint = load_model(options.checkpoint, device=pick_device(options.device))
+        engine = Engine(model, tokenizer, num_slots=options.slots, max_queue=options.queue)
+        num_params = sum(parameter.numel() for parameter in model.parameters())
+        name = options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
+        service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
+        rules = rules_of(options)
+        if rules.hosts is None and rules.api_key is None:
+            print(
+                f"smelter serve: anyone who reaches {options.host} may ask: set --api-key or {KEY_VARIABLE}",
+                file=sys.stderr,
+            )
+        host, port = listener.getsockname()[:2]
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def ready() -> None:
-        print(f"{name} ({num_params:,} parameters, context {engine.context:,}) at {where}", flush=True)
+        def ready() -> None:
+            print(f"{name} ({num_params:,} parameters, context {engine.context:,}) at {where}", flush=True)
 
-    engine.start()
-    try:
-        run(make_app(service, rules), listener, ready)
-    finally:
-        engine.stop()
+        engine.start()
+        try:
+            run(make_app(service, rules), listener, ready)
+        finally:
+            engine.stop()
     return 0

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,8 @@ def test_who_may_ask() -> None:
 
 
 @pytest.fixture
-def environment_key(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMELTER_API_KEY", "from the environment")
-    yield
 
 
 @pytest.mark.usefixtures("environment_key")
