@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -24,6 +24,7 @@ from smelter.errors import UserError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from smelter.checkpoint import Checkpoint
     from smelter.serving.gate import Rules
 
 KEY_VARIABLE = "SMELTER_API_KEY"
@@ -50,8 +51,14 @@ class ServeOptions:
     """Requests that are decoded at the same time; each takes a context's worth of memory."""
     queue: int = 64
     """Requests that may wait; more are answered with 429."""
+    engine: Literal["smelter", "llama.cpp"] = "smelter"
+    """smelter: our own, the very model. llama.cpp: its llama-server with the exported GGUF file, faster on a CPU."""
+    gguf: Path | None = None
+    """For llama.cpp: the file; by default the one in the run's export/gguf/."""
+    llama_server: Path | None = None
+    """For llama.cpp: its llama-server; by default the one on PATH."""
     device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
+    """auto, cpu, cuda, or cuda:N; llama.cpp chooses itself."""
     threads: int | None = None
     """CPU threads of the decoder; by default PyTorch's choice."""
 
@@ -139,6 +146,12 @@ def main(argv: list[str]) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    with listen(options.host, options.port) as listener:
+        (_serve_llama_cpp if options.engine == "llama.cpp" else _serve_smelter)(options, listener)
+    return 0
+
+
+def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
     import torch
 
     from smelter.generate import load_model, pick_device
@@ -147,29 +160,50 @@ def main(argv: list[str]) -> int:
     from smelter.serving.engine import Engine
     from smelter.serving.stats import Stats
 
-    with listen(options.host, options.port) as listener:
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        model, tokenizer, checkpoint = load_model(options.checkpoint, device=pick_device(options.device))
-        engine = Engine(model, tokenizer, num_slots=options.slots, max_queue=options.queue)
-        num_params = sum(parameter.numel() for parameter in model.parameters())
-        name = options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
-        service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
-        rules = rules_of(options)
-        if rules.hosts is None and rules.api_key is None:
-            print(
-                f"smelter serve: anyone who reaches {options.host} may ask: set --api-key or {KEY_VARIABLE}",
-                file=sys.stderr,
-            )
-        host, port = listener.getsockname()[:2]
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, tokenizer, checkpoint = load_model(options.checkpoint, device=pick_device(options.device))
+    engine = Engine(model, tokenizer, num_slots=options.slots, max_queue=options.queue)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    name = _name(options, checkpoint)
+    service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
+    engine.start()
+    try:
+        about = f"{name} ({num_params:,} parameters, context {engine.context:,})"
+        run(make_app(service, rules_of(options)), listener, lambda: _announce(options, listener, about))
+    finally:
+        engine.stop()
 
-        def ready() -> None:
-            print(f"{name} ({num_params:,} parameters, context {engine.context:,}) at {where}", flush=True)
 
-        engine.start()
-        try:
-            run(make_app(service, rules), listener, ready)
-        finally:
-            engine.stop()
-    return 0
+def _serve_llama_cpp(options: ServeOptions, listener: socket.socket) -> None:
+    from smelter.checkpoint import load_checkpoint
+    from smelter.serving.proxy import find_llama_server, make_proxy_app, start_llama_server
+
+    checkpoint = load_checkpoint(options.checkpoint, with_state=False)
+    name, context = _name(options, checkpoint), checkpoint.config.model.max_seq_len
+    files = sorted((options.checkpoint / "export" / "gguf").glob("*.gguf"))
+    gguf = options.gguf or (files[0] if files else options.checkpoint / "export" / "gguf" / "model.gguf")
+    server = start_llama_server(
+        find_llama_server(options.llama_server), gguf, context=context, num_slots=options.slots, threads=options.threads
+    )
+    try:
+        app = make_proxy_app(server, name, rules_of(options), options.queue)
+        run(
+            app, listener, lambda: _announce(options, listener, f"{name} (llama.cpp, {gguf.name}, context {context:,})")
+        )
+    finally:
+        server.stop()
+
+
+def _name(options: ServeOptions, checkpoint: "Checkpoint") -> str:
+    return options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
+
+
+def _announce(options: ServeOptions, listener: socket.socket, about: str) -> None:
+    """Say where it is, on stdout, once it can be asked."""
+    host, port = listener.getsockname()[:2]
+    rules = rules_of(options)
+    if rules.hosts is None and rules.api_key is None:
+        warning = f"anyone who reaches {options.host} may ask: set --api-key or {KEY_VARIABLE}"
+        print(f"smelter serve: {warning}", file=sys.stderr)
+    print(f"{about} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

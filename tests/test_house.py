@@ -83,9 +83,13 @@ SMELTER = {
         "serving serving.errors serving.schema serving.stats serving.gate serving.asking serving.openai_routes "
         "serving.llama_routes"
     ),
+    "serving.proxy": (
+        "errors serving.errors serving.schema serving.stats serving.gate serving.asking serving.openai_routes "
+        "serving.app"
+    ),
     "serve": (
         f"{BASE} tokenizer model checkpoint generate "
-        "serving.engine serving.stats serving.gate serving.asking serving.app"
+        "serving.engine serving.stats serving.gate serving.asking serving.app serving.proxy"
     ),
     "report": f"{BASE} metrics",
     "__main__": BASE,

@@ -30,10 +30,8 @@ LONG = b'{"prompt":[5,6],"max_tokens":1000,"temperature":0}'
 
 
 def read_all(connection: socket.socket) -> bytes:
-    found = b""
-    while data := connection.recv(65_536):
-        found += data
-    return found
+    with connection, connection.makefile("rb") as file:
+        return file.read()
 
 
 @pytest.mark.slow

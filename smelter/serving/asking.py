@@ -105,7 +105,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[Any]) -> bool:
+async def unless_gone(receive: Receive, work: Awaitable[Any]) -> bool:
     """Do `work` while the client is there; False where it went away."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
@@ -130,7 +130,7 @@ async def collect(service: Service, http: HttpRequest, requests: Sequence[Reques
             results[index].add(piece)
 
     try:
-        return results if await _unless_gone(http.receive, read()) else None
+        return results if await unless_gone(http.receive, read()) else None
     finally:
         stream.cancel()
 
@@ -153,7 +153,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
-            await _unless_gone(receive, self._send(send))
+            await unless_gone(receive, self._send(send))
         finally:
             self._stream.cancel()
 
