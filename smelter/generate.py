@@ -107,8 +107,8 @@ def load_model(
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """One token id [B] per row of logits [B, V]; `uniforms` [B] in [0, 1) decide.
 
-    temperature 0 takes the likeliest, and so does what float32 cannot divide by. Otherwise the top_k likeliest (0: all) are kept, of them the fewest
-    whose share reaches top_p (nucleus sampling, arXiv 1904.09751), and the inverse of their cumulative
+    temperature 0, or too little to divide by, takes the likeliest. Otherwise the top_k likeliest (0: all) are kept, of
+    them the fewest whose share reaches top_p (nucleus sampling, arXiv 1904.09751), and the inverse of their cumulative
     distribution is read at the uniform number: the same number gives the same token in any batch.
     """
     if temperature < MIN_TEMPERATURE:

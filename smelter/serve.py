@@ -188,9 +188,8 @@ def _serve_llama_cpp(options: ServeOptions, listener: socket.socket) -> None:
     )
     try:
         app = make_proxy_app(server, name, rules_of(options), options.queue)
-        run(
-            app, listener, lambda: _announce(options, listener, f"{name} (llama.cpp, {gguf.name}, context {context:,})")
-        )
+        about = f"{name} (llama.cpp, {gguf.name}, context {context:,})"
+        run(app, listener, lambda: _announce(options, listener, about))
     finally:
         server.stop()
 
