@@ -41,7 +41,7 @@ test-gpu: setup ## the tests that need a CUDA device; fails where there is none
 
 bench: setup ## every benchmark that needs no GPU, in its quick form
 	@for file in benchmarks/*.py; do \
-		case $$file in */contestants.py | */train_gpu.py) continue ;; esac; \
+		case $$file in */contestants.py | */study.py | */train_gpu.py) continue ;; esac; \
 		echo "== $$file"; $(BIN)/python "$$file" --quick; \
 	done
 

@@ -6,28 +6,31 @@ nearest known one; the resolved whole is saved in the run folder. Figures that f
 """
 
 import difflib
-import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from smelter.errors import ConfigError
+from smelter.training_config import DistillationConfig, TrainingConfig, require, require_finite
+
+__all__ = [  # the four tables are found here, wherever they are written
+    "PRESETS",
+    "ActivationQuant",
+    "Config",
+    "DataConfig",
+    "DistillationConfig",
+    "ModelConfig",
+    "TrainingConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "config_to_toml",
+    "load_config",
+    "nearest",
+    "preset",
+]
 
 ActivationQuant = Literal["token", "block256", "none"]
-Schedule = Literal["constant", "wsd", "cosine"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_finite(table: str, config: Any) -> None:
-    for item in fields(config):
-        value = getattr(config, item.name)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        _require(finite, f"{table}.{item.name} = {value}: must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -70,31 +73,31 @@ class ModelConfig:
     """int8 activations per token, per block of 256 (as llama.cpp's Q8_K does), or none."""
 
     def __post_init__(self) -> None:
-        _require_finite("model", self)
+        require_finite("model", self)
         for name in (
             *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("intermediate_size", "max_seq_len"),
         ):
             value = getattr(self, name)
-            _require(value > 0, f"model.{name} = {value}: must be at least 1")
-        _require(
+            require(value > 0, f"model.{name} = {value}: must be at least 1")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}: "
             f"choose one of {[n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]}",
         )
-        _require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even for rotary embedding")
-        _require(self.rms_norm_eps > 0, f"model.rms_norm_eps = {self.rms_norm_eps}: must be positive")
-        _require(self.rope_base > 1, f"model.rope_base = {self.rope_base}: must be above 1")
+        require(self.head_dim % 2 == 0, f"model.head_dim = {self.head_dim}: must be even for rotary embedding")
+        require(self.rms_norm_eps > 0, f"model.rms_norm_eps = {self.rms_norm_eps}: must be positive")
+        require(self.rope_base > 1, f"model.rope_base = {self.rope_base}: must be above 1")
         for name in ("attn_logit_soft_cap", "final_logit_soft_cap"):
             value = getattr(self, name)
-            _require(value >= 0, f"model.{name} = {value}: must be positive, or 0 for no cap")
+            require(value >= 0, f"model.{name} = {value}: must be positive, or 0 for no cap")
         if self.use_ternary and self.activation_quant == "block256":
             for name, value in (
                 ("hidden_size", self.hidden_size),
                 ("intermediate_size", self.intermediate_size),
                 ("num_heads * head_dim", self.query_size),
             ):
-                _require(
+                require(
                     value % 256 == 0,
                     f'model.{name} = {value}: must be a multiple of 256 for activation_quant = "block256"',
                 )
@@ -166,152 +169,12 @@ class DataConfig:
     """Attention does not cross from one packed document into another."""
 
     def __post_init__(self) -> None:
-        _require_finite("data", self)
+        require_finite("data", self)
         for name in ("fim_rate", "fim_spm_rate"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"data.{name} = {value}: must lie between 0 and 1")
+            require(0 <= value <= 1, f"data.{name} = {value}: must lie between 0 and 1")
         tokens = {self.fim_prefix_token, self.fim_middle_token, self.fim_suffix_token}
-        _require(len(tokens) == 3 and all(tokens), "data.fim_*_token: the three must differ and not be empty")
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Learning from teachers' probabilities in the same process; off while `teachers` is empty."""
-
-    teachers: tuple[str, ...] = ()
-    """Run folders or checkpoints of teachers with the same tokenizer."""
-    teacher_weights: tuple[float, ...] = ()
-    """Weight of each teacher in the mixture of probabilities; empty means equal weights."""
-    kl_weight: float = 0.9
-    """Share of the KL term in the loss; cross-entropy has the rest."""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || student). reverse: KL(student || teacher)."""
-    temperature: float = 1.0
-    """Softens both distributions; the term is multiplied by its square."""
-
-    def __post_init__(self) -> None:
-        _require_finite("distillation", self)
-        _require(0 <= self.kl_weight <= 1, f"distillation.kl_weight = {self.kl_weight}: must lie between 0 and 1")
-        _require(self.temperature > 0, f"distillation.temperature = {self.temperature}: must be positive")
-        if self.teacher_weights:
-            _require(
-                len(self.teacher_weights) == len(self.teachers),
-                f"distillation.teacher_weights has {len(self.teacher_weights)} entries for "
-                f"{len(self.teachers)} teachers: give one weight per teacher or none",
-            )
-            _require(
-                min(self.teacher_weights) >= 0 and sum(self.teacher_weights) > 0,
-                "distillation.teacher_weights: none may be negative and one must be positive",
-            )
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The loop: batch, length, optimizer, precision, and what is written down when."""
-
-    run_dir: str = "runs/default"
-    """Run folder: configuration, metrics, checkpoints, report."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Matrix products' precision. auto: bf16 where the hardware multiplies it, else fp16 on CUDA, fp32 on CPU."""
-    num_steps: int = 20_000
-    """Optimizer steps."""
-    train_minutes: float = 0.0
-    """If positive, train for this long instead: num_steps is set when the cool-down must begin. Not with cosine."""
-    device_batch_size: int = 8
-    """Sequences per forward pass on one device."""
-    total_batch_size: int = 262_144
-    """Tokens per optimizer step over all devices; a multiple of sequence length x device_batch_size x devices."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for the body's matrices, AdamW for the rest. adamw: AdamW for all."""
-    muon_lr: float = 0.02
-    """Muon's learning rate."""
-    muon_momentum: float = 0.95
-    """Muon's (Nesterov) momentum, reached after muon_momentum_warmup steps from 0.85."""
-    muon_momentum_warmup: int = 300
-    """Steps over which Muon's momentum rises to its value."""
-    muon_newton_schulz_steps: int = 5
-    """Newton-Schulz steps of Muon's orthogonalisation; fewer are cheaper where batches are small."""
-    muon_weight_decay: float = 0.0
-    """Muon's decoupled weight decay, falling linearly to 0 over the run."""
-    muon_schedule: Schedule = "constant"
-    """Muon's learning-rate schedule."""
-    adamw_lr: float = 3e-3
-    """AdamW's learning rate for norms, and for matrices with optimizer = "adamw"."""
-    embedding_lr: float = 6e-3
-    """AdamW's learning rate for the embedding and the output head."""
-    adamw_beta1: float = 0.9
-    """AdamW's first-moment decay."""
-    adamw_beta2: float = 0.95
-    """AdamW's second-moment decay."""
-    adamw_weight_decay: float = 0.0
-    """AdamW's decoupled weight decay on matrices (never on norms)."""
-    adamw_schedule: Schedule = "wsd"
-    """AdamW's learning-rate schedule: constant, warm-up-stable-decay, or cosine."""
-    warmup_steps: int = 100
-    """Linear warm-up of every scheduled learning rate."""
-    cooldown_fraction: float = 0.25
-    """wsd: share of the steps over which the rate falls linearly to min_lr_ratio."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end, as a share of its peak."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-    z_loss: float = 1e-4
-    """Weight of the squared log-partition term that keeps logits small."""
-    loss_chunk_size: int = 1_024
-    """Tokens whose logits exist at once in the loss."""
-    use_torch_compile: bool = True
-    """Compile each block with torch.compile (needs a C++ compiler on CPU, Triton on CUDA)."""
-    use_gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
-    log_every: int = 10
-    """Steps between progress lines and metrics."""
-    eval_every: int = 250
-    """Steps between evaluations on held-out data; 0 for the end only."""
-    eval_tokens: int = 131_072
-    """Held-out tokens per evaluation."""
-    sample_every: int = 1_000
-    """Steps between written samples; 0 for none."""
-    checkpoint_every: int = 1_000
-    """Steps between checkpoints; 0 for the end only."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept; 0 keeps all."""
-    resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the run folder's last checkpoint if there is one. must: fail without. never: start anew."""
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    """Also send metrics to these; metrics.jsonl is always written."""
-
-    def __post_init__(self) -> None:
-        _require_finite("training", self)
-        for name in (
-            *("num_steps", "device_batch_size", "total_batch_size", "muon_lr", "adamw_lr", "embedding_lr"),
-            *("loss_chunk_size", "log_every", "eval_tokens", "muon_newton_schulz_steps"),
-        ):
-            value = getattr(self, name)
-            _require(value > 0, f"training.{name} = {value}: must be positive")
-        for name in (
-            *("muon_weight_decay", "adamw_weight_decay", "warmup_steps", "grad_clip", "z_loss", "train_minutes"),
-            *("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "muon_momentum_warmup"),
-        ):
-            value = getattr(self, name)
-            _require(value >= 0, f"training.{name} = {value}: must not be negative")
-        for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"training.{name} = {value}: must lie in [0, 1)")
-        for name in ("cooldown_fraction", "min_lr_ratio"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
-        _require(0 <= self.seed < 2**63, f"training.seed = {self.seed}: must lie in [0, 2**63)")
-        if self.train_minutes:
-            schedules = {self.adamw_schedule} | ({self.muon_schedule} if self.optimizer == "muon" else set())
-            _require(
-                "cosine" not in schedules,
-                "training.train_minutes needs a schedule that does not depend on the number of steps from the "
-                'start: use "wsd" or "constant" instead of "cosine", or set num_steps',
-            )
+        require(len(tokens) == 3 and all(tokens), "data.fim_*_token: the three must differ and not be empty")
 
 
 @dataclass(frozen=True)
@@ -327,7 +190,7 @@ class Config:
         """Forward passes per optimizer step on each device; ConfigError where the batch does not divide."""
         training, seq_len = self.training, self.model.max_seq_len
         tokens = training.device_batch_size * seq_len * world_size
-        _require(
+        require(
             training.total_batch_size % tokens == 0,
             f"training.total_batch_size = {training.total_batch_size} is not a multiple of device_batch_size x "
             f"max_seq_len x devices = {training.device_batch_size} x {seq_len} x {world_size} = {tokens}: "
@@ -375,14 +238,14 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type, without guessing: an int may stand for a float, a list for a tuple."""
     origin = get_origin(hint)
     if origin is Literal:
-        _require(value in get_args(hint), f"{where} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
+        require(value in get_args(hint), f"{where} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where} = {value!r}: must be a list")
+        require(isinstance(value, (list, tuple)), f"{where} = {value!r}: must be a list")
         return tuple(_checked(item, get_args(hint)[0], where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _require(type(value) is hint, f"{where} = {value!r}: must be of type {hint.__name__}")
+    require(type(value) is hint, f"{where} = {value!r}: must be of type {hint.__name__}")
     return value
 
 
@@ -391,7 +254,7 @@ def _apply(base: Any, values: dict[str, Any], where: str, table: str) -> Any:
     hints = get_type_hints(type(base))
     known = [item.name for item in fields(base)]
     for key in values:
-        _require(key in known, f"{where}: [{table}]: unknown key {key!r}: {nearest(key, known)}")
+        require(key in known, f"{where}: [{table}]: unknown key {key!r}: {nearest(key, known)}")
     checked = {key: _checked(value, hints[key], f"{where}: [{table}]: {key}") for key, value in values.items()}
     try:
         return replace(base, **checked)
@@ -406,7 +269,7 @@ def config_from_dict(values: dict[str, Any], where: str, base: Config | None = N
     """
     values = dict(values)
     name = values.pop("preset", None)
-    _require(name is None or isinstance(name, str), f"{where}: preset = {name!r}: must be a name in quotes")
+    require(name is None or isinstance(name, str), f"{where}: preset = {name!r}: must be a name in quotes")
     if base is None:
         try:
             base = preset(name if name is not None else "100m")
@@ -414,8 +277,8 @@ def config_from_dict(values: dict[str, Any], where: str, base: Config | None = N
             raise ConfigError(f"{where}: {error}") from None
     sections = [item.name for item in fields(Config)]
     for key, table in values.items():
-        _require(key in sections, f"{where}: unknown table {key!r}: {nearest(key, sections)}")
-        _require(isinstance(table, dict), f"{where}: {key} must be a table ([{key}])")
+        require(key in sections, f"{where}: unknown table {key!r}: {nearest(key, sections)}")
+        require(isinstance(table, dict), f"{where}: {key} must be a table ([{key}])")
     return replace(base, **{key: _apply(getattr(base, key), table, where, key) for key, table in values.items()})
 
 

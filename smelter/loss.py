@@ -1,58 +1,82 @@
-"""Language-model losses from hidden states: cross-entropy, KL to teachers, z-loss, chunked over tokens.
+"""Language-model losses from hidden states: cross-entropy, divergence to teachers, z-loss, chunked over tokens.
 
 The [tokens x vocabulary] logits of a whole batch would dwarf the model (2 GB for 16k tokens at 32k
 entries). Here they exist for `chunk_size` tokens at a time, and the gradient is made in the same pass,
 so nothing is recomputed backward. `dense_loss` is the same in plain autograd: the specification.
 
-With logits c = soft_cap(u), student p, teacher mixture t, weight w per token and temperature T:
+With logits c = soft_cap(u), weight w per token and temperature T, a token's D is the divergence (divergence.py)
+of softmax(c / T) from the mixture of its teachers (mixture.py), and a is kl_weight, or 0 for a token without teacher:
 
-    loss = sum_i w_i [ (1 - a) CE_i + z lse_i^2 + a T^2 KL_i ] / normalizer
+    loss = sum_i w_i [ (1 - a_i) CE_i + z lse_i^2 + a_i T^2 D_i ] / normalizer
 
 Labels below 0 carry no loss of any kind. Sources: z-loss PaLM (2204.02311), KL with temperature
 Hinton et al. (1503.02531).
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smelter.divergence import Direction, Divergence, divergence, divergence_and_grad
 from smelter.kernels import reference
-from smelter.kernels.soft_cap import COMPILER_OPTIONS, capped, capped_exp, is_bounded
+from smelter.kernels.soft_cap import capped
+from smelter.mixture import (
+    Mixture,
+    SparseTeacher,
+    Teacher,
+    TeacherHead,
+    checked_teachers,
+    mixture,
+    needs_no_rows,
+    sparse_target,
+)
+from smelter.soft_target import compiled, cross_entropy_and_grad, soft_cross_entropy_and_grad
 
-Direction = Literal["forward", "reverse"]
+__all__ = [  # what a caller needs is found here, wherever it is written
+    "Direction",
+    "Loss",
+    "LossConfig",
+    "SparseTeacher",
+    "Teacher",
+    "TeacherHead",
+    "chunked_loss",
+    "dense_loss",
+]
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is summed: soft-cap of the logits, weight of z-loss and KL, temperature and direction of the KL."""
+    """What is summed: soft-cap of the logits, weight of z-loss and of the divergence, and which divergence.
+
+    `skew_alpha` and `js_beta` are the parameters of those directions. `use_confidence` multiplies each teacher's
+    weight in the mixture by exp(-its entropy) at every token.
+    """
 
     soft_cap: float = 0.0
     z_loss: float = 0.0
     kl_weight: float = 0.0
     temperature: float = 1.0
     direction: Direction = "forward"
+    skew_alpha: float = 0.1
+    js_beta: float = 0.5
+    use_confidence: bool = False
 
-
-@dataclass(frozen=True)
-class TeacherHead:
-    """A teacher's hidden states [N, C'], head [V, C'], soft-cap and weight in the mixture of probabilities."""
-
-    hidden: Tensor
-    head: Tensor
-    soft_cap: float
-    weight: float = 1.0
+    @property
+    def divergence(self) -> Divergence:
+        """Which divergence, with its parameters."""
+        return Divergence(self.direction, self.skew_alpha, self.js_beta)
 
 
 @dataclass(frozen=True)
 class Loss:
     """`total` is differentiable; the parts are detached. All are divided by the normalizer.
 
-    `total` = (1 - kl_weight) * ce + z_loss * z + kl_weight * kl.
+    `total` = (1 - kl_weight) * ce + z_loss * z + kl_weight * kl where every token has a teacher. A token without
+    one adds its whole cross-entropy to `total` and nothing to `kl`. `kl` is the divergence of any direction.
     """
 
     total: Tensor
@@ -61,95 +85,75 @@ class Loss:
     kl: Tensor
 
 
-def teacher_log_probs(teachers: Sequence[TeacherHead], rows: slice, temperature: float) -> Tensor:
-    """Log-probabilities [n, V] of the weighted mixture of the teachers' softened distributions."""
-    total = sum(teacher.weight for teacher in teachers)
-    parts = []
-    for teacher in teachers:
-        logits = F.linear(teacher.hidden[rows], teacher.head.to(teacher.hidden.dtype)).float()
-        log_probs = F.log_softmax(reference.soft_cap(logits, teacher.soft_cap) / temperature, dim=-1)
-        if len(teachers) == 1:
-            return log_probs
-        if teacher.weight:
-            parts.append(log_probs + torch.tensor(teacher.weight / total, device=log_probs.device).log())
-    return torch.logsumexp(torch.stack(parts), dim=0)
-
-
 def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
     valid = (targets >= 0).float()
     return valid if weights is None else valid * weights
 
 
-def _log_sum_exp(logits: Tensor, soft_cap: float) -> Tensor:
-    """lse [n, 1] of the capped logits [n, V]."""
+def _log_student(logits: Tensor, soft_cap: float, temperature: float) -> Tensor:
+    """Log-probabilities [n, V] of the student, softened."""
     values, _ = capped(logits, soft_cap)
-    if is_bounded(soft_cap):
-        return capped_exp(values, soft_cap, logits.dtype).sum(-1, keepdim=True).log()
-    return torch.logsumexp(values, dim=-1, keepdim=True)
-
-
-def _replace_by_softmax_grad(logits: Tensor, shift: Tensor | None, factor: Tensor, soft_cap: float) -> None:
-    """Replaces logits [n, V] by factor [n, 1] times exp(capped - shift [n, 1]) times the cap's slope."""
-    values, slope = capped(logits, soft_cap)
-    exponentials = capped_exp(values, soft_cap, logits.dtype) if shift is None else torch.exp(values - shift)
-    logits.copy_(exponentials * slope * factor)
-
-
-def _cross_entropy_and_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor, config: LossConfig, use_compile: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums of CE and squared lse; `logits` [n, V] become the gradient to themselves, uncapped.
-
-    Two passes over the logits, one for the sums and one in place, and nothing else of their size.
-    """
-    sums = _compiled(_log_sum_exp) if use_compile else _log_sum_exp
-    replace = _compiled(_replace_by_softmax_grad) if use_compile else _replace_by_softmax_grad
-    index = targets.clamp_min(0).unsqueeze(-1)
-    at_target, slope = capped(logits.gather(-1, index), config.soft_cap)  # [n, 1]
-    lse = sums(logits, config.soft_cap)
-    share = weights.unsqueeze(-1)
-    factor = (1.0 + 2.0 * config.z_loss * lse) * share
-    if is_bounded(config.soft_cap):
-        replace(logits, None, factor * (-lse).exp(), config.soft_cap)
-    else:
-        replace(logits, lse, factor, config.soft_cap)
-    grad_at_target = (((at_target - lse).exp() * factor - share) * slope).to(logits.dtype)
-    # index_put_, as scatter_ copies the whole tensor twice on a CPU.
-    logits.index_put_((torch.arange(len(index), device=index.device), index.squeeze(-1)), grad_at_target.squeeze(-1))
-    return ((lse - at_target) * share).sum(), (lse.square() * share).sum(), logits
+    return F.log_softmax(values / temperature, dim=-1)
 
 
 def _distillation_and_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor, teacher: Tensor, config: LossConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted sums of CE, squared lse and KL, and the gradient of the total to the uncapped logits [n, V].
+    logits: Tensor, targets: Tensor, weights: Tensor, kl_share: Tensor, teacher: Mixture, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums [4] of total, CE, squared lse and divergence, and the total's gradient to the logits [n, V].
 
-    Computed in float32; the gradient comes in the logits' dtype.
+    kl_share [n] is each token's share of the divergence; it comes as a tensor and config.kl_weight is not read, so
+    that a weight that changes compiles nothing anew. Computed in float32; the gradient comes in the logits' dtype.
     """
     values, slope = capped(logits, config.soft_cap)
     lse = torch.logsumexp(values, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
-    ce = ((lse - values.gather(-1, index)).squeeze(-1) * weights).sum()
-    z = (lse.squeeze(-1).square() * weights).sum()
-    ce_share = 1.0 - config.kl_weight
-    grad = (values - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
-    temperature = config.temperature
-    student = F.log_softmax(values / temperature, dim=-1)
-    if config.direction == "forward":
-        # 0 * -inf where a teacher gives no probability at all: that term of the sum is 0.
-        terms = torch.where(teacher > float("-inf"), teacher.exp() * (teacher - student), 0.0)
-        token_kl = terms.sum(-1)
-        kl_grad = student.exp() - teacher.exp()
-    else:
-        difference = student - teacher
-        token_kl = (student.exp() * difference).sum(-1)
-        kl_grad = student.exp() * (difference - token_kl.unsqueeze(-1))
-    kl = (token_kl * weights).sum() * temperature**2
-    grad.add_(kl_grad, alpha=config.kl_weight * temperature)
+    ce = (lse - values.gather(-1, index)).squeeze(-1)
+    z = lse.squeeze(-1).square()
+    share = kl_share.unsqueeze(-1)
+    grad = (values - lse).exp_().mul_(1 - share + 2.0 * config.z_loss * lse)
+    student = F.log_softmax(values / config.temperature, dim=-1)
+    token, token_grad = divergence_and_grad(teacher.log_probs, student, config.divergence)
+    kl = _stated(token, teacher) * config.temperature**2
+    grad.add_(token_grad * (share * config.temperature))
     # The target's own entry is put in afterwards: one comparison a token instead of one a logit.
-    grad.scatter_add_(-1, index, grad.new_full(index.shape, -ce_share))
-    factor = weights.unsqueeze(-1)
-    return ce, z, kl, (grad * (slope * factor)).to(logits.dtype)
+    grad.scatter_add_(-1, index, share - 1)
+    total = (1 - kl_share) * ce + config.z_loss * z + kl_share * kl
+    parts = torch.stack((total, ce, z, kl))
+    return (parts * weights).sum(-1), (grad * (slope * weights.unsqueeze(-1))).to(logits.dtype)
+
+
+def _stated(token: Tensor, teacher: Mixture) -> Tensor:
+    """The divergence [n] with the teachers' stated entropy, and 0 where there is no teacher."""
+    if teacher.entropy is not None:
+        log_p = teacher.log_probs
+        token = token - (log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1) - teacher.entropy
+    return torch.where(teacher.present, token, 0.0)
+
+
+def _chunk_and_grad(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    teachers: Sequence[Teacher],
+    rows: slice,
+    config: LossConfig,
+    use_compile: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums [4] of one chunk, and the gradient to its logits [n, V], which may take their place."""
+    options = config.soft_cap, config.z_loss, use_compile
+    if not teachers:
+        return cross_entropy_and_grad(logits, targets, weights, *options)
+    if needs_no_rows(teachers, config.direction, config.temperature):
+        soft = sparse_target(teachers, rows, config.use_confidence)
+        return soft_cross_entropy_and_grad(logits, targets, weights, soft, config.kl_weight, *options)
+    student = None
+    if any(isinstance(teacher, SparseTeacher) for teacher in teachers):
+        student = _log_student(logits, config.soft_cap, config.temperature)
+    teacher = mixture(teachers, rows, config.temperature, student, config.use_confidence)
+    del student
+    distill = compiled(_distillation_and_grad) if use_compile else _distillation_and_grad
+    kl_share = config.kl_weight * teacher.present
+    return distill(logits, targets, weights, kl_share, teacher, replace(config, kl_weight=0.0))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -167,7 +171,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         normalizer: Tensor,
-        teachers: Sequence[TeacherHead],
+        teachers: Sequence[Teacher],
         config: LossConfig,
         chunk_size: int,
         use_compile: bool,
@@ -176,19 +180,13 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_head: Tensor | None = None
-        distill = _compiled(_distillation_and_grad) if use_compile else _distillation_and_grad
-        add = _compiled(Tensor.add_) if use_compile else Tensor.add_
-        sums = torch.zeros(3, device=hidden.device)
+        add = compiled(Tensor.add_) if use_compile else Tensor.add_
+        sums = torch.zeros(4, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, min(start + chunk_size, hidden.shape[0]))
             logits = F.linear(hidden[rows], matrix)
-            if teachers:
-                teacher = teacher_log_probs(teachers, rows, config.temperature)
-                ce, z, kl, grad = distill(logits, targets[rows], weights[rows], teacher, config)
-            else:
-                ce, z, grad = _cross_entropy_and_grad(logits, targets[rows], weights[rows], config, use_compile)
-                kl = torch.zeros_like(ce)
-            sums += torch.stack((ce, z, kl))
+            parts, grad = _chunk_and_grad(logits, targets[rows], weights[rows], teachers, rows, config, use_compile)
+            sums += parts
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix
                 share = grad.T @ hidden[rows]
@@ -199,14 +197,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 del share
             del logits, grad  # else they would still be there while the next chunk's are made
         sums = sums / normalizer
-        ce_share = 1.0 - config.kl_weight if teachers else 1.0
-        total = ce_share * sums[0] + config.z_loss * sums[1] + config.kl_weight * sums[2]
         if grad_hidden is not None and grad_head is not None:
             ctx.save_for_backward(grad_hidden, grad_head, normalizer)
             ctx.head_dtype = head.dtype
-        parts = sums[0].clone(), sums[1].clone(), sums[2].clone()
-        ctx.mark_non_differentiable(*parts)
-        return total, *parts
+        total, *rest = (part.clone() for part in sums)
+        ctx.mark_non_differentiable(*rest)
+        return total, rest[0], rest[1], rest[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,12 +213,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_head.mul_(factor).to(ctx.head_dtype), *(None,) * 8
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, fused by torch.compile; made at its first use, since the compiler takes a second to import."""
-    return torch.compile(function, dynamic=False, options=COMPILER_OPTIONS)
-
-
 def chunked_loss(
     hidden: Tensor,
     head: Tensor,
@@ -231,7 +221,7 @@ def chunked_loss(
     *,
     weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-    teachers: Sequence[TeacherHead] = (),
+    teachers: Sequence[Teacher] = (),
     chunk_size: int = 1_024,
     use_compile: bool = False,
 ) -> Loss:
@@ -240,14 +230,16 @@ def chunked_loss(
     weights [N] multiply each token's loss. `normalizer` is the divisor, by default the sum of the weights
     of unmasked tokens in this call; a trainer passes the sum over the whole optimizer step, so that
     accumulation, ranks and padding never change the loss. At most chunk_size x V logits exist at once.
+    Raises ConfigError for a sparse teacher of another temperature, or a sampled one with a direction but forward.
     """
+    used = checked_teachers(teachers, config.direction, config.temperature)
     token_weights = _token_weights(targets, weights)
     if normalizer is None:
         normalizer = token_weights.sum().clamp_min(1e-8)
     divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, token_weights, divisor, tuple(teachers), config, chunk_size, use_compile, needs_grad
+        hidden, head, targets, token_weights, divisor, used, config, chunk_size, use_compile, needs_grad
     )
     return Loss(*parts)
 
@@ -260,25 +252,21 @@ def dense_loss(
     *,
     weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-    teachers: Sequence[TeacherHead] = (),
+    teachers: Sequence[Teacher] = (),
 ) -> Loss:
     """The specification of `chunked_loss`: all logits at once, gradients by autograd."""
+    used = checked_teachers(teachers, config.direction, config.temperature)
     token_weights = _token_weights(targets, weights)
     divisor = token_weights.sum().clamp_min(1e-8) if normalizer is None else normalizer
-    capped = reference.soft_cap(F.linear(hidden, head.to(hidden.dtype)).float(), config.soft_cap)
-    ce = (F.cross_entropy(capped, targets.clamp_min(0), reduction="none") * token_weights).sum() / divisor
-    z = (torch.logsumexp(capped, dim=-1).square() * token_weights).sum() / divisor
-    kl = torch.zeros_like(ce)
-    if teachers:
-        teacher = teacher_log_probs(teachers, slice(None), config.temperature)
-        student = F.log_softmax(capped / config.temperature, dim=-1)
-        if config.direction == "forward":
-            # A teacher's probability of 0 adds nothing: 0 * log 0 is 0, and its logarithm must not meet the 0.
-            certain = teacher.clamp_min(torch.finfo(teacher.dtype).min)
-            token_kl = (teacher.exp() * (certain - student)).sum(-1)
-        else:
-            token_kl = (student.exp() * (student - teacher)).sum(-1)
-        kl = (token_kl * token_weights).sum() * config.temperature**2 / divisor
-    ce_share = 1.0 - config.kl_weight if teachers else 1.0
-    total = ce_share * ce + config.z_loss * z + config.kl_weight * kl
-    return Loss(total, ce.detach(), z.detach(), kl.detach())
+    capped_logits = reference.soft_cap(F.linear(hidden, head.to(hidden.dtype)).float(), config.soft_cap)
+    ce = F.cross_entropy(capped_logits, targets.clamp_min(0), reduction="none")
+    z = torch.logsumexp(capped_logits, dim=-1).square()
+    kl, kl_share = torch.zeros_like(ce), torch.zeros_like(ce)
+    if used:
+        student = F.log_softmax(capped_logits / config.temperature, dim=-1)
+        teacher = mixture(used, slice(None), config.temperature, student.detach(), config.use_confidence)
+        kl = _stated(divergence(teacher.log_probs, student, config.divergence), teacher) * config.temperature**2
+        kl_share = config.kl_weight * teacher.present
+    total = (1 - kl_share) * ce + config.z_loss * z + kl_share * kl
+    sums = [(part * token_weights).sum() / divisor for part in (total, ce, z, kl)]
+    return Loss(sums[0], *(part.detach() for part in sums[1:]))

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from smelter.config import Schedule, TrainingConfig
+from smelter.config import DistillationConfig, TrainingConfig
+from smelter.training_config import Schedule
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int | None, config: TrainingConfig) -> float:
@@ -52,6 +53,13 @@ def set_rates(groups: list[dict[str, Any]], step: int, num_steps: int | None, co
             group["weight_decay"] = config.muon_weight_decay * (1 - step / num_steps if num_steps else 1.0)
 
 
+def kl_weight(progress: float, config: DistillationConfig) -> float:
+    """The divergence's share in the loss when `progress` (0 to 1) of the run is over."""
+    if config.kl_schedule == "constant":
+        return config.kl_weight
+    return config.kl_weight + (config.kl_weight_end - config.kl_weight) * progress
+
+
 @dataclass
 class RunLength:
     """The number of steps: given, or what the clock allows, known from the cool-down on."""
@@ -76,6 +84,12 @@ class RunLength:
     def done(self, step: int) -> bool:
         """Whether `step` steps complete the run."""
         return self.num_steps is not None and step >= self.num_steps
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """Share of the run that is over, 0 to 1: by steps, or by the clock where that limits the run."""
+        if self.config.train_minutes:
+            return min(1.0, elapsed / (self.config.train_minutes * 60))
+        return min(1.0, step / self.config.num_steps)
 
     def eta(self, step: int, elapsed: float, seconds_per_step: float) -> float:
         """Seconds left."""

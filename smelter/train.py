@@ -32,58 +32,16 @@ from smelter.distributed import print0
 from smelter.errors import ConfigError, UserError
 from smelter.evaluate import validation_loss
 from smelter.generate import samples
-from smelter.loss import Loss, LossConfig, TeacherHead, chunked_loss
 from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
 from smelter.model import Model
 from smelter.muon import MuonAdamW
+from smelter.objective import Objective, load_teachers, validation_weights
 from smelter.plan import plan
-from smelter.schedule import RunLength, set_rates
+from smelter.schedule import RunLength, kl_weight, set_rates
 from smelter.shards import ShardSet
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10
-
-
-class Objective(nn.Module):
-    """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it."""
-
-    def __init__(self, model: Model, config: Config, teachers: list[Model], use_compile: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.use_compile = use_compile
-        self.chunk_size = config.training.loss_chunk_size
-        # Kept out of the module tree: teachers are neither trained nor saved.
-        self.teachers = (teachers, config.distillation.teacher_weights or (1.0,) * len(teachers))
-        self.loss_config = LossConfig(
-            soft_cap=config.model.final_logit_soft_cap,
-            z_loss=config.training.z_loss,
-            kl_weight=config.distillation.kl_weight if teachers else 0.0,
-            temperature=config.distillation.temperature,
-            direction=config.distillation.kl_direction,
-        )
-
-    def forward(
-        self, inputs: Tensor, targets: Tensor, weights: Tensor | None, doc_ids: Tensor | None, normalizer: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`."""
-        hidden = self.model(inputs, doc_ids)
-        heads = []
-        for teacher, weight in zip(*self.teachers, strict=True):
-            with torch.no_grad():
-                states = teacher(inputs, doc_ids).flatten(0, 1)
-            heads.append(TeacherHead(states, teacher.head, teacher.config.final_logit_soft_cap, weight))
-        loss: Loss = chunked_loss(
-            hidden.flatten(0, 1),
-            self.model.head,
-            targets.flatten(),
-            self.loss_config,
-            weights=None if weights is None else weights.flatten(),
-            normalizer=normalizer,
-            teachers=heads,
-            chunk_size=self.chunk_size,
-            use_compile=self.use_compile,
-        )
-        return loss.total, loss.ce, loss.z, loss.kl
 
 
 class StopSignal:
@@ -158,7 +116,12 @@ class Trainer:
         if self.use_compile:
             for block in self.model.layers:
                 block.compile()
-        self.objective: nn.Module = Objective(self.model, config, self._teachers(), self.use_compile)
+        teachers = load_teachers(config, self.dtype, self.device)
+        weights = None
+        if config.distillation.teacher_weighting == "validation" and teachers:
+            weights = validation_weights(teachers, config, self.shards.split("val"), self.tokenizer)
+        self.loss = Objective(self.model, config, teachers, self.use_compile, weights)
+        self.objective: nn.Module = self.loss
         if distributed.world_size() > 1:
             self.objective = DistributedDataParallel(
                 self.objective, device_ids=[self.device.index] if self.device.type == "cuda" else None
@@ -166,21 +129,6 @@ class Trainer:
         self.metrics = MetricsLogger(self.run_dir, config, training.trackers, self.step if found is not None else None)
         self.peak_flops = hardware.measure_peak_flops(self.device, self.dtype)
         self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
-
-    def _teachers(self) -> list[Model]:
-        teachers = []
-        for path in self.config.distillation.teachers:
-            loaded = load_checkpoint(Path(path), with_state=False)
-            if loaded.config.model.vocab_size != self.config.model.vocab_size:
-                raise ConfigError(
-                    f"distillation.teachers: {path} has a vocabulary of {loaded.config.model.vocab_size}, the student "
-                    f"{self.config.model.vocab_size}: use a teacher trained on the same shards"
-                )
-            teacher = Model(loaded.config.model, self.dtype)
-            teacher.load_state_dict(loaded.tensors)
-            teacher.to(self.device).quantize_weights()
-            teachers.append(teacher.requires_grad_(False).eval())
-        return teachers
 
     def _load(self, path: Path) -> None:
         loaded = load_checkpoint(path, with_state=True)
@@ -328,6 +276,9 @@ class Trainer:
             set_rates(self.optimizer.param_groups, self.step, length.num_steps, training)
             rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             rates["lr_adamw"] = rates.pop("lr_vectors")
+            self.loss.kl_weight = kl_weight(length.progress(self.step, self.elapsed), self.config.distillation)
+            if self.config.distillation.kl_schedule != "constant":
+                rates["kl_weight"] = self.loss.kl_weight
             values = self._train_step(next(batches))
             if self.skipped_in_a_row == MAX_SKIPPED:
                 raise UserError(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 sys.path.append(str(FOLDER))  # behind the packages: benchmarks/foundry.py has the name of one
 
-SHARED = {"contestants"}
+SHARED = {"contestants", "study"}
 """Used by benchmarks, and none itself."""
 BENCHMARKS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 GPU_SCRIPT = FOLDER / "gpu.sh"

@@ -17,13 +17,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
 
-BASE = "errors config cli"
+BASE = "errors training_config config cli"
 """What everything in Smelter may import."""
 
 SMELTER = {
     "__init__": "",
     "errors": "",
-    "config": "errors",
+    "training_config": "errors",
+    "config": "errors training_config",
     "cli": "errors",
     "tokenizer": BASE,
     "sandbox": BASE,
@@ -42,7 +43,10 @@ SMELTER = {
     "cache": BASE,
     "infill": BASE,
     "model": f"{BASE} kernels kernels.reference bitnet",
-    "loss": f"{BASE} kernels kernels.reference kernels.soft_cap",
+    "divergence": "",
+    "mixture": f"{BASE} kernels kernels.reference divergence",
+    "soft_target": f"{BASE} kernels.soft_cap mixture",
+    "loss": f"{BASE} kernels kernels.reference kernels.soft_cap divergence mixture soft_target",
     "muon": BASE,
     "records": BASE,
     "shards": f"{BASE} tokenizer",
@@ -57,9 +61,10 @@ SMELTER = {
     "healing": f"{BASE} tokenizer",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
     "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
+    "objective": f"{BASE} distributed tokenizer model loss shards checkpoint evaluate",
     "train": (
-        f"{BASE} tokenizer distributed kernels bitnet model infill loss muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate"
+        f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
+        "schedule hardware plan generate evaluate objective"
     ),
     "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
@@ -128,7 +133,7 @@ FOUNDRY = {
     "__main__": "errors",
 }
 
-WITHOUT_TORCH = ["config", "tokenizer", "sandbox", "cli", "errors", "__main__"]
+WITHOUT_TORCH = ["config", "training_config", "tokenizer", "sandbox", "cli", "errors", "__main__"]
 
 SOURCES = sorted(path for package in ("smelter", "foundry") for path in (ROOT / package).rglob("*.py"))
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from smelter.config import TrainingConfig
-from smelter.schedule import RunLength, lr_factor, muon_momentum, set_rates
+from smelter.config import DistillationConfig, TrainingConfig
+from smelter.schedule import RunLength, kl_weight, lr_factor, muon_momentum, set_rates
 
 
 def test_warmup_stable_decay() -> None:
@@ -74,3 +74,17 @@ def test_a_given_number_of_steps_stays() -> None:
     assert length.num_steps == 7
     assert not length.done(6)
     assert length.done(7)
+
+
+def test_the_share_of_the_teachers_over_a_run() -> None:
+    constant = DistillationConfig(kl_weight=0.8, kl_weight_end=0.2)
+    linear = DistillationConfig(kl_weight=0.8, kl_weight_end=0.2, kl_schedule="linear")
+    assert [kl_weight(x, constant) for x in (0, 0.5, 1)] == [0.8] * 3
+    assert [kl_weight(x, linear) for x in (0, 0.5, 1)] == pytest.approx([0.8, 0.5, 0.2])
+
+
+def test_progress_is_by_steps_or_by_the_clock() -> None:
+    by_steps = RunLength.of(TrainingConfig(num_steps=200))
+    assert [by_steps.progress(step, 1e9) for step in (0, 50, 200)] == [0, 0.25, 1]
+    by_clock = RunLength.of(TrainingConfig(train_minutes=2.0))
+    assert [by_clock.progress(10**6, elapsed) for elapsed in (0, 30, 120, 999)] == [0, 0.25, 1, 1]
