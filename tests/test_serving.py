@@ -271,13 +271,13 @@ def test_a_key() -> None:
         body = {"prompt": "a", "max_tokens": 1}
         assert http.post("/v1/completions", json=body).status_code == 401
         for wrong in ("Bearer", "Bearer wrong", "Basic sécret", "Bearer sécret2"):
-            headers = {"Authorization": wrong.encode()}
+            headers = {b"Authorization": wrong.encode()}
             response = http.post("/v1/completions", json=body, headers=headers)
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
         assert http.get("/metrics").status_code == 401
         assert http.get("/health").status_code == http.get("/").status_code == 200
-        right = {"Authorization": "Bearer sécret".encode()}
+        right = {b"Authorization": "Bearer sécret".encode()}
         assert http.post("/v1/completions", json=body, headers=right).status_code == 200
 
 
