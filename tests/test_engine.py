@@ -233,6 +233,15 @@ def test_prompt_logprobs(engine: Engine) -> None:
     assert asked.ids == []
 
 
+def test_ids_without_a_token_are_never_written() -> None:
+    """The embedding has more rows than the tokenizer has tokens."""
+    engine = Engine(tiny.model(vocab_size=4_096), tiny.tokenizer(), num_slots=1)
+    engine.start()
+    asked = Asked(engine, Request([5, 6], max_tokens=60, temperature=2.0)).all()
+    assert asked.finish == "length"
+    engine.stop()
+
+
 def wait_until(condition: Any, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

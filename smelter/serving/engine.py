@@ -287,7 +287,7 @@ class Engine:
                 answer.deliver(Piece("", prompt=tuple(answer.prompt)))
             answer.first = time.monotonic()
             if answer.limit:
-                self._choose([answer], self.model.logits(hidden[-1:]))
+                self._choose([answer], self._logits(hidden[-1:]))
             else:
                 self._finish(answer, "length")
         self.counts.prompt_seconds += time.monotonic() - started
@@ -295,7 +295,7 @@ class Engine:
     def _note_prompt(self, answer: Answer, hidden: Tensor, start: int) -> None:
         """Log-probabilities of a prompt's tokens: hidden [T, C] at `start` and after tell those of the next tokens."""
         ids = answer.request.ids
-        logprobs = self.model.logits(hidden).log_softmax(dim=-1)
+        logprobs = self._logits(hidden).log_softmax(dim=-1)
         if start == 0:
             answer.prompt.append(Token(ids[0], self.tokenizer.decode_bytes(ids[:1]), None))
         for row, index in enumerate(range(start + 1, min(start + len(hidden) + 1, len(ids)))):
@@ -315,8 +315,12 @@ class Engine:
         for stored, row in zip(self._stored, self._rows, strict=False):
             stored.append(row.next_id)
         self.counts.steps += 1
-        self._choose(list(self._rows), self.model.logits(hidden))
+        self._choose(list(self._rows), self._logits(hidden))
         self.counts.decode_seconds += time.monotonic() - started
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [..., C] for the ids that are tokens: an embedding may have more rows."""
+        return self.model.logits(hidden)[..., : self.tokenizer.vocab_size]
 
     def _choose(self, rows: list[Answer], logits: Tensor) -> None:
         """Choose the next token of each row by its logits [B, V], and tell what comes of it."""
