@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick_form
 
+from smelter.bpb import validation_loss
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml, nearest
 from smelter.errors import UserError
-from smelter.evaluate import exact_match, open_shards, validation_loss
+from smelter.evaluate import open_shards
 from smelter.generate import infill_lines, load_model
-from smelter.infill import choose_cases
+from smelter.infill import choose_cases, exact_match
 
 EVAL_TOKENS = 65_536
 

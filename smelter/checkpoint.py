@@ -318,11 +318,15 @@ def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must
 
 def _check_resumable(found: Path, config: Config) -> None:
     """ConfigError where `config` would go on with something else than what the checkpoint has learned."""
-    old, new = dict(_flat(_manifest(found)["config"])), dict(_flat(config_to_dict(config)))
+    # A key that is newer than the checkpoint had its default there.
+    old = dict(_flat(config_to_dict(Config()))) | dict(_flat(_manifest(found)["config"]))
+    new = dict(_flat(config_to_dict(config)))
+    # A checkpoint says the cap that its model had, which training with this option lowers.
+    changing = {"model.final_logit_soft_cap"} if new["training.final_cap_anneal_fraction"] else set()
     differing = [
         f"{key} = {new.get(key)!r} (was {old.get(key)!r})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in MAY_DIFFER
+        if old.get(key) != new.get(key) and key not in MAY_DIFFER | changing
     ]
     if differing:
         raise ConfigError(

@@ -8,15 +8,17 @@ a document that a row holds and lengthens it by a few tokens: what no longer fit
 
 Row g depends on (seed, g) alone: no state to save, any row at once, and the same set of rows in every optimizer
 step however the step is divided among devices and micro-steps. Randomness comes from Philox, which counts instead
-of remembering.
+of remembering. So a teacher's distributions can be stored by row number (`smelter.teacher_cache`); with them a batch
+brings along what the teacher says, and the rows that were stored come round again and again.
 """
 
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,34 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class TeacherRows:
+    """A stored teacher's distribution at every token of B rows, in K entries each; unused entries have probability 0.
+
+    A token without a target has no entries at all.
+    """
+
+    ids: Ids
+    """[B, T, K]: token ids, int64."""
+    probs: NDArray[np.float32]
+    """[B, T, K]: their probabilities."""
+    entropy: NDArray[np.float32]
+    """[B, T]: entropy of the whole distribution, in nats."""
+
+
+class RowTeacher(Protocol):
+    """What a teacher says about rows 0 .. num_rows - 1 of a stream."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it knows."""
+        ...
+
+    def rows(self, indices: Sequence[int]) -> TeacherRows:
+        """What it says about these rows."""
+        ...
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one forward pass needs; arrays are [device_batch_size, seq_len]."""
 
@@ -45,6 +75,8 @@ class Batch:
     """Number of the document within the row. eos counts to the document it begins, as it does in evaluation."""
     weights: NDArray[np.float32] | None = None
     """Loss weight of each target; None if all are 1."""
+    teachers: tuple[TeacherRows, ...] = ()
+    """What each stored teacher says about the tokens."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +106,11 @@ class BatchStream:
         seed: int,
         device_batch_size: int,
         rows_per_step: int,
+        cached: Sequence[RowTeacher] = (),
     ) -> None:
         """`rows_per_step` rows make an optimizer step, `device_batch_size` of them a batch.
+
+        With `cached` teachers, which must know the same number of rows, those rows are repeated without end.
 
         Raises DataError if the tokenizer has other fill-in-the-middle tokens than `config`, and ConfigError for sizes
         that do not divide.
@@ -92,6 +127,7 @@ class BatchStream:
         self.seed = seed
         self.device_batch_size = device_batch_size
         self.rows_per_step = rows_per_step
+        self.cached = tuple(cached)
         if config.fim_rate > 0:
             _check_fim_tokens(config, tokenizer)
         self.rows_per_epoch = max(1, split.num_tokens // seq_len)
@@ -107,7 +143,10 @@ class BatchStream:
         if not (0 <= rank < world_size and micro_step >= 0 and first + self.device_batch_size <= self.rows_per_step):
             raise ValueError(f"micro_step {micro_step} of rank {rank} / {world_size} lies outside the step")
         start = step * self.rows_per_step + first
-        rows = [self._row(start + i) for i in range(self.device_batch_size)]
+        indices = [start + i for i in range(self.device_batch_size)]
+        if self.cached:
+            indices = [index % self.cached[0].num_rows for index in indices]
+        rows = [self._row(index) for index in indices]
         tokens = np.stack([row for row, _ in rows])
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         doc_ids = np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32)
@@ -117,6 +156,7 @@ class BatchStream:
             targets=np.where(targets == self.tokenizer.pad_id, IGNORED, targets),
             weights=weights if weights is None else np.ascontiguousarray(weights),
             doc_ids=doc_ids,
+            teachers=tuple(teacher.rows(indices) for teacher in self.cached),
         )
 
     def step(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -168,7 +208,7 @@ class BatchStream:
     def _arranged(self, ids: Ids, room: int, key: tuple[int, int, int]) -> "Ids | list[int]":
         """A piece, rearranged or as it is, in at most `room` tokens."""
         if self.config.fim_rate > 0:
-            rng = _philox(self.seed, "fim", *key)
+            rng = philox(self.seed, "fim", *key)
             if rng.random() < self.config.fim_rate:
                 made = fit_fim(self.tokenizer, ids, room, rng, self.config.fim_spm_rate)
                 if made is not None:
@@ -176,12 +216,12 @@ class BatchStream:
         return ids[:room]
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        docs = _permutation(self.split.num_docs, _philox(self.seed, "documents", epoch))
+        docs = _permutation(self.split.num_docs, philox(self.seed, "documents", epoch))
         return _Epoch(
             docs=docs,
             ends=np.cumsum(np.diff(self.split.offsets)[docs]),
-            rows=_permutation(self.rows_per_epoch, _philox(self.seed, "rows", epoch)),
-            offset=int(_philox(self.seed, "offset", epoch).integers(self.split.num_tokens)),
+            rows=_permutation(self.rows_per_epoch, philox(self.seed, "rows", epoch)),
+            offset=int(philox(self.seed, "offset", epoch).integers(self.split.num_tokens)),
         )
 
 
@@ -195,10 +235,10 @@ def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
-_STREAMS = ("documents", "rows", "offset", "fim")
+_STREAMS = ("documents", "rows", "offset", "fim", "teacher")
 
 
-def _philox(seed: int, purpose: str, *counter: int) -> np.random.Generator:
+def philox(seed: int, purpose: str, *counter: int) -> np.random.Generator:
     """Random numbers that depend on the arguments alone (Salmon et al., "Parallel random numbers", 2011)."""
     words = [0, *counter, 0, 0, 0][:4]  # the first word counts the numbers drawn
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, _STREAMS.index(purpose)], counter=words))
@@ -260,7 +300,7 @@ def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None
     """
     if not 1 <= stride <= seq_len:
         raise ConfigError(f"stride = {stride}: must lie between 1 and the window's length, {seq_len}")
-    order = np.arange(split.num_docs) if max_tokens is None else _permutation(split.num_docs, _philox(0, "documents"))
+    order = np.arange(split.num_docs) if max_tokens is None else _permutation(split.num_docs, philox(0, "documents"))
     scored = 0
     for doc in order.tolist():
         ids = np.concatenate(([split.eos_id], split.doc(doc))).astype(np.int64)

@@ -1,168 +1,45 @@
-"""How good a model is on code it has not seen: bits per byte, and lines filled in exactly.
+"""How good a model is on code it has not seen: bits per byte, gaps filled in, problems solved.
 
-Bits per byte divides the model's total surprise by the bytes of the text, so models with different
-tokenizers compare, and so do compressors: gzip and xz of the very same documents stand beside it. Each
-held-out token is predicted once, left to right, in windows that overlap, so that a token deep inside a
-long file is not judged as if the file began just before it; the overlap costs time and is the `stride`.
+Everything that is measured on held-out files needs no code to be run (`smelter.bpb`, `smelter.infill`); problems with
+tests are run in the sandbox (`smelter.problems`, `smelter.pass_at_k`). What costs minutes is off unless asked for.
+docs/evaluate.md explains each figure.
 """
 
-import gzip
-import json
-import lzma
 import math
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 
 from smelter.bitnet import bit_linears
+from smelter.bpb import bits_per_byte, by_language, compressor_baselines, document_nats, language_of, validation_loss
 from smelter.cli import parse
-from smelter.data import eval_windows
+from smelter.compare import Measured, comparison
+from smelter.decode import Prompt, complete_many
 from smelter.errors import CheckpointError, DataError, UserError
 from smelter.generate import infill_lines, load_model, pick_device
-from smelter.infill import InfillCase, choose_cases
+from smelter.infill import InfillCase, InfillKind, choose_cases, edit_similarity, exact_match, is_exact
 from smelter.model import Model
+from smelter.pass_at_k import Attempt, attempt, summary
+from smelter.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
+from smelter.results import Case, Results, read_results, write_results
+from smelter.results import summary as text_summary
 from smelter.shards import ShardSet, Split
 from smelter.tokenizer import Tokenizer
 
-IGNORED = -100
-LOGITS_AT_ONCE = 2**24
-"""Logits that exist at a time: 64 MiB of float32."""
+__all__ = ["bits_per_byte", "evaluate", "validation_loss"]
 
-Window = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-
-
-@torch.no_grad()
-def nll_sum(model: Model, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
-    """Total negative log-likelihood (nats) of targets [B, T] after inputs [B, T]; targets below 0 do not count."""
-    device = model.embed_tokens.weight.device
-    hidden = model(torch.from_numpy(inputs.astype(np.int64)).to(device)).flatten(0, 1)  # [B * T, C]
-    flat = torch.from_numpy(targets.astype(np.int64)).to(device).flatten()
-    scored = flat >= 0
-    hidden, flat = hidden[scored], flat[scored]
-    total = torch.zeros((), dtype=torch.float64)
-    chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for start in range(0, len(flat), chunk):
-        logits = model.logits(hidden[start : start + chunk])
-        total += F.cross_entropy(logits, flat[start : start + chunk], reduction="sum").double().cpu()
-    return float(total)
-
-
-def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> Iterator[Window]:
-    """About `max_tokens` held-out tokens as windows (inputs [T], targets [T]), spread evenly over the split.
-
-    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all these windows
-    every n-th is taken, so the same are taken each time and every part of the split has its share.
-    """
-    lengths = np.diff(split.offsets) - 1  # without the eos behind each document
-    counts = -(-lengths // seq_len)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    total = int(starts[-1])
-    wanted = min(total, max(1, max_tokens // seq_len))
-    for number in range(wanted):
-        index = number * total // wanted
-        doc = int(np.searchsorted(starts, index, side="right")) - 1
-        ids = np.concatenate(([eos_id], split.doc(doc))).astype(np.int64)
-        first = (index - int(starts[doc])) * seq_len
-        inputs, targets = np.full(seq_len, eos_id), np.full(seq_len, IGNORED)
-        end = min(first + seq_len, len(ids) - 1)
-        inputs[: end - first], targets[: end - first] = ids[first:end], ids[first + 1 : end + 1]
-        yield inputs, targets
-
-
-def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[Window]:
-    """Windows stacked to [batch_size, T]; the last batch is filled with rows that do not count."""
-    windows = iter(windows)
-    while rows := list(islice(windows, batch_size)):
-        missing = batch_size - len(rows)
-        filler = np.full_like(rows[0][1], IGNORED)
-        yield (
-            np.stack([row[0] for row in rows] + [rows[0][0]] * missing),
-            np.stack([row[1] for row in rows] + [filler] * missing),
-        )
-
-
-def validation_loss(
-    model: Model, split: Split, max_tokens: int, *, tokenizer: Tokenizer, batch_size: int = 8
-) -> tuple[float, float]:
-    """A quick look while training: (nats per token, bits per byte) on about `max_tokens` held-out tokens.
-
-    The windows (`spread_windows`, of the model's context) are the same at every call and for every batch
-    size. Tokens at the start of a window have little context, so the figure lies a little above
-    `bits_per_byte`'s. Every forward pass has the shape [batch_size, max_seq_len], so that compiled blocks
-    stay compiled. Raises DataError for an empty split.
-    """
-    nats, num_tokens, num_bytes = 0.0, 0, 0
-    lengths = tokenizer.token_num_bytes
-    windows = spread_windows(split, model.config.max_seq_len, max_tokens, tokenizer.eos_id)
-    for inputs, targets in _batches(windows, batch_size):
-        nats += nll_sum(model, inputs, targets)
-        scored = targets[targets >= 0]
-        num_tokens += scored.size
-        num_bytes += int(lengths[scored].sum())
-    if not num_bytes:
-        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
-    return nats / num_tokens, nats / math.log(2) / num_bytes
-
-
-def bits_per_byte(
-    model: Model,
-    split: Split,
-    *,
-    stride: int,
-    batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
-) -> float:
-    """Bits per byte over every document of the split; each token scored once with max_seq_len - stride of context.
-
-    `progress` is called with the tokens scored so far after each batch. Raises DataError for an empty split.
-    """
-    if not split.num_bytes:
-        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
-    nats, num_tokens = 0.0, 0
-    for inputs, targets in _batches(eval_windows(split, model.config.max_seq_len, stride), batch_size):
-        used = (
-            int(np.flatnonzero((targets >= 0).any(axis=0)).max(initial=-1)) + 1
-        )  # short documents leave columns empty
-        nats += nll_sum(model, inputs[:, :used], targets[:, :used])
-        num_tokens += int((targets >= 0).sum())
-        if progress is not None:
-            progress(num_tokens)
-    return nats / math.log(2) / split.num_bytes
-
-
-def _xz_size(data: bytes) -> int:
-    """Bytes of `xz -9`. The dictionary is no longer than the data: the same file, without clearing 600 MB for it."""
-    size = min(64 * 2**20, max(4096, 1 << max(len(data) - 1, 0).bit_length()))
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": size}]
-    return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
-
-
-def compressor_baselines(documents: Sequence[bytes]) -> dict[str, float]:
-    """Bits per byte of `gzip -9` and `xz -9` of each document on its own, and of `xz -9` of all joined."""
-    total = sum(map(len, documents))
-    return {
-        "gzip_bpb": 8 * sum(len(gzip.compress(data, 9, mtime=0)) for data in documents) / total,
-        "xz_bpb": 8 * sum(map(_xz_size, documents)) / total,
-        "xz_joined_bpb": 8 * _xz_size(b"".join(documents)) / total,
-    }
-
-
-def exact_match(lines: Sequence[str], cases: Sequence[InfillCase]) -> float | None:
-    """Share of lines equal to the case's but for spaces at the end; None without cases."""
-    if not cases:
-        return None
-    return sum(a.rstrip() == case.middle.rstrip() for a, case in zip(lines, cases, strict=True)) / len(cases)
+GAP_TOKENS = {"single_line": 64, "multi_line": 128, "random_span": 48}
+"""Most tokens that a gap is filled with."""
+OWN, OWN_LINES = "smelter_problems", "smelter_lines"
+FULL_GAPS = 1_000
 
 
 def trit_counts(model: Model) -> dict[str, dict[str, int]]:
@@ -202,14 +79,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a trained model on held-out documents; writes results.json into the run folder."""
+    """Measure a trained model on held-out documents and on problems with tests; writes results.json into the run."""
 
-    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CKPT")]]
+    checkpoint: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN_OR_CKPT")]] = None
     """Run folder (its newest checkpoint) or checkpoint."""
+    compare: tuple[Path, Path] | None = None
+    """Two runs, checkpoints or results.json files to show beside each other; what is not measured yet is measured."""
     shards: Path | None = None
     """Folder that `smelter tokenize` wrote; by default the one the run was trained on."""
     max_infill: int = 200
-    """Most lines to fill in; 0 leaves infilling out."""
+    """Most lines to fill in; 0 leaves all infilling of held-out files out."""
+    max_spans: int = 24
+    """Most blocks of 2 to 8 lines to fill in, and most spans of characters."""
+    pass_at_k: bool = False
+    """Solve our own small problems too, and fill in every line of their solutions; programs run in the sandbox."""
+    full: bool = False
+    """1,000 gaps of each kind, and --pass-at-k."""
+    problems: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """File of problems with tests, as HumanEval or MBPP have them, to solve in the sandbox; repeat for more."""
+    infill_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """File of gaps to fill in, as HumanEval-Infilling or SAFIM have them; repeat for more."""
+    num_completions: int = 1
+    """Completions of every problem."""
+    k: str = "1"
+    """For which k to estimate pass@k, such as 1,10; none above --num-completions."""
+    temperature: float | None = None
+    """Of the sampling of problems' completions: 0, the likeliest, for one completion, else 0.8."""
+    max_tokens: int = 256
+    """Most tokens of a problem's completion."""
     stride: int = 0
     """Tokens between overlapping windows, 1 to the context's length; 0 is half the context."""
     batch_size: int = 8
@@ -217,11 +114,22 @@ class EvaluateOptions:
     num_samples: int = 8
     """Filled-in lines to keep in results.json."""
     seed: int = 0
-    """Seed that chooses the lines to fill in."""
+    """Seed that chooses the gaps, and of the sampling."""
     out: Path | None = None
-    """Result file; by default results.json in the run folder."""
+    """Result file; by default results.json in the run folder. Every case lies beside it, in results_cases.jsonl."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """`k` as numbers. Raises UserError for one that is none, or that the completions do not suffice for."""
+        try:
+            found = tuple(sorted({int(part) for part in self.k.split(",")}))
+        except ValueError:
+            raise UserError(f"--k {self.k}: give numbers with commas between them, such as 1,10") from None
+        if found[0] < 1 or found[-1] > self.num_completions:
+            raise UserError(f"--k {self.k}: must lie between 1 and --num-completions, which is {self.num_completions}")
+        return found
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -238,35 +146,166 @@ def open_shards(path: Path, tokenizer: Tokenizer) -> ShardSet:
     return shards
 
 
-def evaluate(options: EvaluateOptions) -> tuple[dict[str, Any], Path]:
-    """Measure everything; returns the results and the file they were written to."""
-    model, tokenizer, checkpoint = load_model(options.checkpoint, device=pick_device(options.device), with_state=True)
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, and its held-out documents."""
+
+    model: Model
+    tokenizer: Tokenizer
+    split: Split
+    documents: list[bytes]
+
+    def fill(self, kind: InfillKind, num_cases: int, seed: int) -> tuple[list[InfillCase], list[str]]:
+        """The gaps of a kind, and what the model writes into them."""
+        cases = choose_cases(
+            len(self.documents), lambda i: self.documents[i].decode(errors="replace"), num_cases, seed, kind
+        )
+        say = Progress(f"evaluate: {kind.replace('_', ' ')}s filled in", len(cases))
+        if kind == "single_line":
+            return cases, infill_lines(self.model, self.tokenizer, cases, progress=say)
+        prompts = [Prompt(case.prefix, case.suffix) for case in cases]
+        return cases, complete_many(self.model, self.tokenizer, prompts, max_tokens=GAP_TOKENS[kind], progress=say)
+
+
+def _gap_case(kind: str, case: InfillCase, written: str, document: str) -> Case:
+    return {
+        "measure": f"infill/{kind}",
+        "case": f"{case.doc}/{document}/{len(case.prefix)}+{len(case.middle)}",
+        "exact": is_exact(written, case.middle),
+        "edit_similarity": edit_similarity(written, case.middle),
+        "completion": written,
+        "expected": case.middle,
+    }
+
+
+def _attempt_cases(measure: str, attempts: Sequence[Attempt]) -> list[Case]:
+    by_task: dict[str, list[Attempt]] = {}
+    for item in attempts:
+        by_task.setdefault(item.problem.task_id, []).append(item)
+    return [
+        {
+            "measure": measure,
+            "case": task,
+            "num_completions": len(items),
+            "num_passed": sum(item.passed for item in items),
+            "verdicts": [item.verdict for item in items],
+            "completions": [item.completion for item in items],
+        }
+        for task, items in by_task.items()
+    ]
+
+
+def _problem_sets(options: EvaluateOptions) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
+    """({name: problems to solve}, {name: gaps to fill in}). Raises DataError or UserError before anything is run."""
+    problems = {OWN: load_problems(OWN_PROBLEMS)} if options.pass_at_k or options.full else {}
+    gaps = {OWN_LINES: line_variants(OWN_PROBLEMS)} if options.pass_at_k or options.full else {}
+    for paths, found in ((options.problems, problems), (options.infill_file, gaps)):
+        for path in paths:
+            name = path.name.split(".")[0]
+            if name in problems or name in gaps:
+                raise UserError(f"{path}: another file is called {name} too: rename one, results are kept by name")
+            found[name] = load_problems(path)
+            is_gap = found is gaps
+            if any(problem.is_infill != is_gap for problem in found[name]):
+                option, other = ("--infill-file", "--problems") if is_gap else ("--problems", "--infill-file")
+                raise UserError(f"{path}: {option} takes {'gaps' if is_gap else 'problems'}: give it as {other}")
+    return problems, gaps
+
+
+def _solve(subject: Subject, options: EvaluateOptions, results: Results, cases: list[Case]) -> None:
+    """Problems and gaps with tests, into `results` and `cases`."""
+    problems, gaps = _problem_sets(options)
+    sampled = 0.8 if options.num_completions > 1 else 0.0
+    temperature = sampled if options.temperature is None else options.temperature
+    for key, sets in (("pass_at_k", problems), ("infill_files", gaps)):
+        found = {}
+        for name, chosen in sets.items():
+            number = options.num_completions if key == "pass_at_k" else 1
+            attempts = attempt(
+                subject.model,
+                subject.tokenizer,
+                chosen,
+                num_completions=number,
+                temperature=temperature if key == "pass_at_k" else 0.0,
+                max_tokens=options.max_tokens,
+                seed=options.seed,
+                progress=Progress(f"evaluate: {name}, completions", number * len(chosen)),
+            )
+            found[name] = {
+                **summary(attempts, options.ks if key == "pass_at_k" else [1]),
+                "temperature": temperature if key == "pass_at_k" else 0.0,
+                "max_tokens": options.max_tokens,
+            }
+            cases += _attempt_cases(f"{key}/{name}", attempts)
+        if found:
+            results[key] = found
+
+
+def _check(options: EvaluateOptions) -> None:
+    if options.batch_size < 1 or min(options.max_infill, options.max_spans, options.num_samples) < 0:
+        raise UserError("--batch-size must be at least 1, --max-infill, --max-spans and --num-samples at least 0")
+    if options.num_completions < 1 or options.max_tokens < 1:
+        raise UserError("--num-completions and --max-tokens must be at least 1")
+    if options.num_completions > 1 and options.temperature == 0:
+        raise UserError("--temperature 0 writes the same completion each time: give a temperature above 0")
+    _ = options.ks
+    _problem_sets(options)
+
+
+def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
+    """Measure everything asked for; returns the results and the file they were written to."""
+    if options.checkpoint is None:
+        raise UserError("give a run or a checkpoint, or --compare with two of them")
+    path = options.checkpoint
+    if options.full:
+        options = replace(options, max_infill=FULL_GAPS, max_spans=FULL_GAPS)
+    _check(options)
+    model, tokenizer, checkpoint = load_model(path, device=pick_device(options.device), with_state=True)
     config = checkpoint.config
     context = config.model.max_seq_len
     stride = options.stride or max(1, context // 2)
     if not 1 <= stride <= context:
         raise UserError(f"--stride {options.stride}: must lie between 1 and the model's context of {context}")
-    if options.batch_size < 1 or options.max_infill < 0 or options.num_samples < 0:
-        raise UserError("--batch-size must be at least 1, --max-infill and --num-samples at least 0")
     split = open_shards(options.shards or Path(config.data.shards), tokenizer).split("val")
     say = Progress("evaluate: bits per byte, tokens", split.num_tokens)
-    val_bpb = bits_per_byte(model, split, stride=stride, batch_size=options.batch_size, progress=say)
+    nats = document_nats(model, split, stride=stride, batch_size=options.batch_size, progress=say)
+    val_bpb = float(nats.sum()) / math.log(2) / split.num_bytes
     if not math.isfinite(val_bpb):
         raise CheckpointError(
             f"{checkpoint.path}: the loss on held-out data is {val_bpb}: evaluate an earlier checkpoint"
         )
     documents = [tokenizer.decode_bytes([int(token) for token in split.doc(i)]) for i in range(split.num_docs)]
-    cases = choose_cases(
-        split.num_docs, lambda i: documents[i].decode(errors="replace"), options.max_infill, options.seed
-    )
-    lines = infill_lines(model, tokenizer, cases, progress=Progress("evaluate: lines filled in", len(cases)))
-    say = Progress("evaluate: lines filled in, prefix first", len(cases))
-    psm_lines = infill_lines(model, tokenizer, cases, order="psm", progress=say)
+    subject = Subject(model, tokenizer, split, documents)
+    hashes = [split.doc_hash(i)[:16] for i in range(split.num_docs)]
+    all_cases: list[Case] = [
+        {
+            "measure": "bits_per_byte",
+            "case": f"{i}/{hashes[i]}",
+            "language": language_of(split.sources[i]),
+            "nats": float(nats[i]),
+            "num_bytes": int(split.doc_num_bytes[i]),
+        }
+        for i in range(split.num_docs)
+    ]
+    lines_cases, lines = subject.fill("single_line", options.max_infill, options.seed)
+    say = Progress("evaluate: lines filled in, prefix first", len(lines_cases))
+    psm_lines = infill_lines(model, tokenizer, lines_cases, order="psm", progress=say)
     fresh = untrained(model, config.training.seed)
-    say = Progress("evaluate: lines filled in by the untrained model", len(cases))
-    fresh_lines = infill_lines(fresh, tokenizer, cases, progress=say)
+    say = Progress("evaluate: lines filled in by the untrained model", len(lines_cases))
+    fresh_lines = infill_lines(fresh, tokenizer, lines_cases, progress=say)
+    infill: dict[str, Any] = {}
+    num_spans = min(options.max_spans, options.max_infill)
+    filled = {"single_line": (lines_cases, lines)}
+    filled |= {kind: subject.fill(kind, num_spans, options.seed) for kind in ("multi_line", "random_span")}
+    for kind, (cases, written) in filled.items():
+        rows = [_gap_case(kind, case, text, hashes[case.doc]) for case, text in zip(cases, written, strict=True)]
+        all_cases += rows
+        if rows:
+            similarity = sum(row["edit_similarity"] for row in rows) / len(rows)
+            infill[kind] = {"exact_match": exact_match(written, cases), "edit_similarity": similarity}
+            infill[kind] |= {"cases": len(rows), "max_tokens": GAP_TOKENS[kind]}
     state = checkpoint.state or {}
-    results: dict[str, Any] = {
+    results: Results = {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
@@ -276,13 +315,15 @@ def evaluate(options: EvaluateOptions) -> tuple[dict[str, Any], Path]:
         **compressor_baselines(documents),
         "val_bytes": split.num_bytes,
         "val_files": split.num_docs,
+        "bpb_by_language": by_language(nats, split),
         "context": context,
         "stride": stride,
-        "infill_exact_match": exact_match(lines, cases),
-        "infill_exact_match_psm": exact_match(psm_lines, cases),
-        "infill_exact_match_untrained": exact_match(fresh_lines, cases),
-        "infill_cases": len(cases),
+        "infill_exact_match": exact_match(lines, lines_cases),
+        "infill_exact_match_psm": exact_match(psm_lines, lines_cases),
+        "infill_exact_match_untrained": exact_match(fresh_lines, lines_cases),
+        "infill_cases": len(lines_cases),
         "infill_seed": options.seed,
+        "infill": infill,
         "activation_quant": config.model.activation_quant if config.model.use_ternary else "none",
         "trits": trit_counts(model),
         "samples": [
@@ -292,60 +333,50 @@ def evaluate(options: EvaluateOptions) -> tuple[dict[str, Any], Path]:
                 "completion": line,
                 "expected": case.middle,
             }
-            for case, line in islice(zip(cases, lines, strict=True), options.num_samples)
+            for case, line in islice(zip(lines_cases, lines, strict=True), options.num_samples)
         ],
     }
+    _solve(subject, options, results, all_cases)
     out = options.out or run_folder(checkpoint.path) / "results.json"
-    write_json(out, results)
+    write_results(out, results, all_cases)
     return results, out
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file in one step, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def measured(path: Path, options: EvaluateOptions) -> Measured:
+    """What is known of a run, checkpoint or results.json; a model without results is evaluated now.
+
+    The results of a checkpoint that is not the one results.json speaks of lie beside it, as results_STEP.json.
+    """
+    if path.suffix == ".json":
+        return Measured(str(path), *read_results(path))
+    folder = run_folder(path)
+    file = folder / "results.json"
+    is_checkpoint = folder != path.resolve()
+    if is_checkpoint and not (file.is_file() and read_results(file)[0].get("step") == _step(path)):
+        file = folder / f"results_{path.resolve().name}.json"
+    if not file.is_file():
+        print(f"evaluate: {path} has no results yet: measuring it", file=sys.stderr)
+        evaluate(replace(options, checkpoint=path, compare=None, out=file))
+    return Measured(str(path), *read_results(file))
 
 
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two aligned columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
-
-
-def _summary(results: dict[str, Any]) -> str:
-    rows = [
-        ("bits per byte", f"{results['val_bpb']:.3f}  (stride {results['stride']} of {results['context']})"),
-        ("  gzip -9, each file", f"{results['gzip_bpb']:.3f}"),
-        ("  xz -9, each file", f"{results['xz_bpb']:.3f}"),
-        ("  xz -9, all joined", f"{results['xz_joined_bpb']:.3f}"),
-        ("held-out", f"{results['val_files']:,} files, {results['val_bytes']:,} bytes"),
-    ]
-    if results["infill_cases"]:
-        rows += [
-            ("lines filled in exactly", f"{results['infill_exact_match']:.1%} of {results['infill_cases']}"),
-            ("  prefix before suffix", f"{results['infill_exact_match_psm']:.1%}"),
-            ("  untrained model", f"{results['infill_exact_match_untrained']:.1%}"),
-        ]
-    totals = Counter[str]()
-    for counts in results["trits"].values():
-        totals.update(counts)
-    if totals:
-        everything = sum(totals.values())
-        shares = ", ".join(
-            f"{totals[trit] / everything:.1%} {name}" for trit, name in (("-1", "-1"), ("0", "0"), ("1", "+1"))
-        )
-        rows.append(("weights", f"{everything:,} ternary: {shares}"))
-    return table(rows)
+def _step(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name."""
+    number = checkpoint.resolve().name.removeprefix("step_")
+    return int(number) if number.isdigit() else None
 
 
 def main(argv: list[str]) -> int:
     """`smelter evaluate`."""
-    results, out = evaluate(parse(EvaluateOptions, argv, "smelter evaluate"))
-    print(_summary(results))
+    options = parse(EvaluateOptions, argv, "smelter evaluate")
+    if options.compare is not None:
+        if options.checkpoint is not None:
+            raise UserError(f"{options.checkpoint}: --compare takes two and nothing beside them")
+        _check(options)
+        first, second = (measured(path, options) for path in options.compare)
+        print(comparison(first, second))
+        return 0
+    results, out = evaluate(options)
+    print(text_summary(results))
     print(f"written to {out}")
     return 0

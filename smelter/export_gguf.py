@@ -96,13 +96,16 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_uint32(key, token_id)
 
 
-def write_gguf(file: Path, model: Model, tokenizer: Tokenizer, *, name: str, gguf_type: str) -> None:
-    """Write the whole model into one file; call `check_gguf` first."""
+def write_gguf(
+    file: Path, model: Model, tokenizer: Tokenizer, *, name: str, gguf_type: str, embedding_type: str = "Q8_0"
+) -> None:
+    """Write the whole model into one file; call `check_gguf` first. The embedding is the output head too."""
     import gguf
 
     config, kinds = model.config, gguf.GGMLQuantizationType
     body = kinds[gguf_type]
-    table = kinds.F16 if gguf_type == "F16" or config.hidden_size % 32 else kinds.Q8_0
+    is_q8_0 = embedding_type == "Q8_0" and gguf_type != "F16" and config.hidden_size % 32 == 0
+    table = kinds.Q8_0 if is_q8_0 else kinds.F16 if embedding_type == "Q8_0" else kinds[embedding_type]
     writer = gguf.GGUFWriter(str(file), "qwen3")
     writer.add_type("model")
     writer.add_name(name)

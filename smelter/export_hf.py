@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from smelter import __version__
 from smelter.bitnet import bit_linears
 from smelter.config import ModelConfig
 from smelter.errors import UserError
@@ -23,32 +22,6 @@ from smelter.model import Model
 from smelter.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
-
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [code, ternary, bitnet, fill-in-the-middle]
----
-
-# {name}
-
-A code model of {num_params:,} parameters whose body weights are ternary (each is -1, 0 or 1 times one scale per
-matrix; BitNet b1.58), trained with Smelter {version} for {step:,} steps. Stored as plain bf16 in the Qwen3
-architecture, so Transformers loads it without remote code. Context: {context:,} tokens.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-model = AutoModelForCausalLM.from_pretrained("{path}")
-prompt = "{prefix}def add(a, b):\\n    {suffix}\\n{middle}"
-ids = tokenizer(prompt, return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0, ids.shape[1] :], skip_special_tokens=True))
-```
-
-Training rounded activations to 8 bits ({activation_quant}); Transformers does not. `export.json` holds what was
-checked after writing, with the difference that this makes.
-"""
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -128,8 +101,8 @@ def qwen3_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write_hf(folder: Path, model: Model, tokenizer: Tokenizer, *, name: str, step: int, path: Path) -> None:
-    """Write weights, configuration, tokenizer and model card into `folder`; `path` is where it will stand."""
+def write_hf(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
+    """Write weights, configuration and tokenizer into `folder`."""
     config, special = model.config, tokenizer.special
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in baked_tensors(model).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -154,19 +127,6 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer, *, name: str, ste
     }
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    card = MODEL_CARD.format(
-        name=name,
-        version=__version__,
-        step=step,
-        num_params=sum(parameter.numel() for parameter in model.parameters()),
-        context=config.max_seq_len,
-        path=path,
-        prefix=special.fim_prefix,
-        suffix=special.fim_suffix,
-        middle=special.fim_middle,
-        activation_quant=config.activation_quant,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors makes files that only their owner can read.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 

@@ -25,6 +25,7 @@ from smelter.errors import CheckpointError, ConfigError, UserError
 from smelter.healing import Healing, take_back
 from smelter.infill import InfillCase, choose_cases, fit_context
 from smelter.model import Model
+from smelter.packed import is_packed, load_packed
 from smelter.tokenizer import Tokenizer
 
 FimOrder = Literal["spm", "psm"]
@@ -79,11 +80,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def load_model(
     path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, with_state: bool = False
 ) -> tuple[Model, Tokenizer, Checkpoint]:
-    """A run folder's newest checkpoint, or a checkpoint, ready to use: trits made, in evaluation mode.
+    """A run folder's newest checkpoint, a checkpoint or a packed model, ready to use: trits made, in evaluation mode.
 
     `dtype` is the compute dtype, by default `default_dtype`. Raises CheckpointError or DataError.
     """
-    checkpoint = load_checkpoint(path, with_state=with_state)
+    checkpoint = load_packed(path) if is_packed(path) else load_checkpoint(path, with_state=with_state)
     where = torch.device(device)
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's numbers alone
         model = Model(checkpoint.config.model, dtype or default_dtype(where))
@@ -161,11 +162,13 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     healing: Healing | None = None,
+    until: Callable[[int, int], bool] | None = None,
 ) -> list[Generation]:
     """Continue every prompt (token ids, of any lengths) in one batch; results in the prompts' order.
 
-    `healing` holds what the rows must spell first; it is used up.
-    Each row ends at the first of: a stop id, `max_tokens` new tokens, the end of the model's context. Raises
+    `healing` holds what the rows must spell first; it is used up. `until(row, token)` is asked after each token;
+    true ends the row, with finish "stop". Each row ends at the first of: a stop id, `until`, `max_tokens` new
+    tokens, the end of the model's context. Raises
     UserError for an empty prompt, one that leaves no room, or options out of range.
     """
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -187,6 +190,7 @@ def generate(
     stopped: list[int | None] = [None] * len(prompts)
     rows = list(range(len(prompts)))  # of the prompts, in the order of the batch
     done: set[int] = set()
+    ended: set[int] = set()  # by `until`
     with _eager():
         hidden = model(tokens, positions=positions, cache=cache, mask=cache.advance(positions, longest))
         hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # [B, C]
@@ -206,6 +210,9 @@ def generate(
                     continue
                 new[row].append(token)
                 logprobs[row].append(logprob)
+                if until is not None and until(row, token):
+                    ended.add(row)
+                    done.add(row)
                 if len(new[row]) == limits[row]:
                     done.add(row)
             if len(done) == len(prompts):
@@ -222,7 +229,9 @@ def generate(
             mask = cache.advance(positions, max(where) + 1)
             hidden = model(chosen[:, None], positions=positions, cache=cache, mask=mask)[:, 0]
     return [
-        Generation(new[row], logprobs[row], "length" if stopped[row] is None else "stop", stopped[row])
+        Generation(
+            new[row], logprobs[row], "length" if stopped[row] is None and row not in ended else "stop", stopped[row]
+        )
         for row in range(len(prompts))
     ]
 
@@ -256,10 +265,7 @@ def _prompt_budget(context: int, max_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready to be continued: what is given as tokens, and the bytes that the first new tokens spell again.
-
-    `num_tokens` of the context are used; `num_dropped` did not fit.
-    """
+    """A prompt's tokens, and the bytes that the first new ones spell again; `num_dropped` tokens did not fit."""
 
     ids: list[int]
     pending: bytes
@@ -302,17 +308,9 @@ def complete_text(
 ) -> Completion:
     """Continue `prompt`, or fill in between `prompt` and `suffix`: see `make_prompt`."""
     asked = make_prompt(tokenizer, model.config.max_seq_len, prompt, suffix, max_tokens=max_tokens, order=order)
-    (result,) = generate(
-        model,
-        [asked.ids],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop_ids=[tokenizer.eos_id],
-        healing=Healing(tokenizer, [asked.pending]),
-    )
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    stop_ids, healing = [tokenizer.eos_id], Healing(tokenizer, [asked.pending])
+    (result,) = generate(model, [asked.ids], max_tokens=max_tokens, stop_ids=stop_ids, healing=healing, **sampling)
     text = tokenizer.decode_bytes(result.ids)[len(asked.pending) :].decode("utf-8", "replace")
     return Completion(text, result.finish, asked.num_tokens, asked.num_dropped)
 

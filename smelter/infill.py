@@ -1,24 +1,37 @@
-"""Which lines of held-out code are blanked out, and what belongs around them.
+"""What is blanked out of held-out code, what belongs around it, and how near an answer comes.
 
-Single-line infilling (Bavarian et al., arXiv 2207.14255, after Fried et al., 2204.05999): one line of a
-document is removed, the model sees what stands before and after and writes it again. The choice is a
-pure function of the documents and the seed, so two models, or one model at two times, are asked the same.
-Exact match is strict (an equally good line counts as wrong) but needs no code to be run.
+Three kinds of gap, as in Bavarian et al. (arXiv 2207.14255), after Fried et al. (2204.05999): one line, a block of
+2 to 8 lines, and a span of characters that begins and ends anywhere, inside words too. The model sees what stands
+before and after and writes the rest again. The choice is a pure function of the documents and the seed, so two
+models, or one model at two times, are asked the same.
+
+Exact match is strict (an equally good line counts as wrong) but needs no code to be run; edit similarity tells how
+much of an answer would have to be typed anew.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from rapidfuzz.distance import Levenshtein
+
+InfillKind = Literal["single_line", "multi_line", "random_span"]
 
 MIN_LINE_CHARACTERS = 8
+BLOCK_LINES = (2, 8)
+MAX_BLOCK_CHARACTERS = 400
+SPAN_CHARACTERS = (8, 128)
+SPANS_PER_DOCUMENT = 16
 COMMENT_STARTS = ("#", "//", "/*", "*", "--", "<!--", ";", "%")
 
 
 @dataclass(frozen=True)
 class InfillCase:
-    """A line taken out of document `doc`: `prefix + middle + suffix` is the whole document.
+    """A piece taken out of document `doc`: `prefix + middle + suffix` is the whole document.
 
-    The prefix ends with the line's indentation, the suffix begins with its line break.
+    Of a line or a block of lines, the prefix ends with the first line's indentation and the suffix begins with the
+    last one's line break.
     """
 
     doc: int
@@ -44,11 +57,60 @@ def candidate_lines(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def choose_cases(num_docs: int, text: Callable[[int], str], num_cases: int, seed: int = 0) -> list[InfillCase]:
-    """Up to `num_cases` lines, one per document in shuffled order, then a second one of each, and so on.
+def candidate_blocks(text: str, rng: random.Random) -> list[tuple[int, int]]:
+    """Start and end (characters) of a block of 2 to 8 lines from every line worth asking for.
+
+    The number of lines is drawn from `rng`; a block of more than 400 characters, or one that would end in a blank
+    line, is shortened from below, and left out where that leaves a single line.
+    """
+    lines = text.split("\n")
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    number_of = {start: number for number, start in enumerate(starts)}
+    spans = []
+    for begin, _ in candidate_lines(text):
+        first = number_of[text.rfind("\n", 0, begin) + 1]
+        last = min(first + rng.randint(*BLOCK_LINES), len(lines)) - 1
+        while last > first:
+            end = starts[last] + len(lines[last].rstrip())
+            if lines[last].strip() and end - begin <= MAX_BLOCK_CHARACTERS:
+                spans.append((begin, end))
+                break
+            last -= 1
+    return spans
+
+
+def candidate_spans(text: str, rng: random.Random) -> list[tuple[int, int]]:
+    """Start and end of up to 16 spans of 8 to 128 characters anywhere in the text, blank ones left out."""
+    spans = []
+    for _ in range(SPANS_PER_DOCUMENT):
+        size = rng.randint(*SPAN_CHARACTERS)
+        if size < len(text):
+            begin = rng.randrange(len(text) - size)
+            if text[begin : begin + size].strip():
+                spans.append((begin, begin + size))
+    return spans
+
+
+def _candidates(text: str, kind: InfillKind, seed: int, doc: int) -> list[tuple[int, int]]:
+    if kind == "single_line":
+        spans = candidate_lines(text)
+        random.Random(f"{seed}/{doc}").shuffle(spans)
+        return spans
+    rng = random.Random(f"{seed}/{doc}/{kind}")
+    spans = candidate_blocks(text, rng) if kind == "multi_line" else candidate_spans(text, rng)
+    rng.shuffle(spans)
+    return spans
+
+
+def choose_cases(
+    num_docs: int, text: Callable[[int], str], num_cases: int, seed: int = 0, kind: InfillKind = "single_line"
+) -> list[InfillCase]:
+    """Up to `num_cases` gaps, one per document in shuffled order, then a second one of each, and so on.
 
     `text(i)` is document i; only the documents that are needed are read. Fewer cases come back where the
-    documents have no more candidate lines.
+    documents have no more candidates.
     """
     order = list(range(num_docs))
     random.Random(seed).shuffle(order)
@@ -61,14 +123,34 @@ def choose_cases(num_docs: int, text: Callable[[int], str], num_cases: int, seed
                 break
             if doc not in texts:
                 texts[doc] = text(doc)
-                spans[doc] = candidate_lines(texts[doc])
-                random.Random(f"{seed}/{doc}").shuffle(spans[doc])
+                spans[doc] = _candidates(texts[doc], kind, seed, doc)
             if spans[doc]:
                 start, end = spans[doc].pop()
                 whole = texts[doc]
                 cases.append(InfillCase(doc, whole[:start], whole[start:end], whole[end:]))
         order = [doc for doc in order if doc not in spans or spans[doc]]
     return cases
+
+
+def is_exact(written: str, expected: str) -> bool:
+    """Equal but for spaces and line breaks at the end."""
+    return written.rstrip() == expected.rstrip()
+
+
+def edit_similarity(written: str, expected: str) -> float:
+    """1 - Levenshtein distance / length of the longer (RepoCoder, arXiv 2303.12570), of texts stripped at their ends.
+
+    CrossCodeEval and CodeXGLUE print `fuzz.ratio`, which counts a replaced character as one taken out and one put
+    in: a little other, and only to be compared with its like.
+    """
+    return Levenshtein.normalized_similarity(written.strip(), expected.strip())
+
+
+def exact_match(written: Sequence[str], cases: Sequence[InfillCase]) -> float | None:
+    """Share of texts that are exactly the case's; None without cases."""
+    if not cases:
+        return None
+    return sum(is_exact(a, case.middle) for a, case in zip(written, cases, strict=True)) / len(cases)
 
 
 def fit_context(prefix: list[int], suffix: list[int], budget: int) -> tuple[list[int], list[int]]:

@@ -1,44 +1,58 @@
-"""What a training step minimises: the student's loss, with teachers that run beside it."""
+"""What a training step minimises: the student's loss, with teachers that run beside it or have spoken before."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from smelter import distributed
-from smelter.checkpoint import load_checkpoint
+from smelter.bpb import spread_windows
 from smelter.config import Config, DistillationConfig
 from smelter.distributed import print0
-from smelter.errors import ConfigError
-from smelter.evaluate import validation_loss
-from smelter.loss import Loss, LossConfig, TeacherHead, chunked_loss
+from smelter.errors import ConfigError, DataError
+from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
 from smelter.model import Model
 from smelter.shards import Split
+from smelter.teacher_cache import TeacherCache
+from smelter.teacher_model import TeacherModel, load_teacher
 from smelter.tokenizer import Tokenizer
 
 
-def load_teachers(config: Config, dtype: torch.dtype, device: torch.device) -> list[Model]:
+def load_teachers(config: Config, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device) -> list[TeacherModel]:
     """The models that `distillation.teachers` names, frozen; ConfigError for one of another vocabulary."""
     teachers = []
     for path in config.distillation.teachers:
-        loaded = load_checkpoint(Path(path), with_state=False)
-        if loaded.config.model.vocab_size != config.model.vocab_size:
+        teacher = load_teacher(
+            Path(path),
+            tokenizer,
+            config.model.vocab_size,
+            device=device,
+            dtype=dtype,
+            use_document_mask=config.data.use_document_mask,
+        )
+        if len(teacher.head) != config.model.vocab_size:
             raise ConfigError(
-                f"distillation.teachers: {path} has a vocabulary of {loaded.config.model.vocab_size}, the student "
-                f"{config.model.vocab_size}: use a teacher trained on the same shards"
+                f"distillation.teachers: {path} has a vocabulary of {len(teacher.head)}, the student "
+                f"{config.model.vocab_size}: set model.vocab_size = {len(teacher.head)}, or store what the teacher "
+                "says with `smelter teach` and set distillation.cached"
             )
-        teacher = Model(loaded.config.model, dtype)
-        teacher.load_state_dict(loaded.tensors)
-        teacher.to(device).quantize_weights()
-        teachers.append(teacher.requires_grad_(False).eval())
+        if teacher.max_seq_len < config.model.max_seq_len:
+            raise ConfigError(
+                f"distillation.teachers: {path} reads at most {teacher.max_seq_len} tokens, the student's rows have "
+                f"{config.model.max_seq_len}: set model.max_seq_len = {teacher.max_seq_len}"
+            )
+        teachers.append(teacher)
     return teachers
 
 
 def fixed_weights(config: DistillationConfig) -> tuple[float, ...]:
     """The teachers' weights as the recipe gives them: equal ones if it gives none."""
-    return config.teacher_weights or (1.0,) * len(config.teachers)
+    return config.teacher_weights or (1.0,) * config.num_teachers
 
 
 def weights_by_loss(weights: tuple[float, ...], losses: list[float], tau: float) -> tuple[float, ...]:
@@ -50,17 +64,30 @@ def weights_by_loss(weights: tuple[float, ...], losses: list[float], tau: float)
     return tuple(value / sum(scaled) for value in scaled)
 
 
-def validation_weights(teachers: list[Model], config: Config, split: Split, tokenizer: Tokenizer) -> tuple[float, ...]:
+def held_out_loss(teacher: TeacherModel, split: Split, config: Config, eos_id: int) -> float:
+    """Nats per token of a teacher on the windows of `evaluate.validation_loss`. Raises DataError for an empty split."""
+    seq_len, device = config.model.max_seq_len, teacher.head.device
+    windows = spread_windows(split, seq_len, config.training.eval_tokens, eos_id)
+    nats, num_tokens = 0.0, 0
+    while rows := list(islice(windows, config.training.device_batch_size)):
+        inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows, strict=True))
+        loss = chunked_loss(
+            teacher.hidden(inputs, None), teacher.head, targets.flatten(), LossConfig(teacher.soft_cap), normalizer=1.0
+        )
+        nats += float(loss.ce)
+        num_tokens += int((targets >= 0).sum())
+    if not num_tokens:
+        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
+    return nats / num_tokens
+
+
+def validation_weights(
+    teachers: Sequence[TeacherModel], config: Config, split: Split, tokenizer: Tokenizer
+) -> tuple[float, ...]:
     """The teachers' weights after their losses on the held-out split, which are measured here and printed."""
     losses = []
     for path, teacher in zip(config.distillation.teachers, teachers, strict=True):
-        nats, _ = validation_loss(
-            teacher,
-            split,
-            config.training.eval_tokens,
-            tokenizer=tokenizer,
-            batch_size=config.training.device_batch_size,
-        )
+        nats = held_out_loss(teacher, split, config, tokenizer.eos_id)
         losses.append(distributed.agree(nats))
         if not math.isfinite(losses[-1]):
             raise ConfigError(f"distillation.teachers: {path} has a held-out loss of {nats}: leave it out")
@@ -81,19 +108,21 @@ class Objective(nn.Module):
         self,
         model: Model,
         config: Config,
-        teachers: list[Model],
+        teachers: Sequence[TeacherModel],
         use_compile: bool,
         teacher_weights: tuple[float, ...] | None = None,
+        caches: Sequence[TeacherCache] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.use_compile = use_compile
+        self.soft_cap = config.model.final_logit_soft_cap
         self.chunk_size = config.training.loss_chunk_size
         # Kept out of the module tree: teachers are neither trained nor saved.
-        self.teachers = (teachers, teacher_weights or fixed_weights(config.distillation))
+        self.teachers, self.caches = teachers, caches
+        self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
         self.kl_weight = config.distillation.kl_weight
         self.loss_config = LossConfig(
-            soft_cap=config.model.final_logit_soft_cap,
             z_loss=config.training.z_loss,
             temperature=config.distillation.temperature,
             direction=config.distillation.kl_direction,
@@ -103,24 +132,36 @@ class Objective(nn.Module):
         )
 
     def forward(
-        self, inputs: Tensor, targets: Tensor, weights: Tensor | None, doc_ids: Tensor | None, normalizer: Tensor
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        doc_ids: Tensor | None,
+        normalizer: Tensor,
+        cached: Sequence[Sequence[Tensor]] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`."""
+        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`.
+
+        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches.
+        """
         hidden = self.model(inputs, doc_ids)
-        heads = []
-        for teacher, weight in zip(*self.teachers, strict=True):
-            with torch.no_grad():
-                states = teacher(inputs, doc_ids).flatten(0, 1)
-            heads.append(TeacherHead(states, teacher.head, teacher.config.final_logit_soft_cap, weight))
+        soft_cap = self.model.config.final_logit_soft_cap
+        teachers: list[Teacher] = []
+        for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
+            teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
+        for cache, rows, weight in zip(self.caches, cached, self.teacher_weights[len(self.teachers) :], strict=True):
+            ids, probs, entropy = (values.flatten(0, 1) for values in rows)
+            teachers.append(SparseTeacher(ids, probs, cache.method, entropy, weight, cache.temperature))
         loss: Loss = chunked_loss(
             hidden.flatten(0, 1),
             self.model.head,
             targets.flatten(),
-            replace(self.loss_config, kl_weight=self.kl_weight),
+            replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
             weights=None if weights is None else weights.flatten(),
             normalizer=normalizer,
-            teachers=heads,
+            teachers=teachers,
             chunk_size=self.chunk_size,
-            use_compile=self.use_compile,
+            # A cap on its way out is another number each step, which would be compiled anew each step.
+            use_compile=self.use_compile and soft_cap == self.soft_cap,
         )
         return loss.total, loss.ce, loss.z, loss.kl

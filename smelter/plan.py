@@ -105,7 +105,7 @@ def _loss(config: Config, tokens: int, bytes_per_value: int) -> int:
     logits = min(training.loss_chunk_size, tokens) * model.vocab_size
     cast = bytes_per_value if bytes_per_value < FLOAT else 0
     # Compiled, the gradient takes the logits' place; eager, or with a teacher, five float32 temporaries of their size.
-    temporaries = 0 if training.use_torch_compile and not config.distillation.teachers else 5 * FLOAT
+    temporaries = 0 if training.use_torch_compile and not config.distillation.num_teachers else 5 * FLOAT
     return (bytes_per_value + temporaries) * logits + (cast + FLOAT + bytes_per_value) * head
 
 

@@ -56,6 +56,10 @@ class Document:
     """Either "train" or "val", or "" if the record leaves it open."""
     weight: float
     """Weight in the loss, above 0."""
+    license: str = ""
+    """The record's licence, "" where it names none."""
+    teacher: str = ""
+    """Who answered, where this is a teacher's answer."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +206,18 @@ def _parse(line: bytes) -> tuple[bytes, list[Document]]:
         if values.get(key):
             _invalid("wrong field", f'"{key}" does not belong in a record of kind "{kind}": remove it')
     if kind == "text":
-        contents = [(values["text"], 1.0)]
+        contents = [(values["text"], 1.0, "")]
     else:
-        contents = [(f"{values['prompt']}\n{text}", weight) for text, weight in map(_response, values["responses"])]
-    name = values.get("id") or hashlib.sha256("\0".join(text for text, _ in contents).encode()).hexdigest()
-    source = values.get("source") or name
-    return hashlib.sha256(name.encode()).digest(), [Document(text, source, split, weight) for text, weight in contents]
+        answers = map(_response, values["responses"])
+        contents = [(f"{values['prompt']}\n{text}", weight, teacher) for text, weight, teacher in answers]
+    name = values.get("id") or hashlib.sha256("\0".join(text for text, *_ in contents).encode()).hexdigest()
+    source, licence = values.get("source") or name, values.get("license", "")
+    documents = [Document(text, source, split, weight, licence, teacher) for text, weight, teacher in contents]
+    return hashlib.sha256(name.encode()).digest(), documents
 
 
-def _response(values: Any) -> tuple[str, float]:
-    """Text and weight of a teacher's answer."""
+def _response(values: Any) -> tuple[str, float, str]:
+    """Text and weight of a teacher's answer, and the teacher."""
     if not isinstance(values, dict):
         _invalid("wrong field", f'"responses" holds {_short(values)}: must be a list of objects')
     values = _checked(values, _RESPONSE_FIELDS, "a response")
@@ -221,7 +227,7 @@ def _response(values: Any) -> tuple[str, float]:
     weight = values.get("weight", 1.0)
     if not 0 <= weight <= MAX_WEIGHT:
         _invalid("wrong field", f'"weight" is {_short(weight)}: must lie between 0 and {MAX_WEIGHT:,}')
-    return values["text"], float(weight)
+    return values["text"], float(weight), values["teacher"]
 
 
 def _json(line: bytes) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from smelter import __version__
 from smelter.cli import parse
 from smelter.config import load_config
 from smelter.errors import ConfigError, DataError
+from smelter.intervals import wilson
 from smelter.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, short_duration, short_number
+from smelter.results import tables
 
 BOX = 1000
 MAX_POINTS = 500
@@ -277,14 +279,6 @@ def in_layer_order(kinds: Iterable[str]) -> list[str]:
     return sorted(kinds, key=lambda kind: (LAYER_KINDS.index(kind) if kind in LAYER_KINDS else 99, kind))
 
 
-def wilson(share: float, cases: int) -> tuple[float, float]:
-    """95% interval of a share of `cases` (Wilson's score interval, 1927)."""
-    z2 = 1.959964**2
-    middle = (share + z2 / (2 * cases)) / (1 + z2 / cases)
-    half = math.sqrt(z2) / (1 + z2 / cases) * math.sqrt(share * (1 - share) / cases + z2 / (4 * cases**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def bars(values: dict[str, float | None], own: str) -> list[Row]:
     """Horizontal bars: label, value, width in % of the largest, and whether it is the model's own."""
     known = {label: value for label, value in values.items() if value is not None}
@@ -367,6 +361,7 @@ def gather(run_dir: Path) -> Row:
         "exact": share,
         "cases": cases,
         "interval": wilson(share, cases) if share is not None and cases else None,
+        "tables": tables(results),
         "trits": trit_rows(results["trits"]) if results.get("trits") else [],
         "charts": charts,
         "chart_data": {chart.id: chart.data() for chart in charts},

@@ -36,6 +36,17 @@ def muon_momentum(step: int, config: TrainingConfig) -> float:
     return start + (config.muon_momentum - start) * rise
 
 
+def final_cap(cap: float, step: int, num_steps: int | None, fraction: float) -> float:
+    """The output logits' soft-cap at `step` (from 0); 0 means none.
+
+    Its inverse falls linearly over the last `fraction` of the steps and is 0 at the last one.
+    """
+    if not cap or not fraction or num_steps is None:
+        return cap
+    left = (num_steps - 1 - step) / (fraction * num_steps)
+    return 0.0 if left <= 0 else cap / min(1.0, left)
+
+
 def set_rates(groups: list[dict[str, Any]], step: int, num_steps: int | None, config: TrainingConfig) -> None:
     """Write learning rate, momentum and decay for `step` into the optimizer's groups (by their names)."""
     peaks = {
@@ -78,7 +89,8 @@ class RunLength:
             return
         left = max(0.0, self.config.train_minutes * 60 - elapsed)
         total = step + int(left / seconds_per_step)
-        if self.num_steps is not None or step >= (1 - self.config.cooldown_fraction) * total:
+        ending = max(self.config.cooldown_fraction, self.config.final_cap_anneal_fraction)
+        if self.num_steps is not None or step >= (1 - ending) * total:
             self.num_steps = total
 
     def done(self, step: int) -> bool:

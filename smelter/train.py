@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,46 +24,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smelter import cli, distributed, hardware
 from smelter.bitnet import bit_linears
+from smelter.bpb import validation_loss
 from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distributed import print0
 from smelter.errors import ConfigError, UserError
-from smelter.evaluate import validation_loss
 from smelter.generate import samples
 from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
 from smelter.model import Model
 from smelter.muon import MuonAdamW
 from smelter.objective import Objective, load_teachers, validation_weights
 from smelter.plan import plan
-from smelter.schedule import RunLength, kl_weight, set_rates
+from smelter.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.shards import ShardSet
+from smelter.signals import StopSignal
+from smelter.teacher_cache import open_caches
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10
-
-
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)
-        print0(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)")
 
 
 class Trainer:
@@ -88,6 +66,7 @@ class Trainer:
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer of {config.data.shards} "
                 f"({self.tokenizer.vocab_size}): set vocab_size = {self.tokenizer.vocab_size}"
             )
+        self.caches = open_caches(config, self.shards)
         found = prepare_run_dir(self.run_dir, config, training.resume)
         torch.manual_seed(training.seed)
         self.model = Model(config.model, self.dtype).to(self.device)
@@ -112,15 +91,16 @@ class Trainer:
         self.elapsed = 0.0
         if found is not None:
             self._load(found)
+        self._set_final_cap()
         self.model.quantize_weights()
         if self.use_compile:
             for block in self.model.layers:
                 block.compile()
-        teachers = load_teachers(config, self.dtype, self.device)
+        teachers = load_teachers(config, self.tokenizer, self.dtype, self.device)
         weights = None
         if config.distillation.teacher_weighting == "validation" and teachers:
             weights = validation_weights(teachers, config, self.shards.split("val"), self.tokenizer)
-        self.loss = Objective(self.model, config, teachers, self.use_compile, weights)
+        self.loss = Objective(self.model, config, teachers, self.use_compile, weights, self.caches)
         self.objective: nn.Module = self.loss
         if distributed.world_size() > 1:
             self.objective = DistributedDataParallel(
@@ -142,6 +122,12 @@ class Trainer:
             self.length.num_steps = loaded.state["num_steps"]
         print0(f"resuming from {path}")
 
+    def _set_final_cap(self) -> None:
+        """Give the model the cap of the present step; a checkpoint says the one that its model has."""
+        cap, fraction = self.config.model.final_logit_soft_cap, self.training.final_cap_anneal_fraction
+        cap = final_cap(cap, self.step, self.length.num_steps, fraction)
+        self.model.config = replace(self.model.config, final_logit_soft_cap=cap)
+
     def save(self) -> Path:
         """Write a checkpoint of the current step; returns its path."""
         path = self.run_dir / "checkpoints" / f"step_{self.step:07d}"
@@ -149,7 +135,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir,
                 self.step,
-                config=self.config,
+                config=replace(self.config, model=self.model.config),
                 tensors=dict(self.model.state_dict()),
                 tokenizer_file=Path(self.config.data.shards) / "tokenizer.json",
                 state={
@@ -186,6 +172,7 @@ class Trainer:
                     self._tensor(batch.weights),
                     self._tensor(batch.doc_ids) if self.config.data.use_document_mask else None,
                     normalizer,
+                    tuple(tuple(map(self._tensor, (rows.ids, rows.probs, rows.entropy))) for rows in batch.teachers),
                 )
                 # DistributedDataParallel averages over ranks; the normalizer already counts all of them.
                 self.scaler.scale(parts[0] * distributed.world_size()).backward()
@@ -195,7 +182,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         loss, ce, z, kl = distributed.sum_over_ranks(sums).tolist()
         values = {"loss": loss, "ce_loss": ce, "z_loss": z, "grad_norm": float(norm)}
-        if self.config.distillation.teachers:
+        if self.config.distillation.num_teachers:
             values["kl_loss"] = kl
         if torch.isfinite(norm) and abs(loss) < float("inf"):
             self.scaler.step(self.optimizer)
@@ -254,13 +241,14 @@ class Trainer:
             self.tokenizer,
             self.config.data,
             seq_len=self.config.model.max_seq_len,
-            seed=training.seed,
+            seed=self.caches[0].arrangement.seed if self.caches else training.seed,
             device_batch_size=training.device_batch_size,
             rows_per_step=training.total_batch_size // self.config.model.max_seq_len,
+            cached=self.caches,
         )
         batches = prefetch(stream, self.step, distributed.rank(), distributed.world_size())
         try:
-            with StopSignal() as stop:
+            with StopSignal("finishing this step, then saving a checkpoint") as stop:
                 return self._loop(batches, stop)
         finally:
             batches.close()
@@ -296,6 +284,7 @@ class Trainer:
             self.elapsed, step_seconds = distributed.agree(self.elapsed), distributed.agree(step_seconds)
             if len(recent) >= MIN_TIMED_STEPS:
                 length.update(self.step, self.elapsed, step_seconds)
+            self._set_final_cap()
             stopping = distributed.any_rank(stop.number != 0)
             if self._due(training.log_every) or self._due(training.eval_every) or stopping:
                 span = self.elapsed - log_elapsed
@@ -308,6 +297,8 @@ class Trainer:
                 line["peak_memory_mib"] = hardware.peak_memory_mib(self.device)
                 line["elapsed_seconds"] = self.elapsed
                 line["skipped_steps"] = self.skipped
+                if training.final_cap_anneal_fraction:
+                    line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
                 line |= self._weights_metrics()
                 if self._due(training.eval_every) and distributed.is_main():
                     line |= self._evaluate()

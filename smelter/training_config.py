@@ -25,12 +25,14 @@ def require_finite(table: str, config: Any) -> None:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learning from teachers' probabilities in the same process; off while `teachers` is empty."""
+    """Learning from teachers' probabilities; off while `teachers` and `cached` are empty."""
 
     teachers: tuple[str, ...] = ()
-    """Run folders or checkpoints of teachers with the same tokenizer."""
+    """Teachers that run beside the student: run folders, checkpoints or Hugging Face folders, same tokenizer."""
+    cached: tuple[str, ...] = ()
+    """Folders that `smelter teach` wrote: teachers' probabilities from the disk. They decide the order of the data."""
     teacher_weights: tuple[float, ...] = ()
-    """Weight of each teacher in the mixture of probabilities; empty means equal weights."""
+    """Weight of each in the mixture of probabilities, teachers first, then cached; empty means equal weights."""
     teacher_weighting: Literal["fixed", "validation", "confidence"] = "fixed"
     """fixed: teacher_weights. validation: times exp(-held-out loss / validation_tau). confidence: see docs."""
     validation_tau: float = 0.1
@@ -60,16 +62,27 @@ class DistillationConfig:
             require(value > 0, f"distillation.{name} = {value}: must be positive")
         require(0 <= self.skew_alpha < 1, f"distillation.skew_alpha = {self.skew_alpha}: must lie in [0, 1)")
         require(0 < self.js_beta < 1, f"distillation.js_beta = {self.js_beta}: must lie between 0 and 1, both excluded")
+        require(
+            self.teacher_weighting != "validation" or not self.cached,
+            'distillation.teacher_weighting = "validation" measures teachers that run here, which those of '
+            'distillation.cached do not: give teacher_weights, and leave it "fixed"',
+        )
         if self.teacher_weights:
+            count = f"{len(self.teachers)} teachers" + (f" and {len(self.cached)} cached" if self.cached else "")
             require(
-                len(self.teacher_weights) == len(self.teachers),
+                len(self.teacher_weights) == self.num_teachers,
                 f"distillation.teacher_weights has {len(self.teacher_weights)} entries for "
-                f"{len(self.teachers)} teachers: give one weight per teacher or none",
+                f"{count}: give one weight per teacher or none",
             )
             require(
                 min(self.teacher_weights) >= 0 and sum(self.teacher_weights) > 0,
                 "distillation.teacher_weights: none may be negative and one must be positive",
             )
+
+    @property
+    def num_teachers(self) -> int:
+        """Teachers of both kinds."""
+        return len(self.teachers) + len(self.cached)
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class TrainingConfig:
     run_dir: str = "runs/default"
     """Run folder: configuration, metrics, checkpoints, report."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and, without distillation.cached, of the order of the data."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -128,6 +141,9 @@ class TrainingConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     z_loss: float = 1e-4
     """Weight of the squared log-partition term that keeps logits small."""
+    final_cap_anneal_fraction: float = 0.0
+    """Share of the steps, at the end, over which 1 / model.final_logit_soft_cap falls linearly to 0: the model then
+    ends without that cap, as exports need it. 0 keeps the cap."""
     loss_chunk_size: int = 1_024
     """Tokens whose logits exist at once in the loss."""
     use_torch_compile: bool = True
@@ -168,7 +184,7 @@ class TrainingConfig:
         for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"training.{name} = {value}: must lie in [0, 1)")
-        for name in ("cooldown_fraction", "min_lr_ratio"):
+        for name in ("cooldown_fraction", "min_lr_ratio", "final_cap_anneal_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
         require(0 <= self.seed < 2**63, f"training.seed = {self.seed}: must lie in [0, 2**63)")

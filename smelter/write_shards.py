@@ -95,6 +95,8 @@ class _SplitWriter:
         self._lengths, self._bytes, self._sources = array("q"), array("q"), array("q")
         self._weights, self._hashes = array("f"), bytearray()
         self._source_index: dict[str, int] = {}
+        self._licenses: Counter[str] = Counter()
+        self._teachers: Counter[str] = Counter()
 
     def add(self, document: Document, ids: list[int]) -> None:
         """Write one document's ids, eos included."""
@@ -113,6 +115,9 @@ class _SplitWriter:
         self._sources.append(self._source_index.setdefault(document.source, len(self._source_index)))
         self._weights.append(document.weight)
         self._hashes += hashlib.sha256(raw).digest()
+        self._licenses[document.license] += len(raw)
+        if document.teacher:
+            self._teachers[document.teacher] += len(raw)
 
     def close(self) -> None:
         """End the file that is being written, if any."""
@@ -139,6 +144,9 @@ class _SplitWriter:
             "num_docs": len(table),
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
+            # Bytes of text by licence ("" where a record names none) and, of teachers' answers, by teacher.
+            "licenses": dict(sorted(self._licenses.items())),
+            "teachers": dict(sorted(self._teachers.items())),
             "files": self._files,
             "documents": {"name": documents, "sha256": file_sha256(self.folder / documents)},
             "sources": {"name": sources, "sha256": file_sha256(self.folder / sources)},

@@ -402,6 +402,17 @@ def test_resuming_with_another_configuration(tmp_path: Path, tokenizer_file: Pat
             assert "(was 'something else')" in message
 
 
+def test_keys_that_are_newer_than_the_checkpoint(tmp_path: Path, tokenizer_file: Path) -> None:
+    path = save(tmp_path, 3, tokenizer_file)
+    manifest = json.loads((path / "config.json").read_text())
+    del manifest["config"]["distillation"]["cached"]
+    (path / "config.json").write_text(json.dumps(manifest))
+    assert prepare_run_dir(tmp_path, CONFIG, "must") == path
+    other = replace(CONFIG, distillation=replace(CONFIG.distillation, cached=("c",)))
+    with pytest.raises(ConfigError, match=r"distillation\.cached = \['c'\] \(was \[\]\)"):
+        prepare_run_dir(tmp_path, other, "must")
+
+
 def test_a_longer_run_resumes_and_saves_its_configuration(tmp_path: Path, tokenizer_file: Path) -> None:
     path = save(tmp_path, 3, tokenizer_file)
     longer = replace(CONFIG, training=replace(CONFIG.training, num_steps=9_000, keep_checkpoints=5))

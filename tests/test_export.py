@@ -17,7 +17,7 @@ from smelter import kernels
 from smelter.__main__ import main
 from smelter.bitnet import bit_linears
 from smelter.errors import UserError
-from smelter.export import CapReport, compare, logits_of, measure_caps, probe_windows, runtime_model
+from smelter.export_check import CapReport, compare, logits_of, measure_caps, probe_windows, runtime_model
 from smelter.export_gguf import check_gguf, gguf_name, read_gguf, write_gguf
 from smelter.export_hf import baked_tensors, compare_trits, qwen3_config, read_hf, write_hf
 from smelter.generate import generate, load_model
@@ -43,7 +43,7 @@ def calm_model(**changes: Any) -> Model:
 
 def write_folder(folder: Path, model: Model) -> Path:
     folder.mkdir()
-    write_hf(folder, model, tiny.tokenizer(), name="tiny", step=7, path=folder)
+    write_hf(folder, model, tiny.tokenizer())
     return folder
 
 
@@ -342,7 +342,12 @@ def test_gguf_command_names_the_file_after_the_run(tmp_path: Path, capsys: pytes
     run, out = tiny.checkpoint(tmp_path / "run", model), tmp_path / "gguf"
     assert run_export(run, out, "--format", "gguf") == 0
     assert run_export(run, out, "--format", "gguf", "--gguf-type", "TQ1_0") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["export.json", "run-TQ1_0.gguf", "run-TQ2_0.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "Modelfile",
+        "export.json",
+        "run-TQ1_0.gguf",
+        "run-TQ2_0.gguf",
+    ]
     report = json.loads((out / "export.json").read_text())
     assert report["trits_changed"] == report["scales_changed"] == 0
     assert 0 < report["kl_as_trained"] < 1e-2

@@ -55,22 +55,43 @@ SMELTER = {
     "data": f"{BASE} tokenizer shards fim",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
+    "signals": f"{BASE} distributed",
     "schedule": BASE,
     "hardware": f"{BASE} distributed kernels.capability",
     "plan": BASE,
     "healing": f"{BASE} tokenizer",
-    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint",
-    "evaluate": f"{BASE} tokenizer sandbox distributed bitnet model infill shards data checkpoint generate",
-    "objective": f"{BASE} distributed tokenizer model loss shards checkpoint evaluate",
+    "packed": f"{BASE} tokenizer bitnet model checkpoint",
+    "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
+    "decode": f"{BASE} tokenizer model healing generate",
+    "intervals": "",
+    "bpb": f"{BASE} tokenizer model shards data",
+    "problems": f"{BASE} decode",
+    "pass_at_k": f"{BASE} tokenizer sandbox model infill decode problems",
+    "results": f"{BASE} intervals",
+    "compare": f"{BASE} intervals pass_at_k results",
+    "evaluate": (
+        f"{BASE} tokenizer bitnet model infill shards checkpoint generate decode bpb problems pass_at_k results compare"
+    ),
+    "sparse": BASE,
+    "teacher_cache": f"{BASE} tokenizer shards data sparse",
+    "write_teacher": f"{BASE} shards sparse teacher_cache",
+    "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
+    "objective": f"{BASE} distributed tokenizer model loss shards bpb teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate evaluate objective"
+        "schedule hardware plan generate bpb signals teacher_cache objective"
     ),
-    "teach": f"{BASE} tokenizer distributed model shards data checkpoint",
+    "teach": (
+        f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
+        "teacher_cache write_teacher teacher_model"
+    ),
     "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_check": f"{BASE} tokenizer kernels.reference model evaluate export_hf",
+    "model_card": f"{BASE} tokenizer checkpoint export_check",
     "export": (
-        f"{BASE} tokenizer kernels.reference bitnet model shards checkpoint generate evaluate export_hf export_gguf"
+        f"{BASE} tokenizer model checkpoint packed generate results evaluate export_hf export_gguf export_check "
+        "model_card"
     ),
     "serving": "",
     "serving.text": "",
@@ -96,7 +117,7 @@ SMELTER = {
         f"{BASE} tokenizer model checkpoint generate "
         "serving.engine serving.stats serving.gate serving.asking serving.app serving.proxy"
     ),
-    "report": f"{BASE} metrics",
+    "report": f"{BASE} metrics intervals results",
     "__main__": BASE,
 }
 

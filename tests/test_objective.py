@@ -18,6 +18,7 @@ from smelter.metrics import read_metrics
 from smelter.model import Model
 from smelter.objective import Objective, validation_weights, weights_by_loss
 from smelter.shards import ShardSet
+from smelter.teacher_model import CheckpointTeacher
 from smelter.write_shards import TokenizeOptions, tokenize
 
 
@@ -29,10 +30,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(20):
             text = "".join(lines[i * 20 : (i + 1) * 20])
             file.write(json.dumps({"id": str(i), "kind": "text", "text": text, "source": f"{i}.py"}) + "\n")
-    options = TokenizeOptions(
-        records=(folder / "records.jsonl",), out=folder / "shards", vocab_size=512, val_fraction=0.2
-    )
-    return tokenize(options)
+    tokenizer = folder / "tokenizer.json"  # that of the teachers
+    tiny.tokenizer().save(tokenizer)
+    records, out = folder / "records.jsonl", folder / "shards"
+    return tokenize(TokenizeOptions(records=(records,), out=out, tokenizer=tokenizer, val_fraction=0.2))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,9 @@ def test_validation_weights_are_those_of_the_measured_losses(shards: Path, capsy
     config = config_of(teachers=("a", "b"), teacher_weighting="validation", validation_tau=2.0)
     opened = ShardSet.open(shards)
     split = opened.split("val")
-    weights = validation_weights(models, config, split, opened.tokenizer)
+    weights = validation_weights(
+        [CheckpointTeacher(Path(), model) for model in models], config, split, opened.tokenizer
+    )
     losses = [validation_loss(m, split, 256, tokenizer=opened.tokenizer, batch_size=4)[0] for m in models]
     assert weights[0] / weights[1] == pytest.approx(math.exp((losses[1] - losses[0]) / 2.0))
     assert capsys.readouterr().out.splitlines() == [
@@ -98,7 +101,7 @@ def test_a_teacher_of_no_finite_loss_is_named(shards: Path) -> None:
     opened = ShardSet.open(shards)
     config = config_of(teachers=("runs/broken",), teacher_weighting="validation")
     with pytest.raises(ConfigError, match="runs/broken has a held-out loss of nan"):
-        validation_weights([broken], config, opened.split("val"), opened.tokenizer)
+        validation_weights([CheckpointTeacher(Path(), broken)], config, opened.split("val"), opened.tokenizer)
 
 
 def test_validation_weighting_in_a_run(
@@ -145,5 +148,5 @@ def test_the_recipes_options_reach_the_loss(direction: Any, name: str) -> None:
         teachers=("a",), kl_direction=direction, skew_alpha=0.3, js_beta=0.7, teacher_weighting="confidence"
     )
     made: Model = tiny.model()
-    loss = Objective(made, config, [tiny.model(1)], use_compile=False).loss_config
+    loss = Objective(made, config, [CheckpointTeacher(Path(), tiny.model(1))], use_compile=False).loss_config
     assert (loss.direction, loss.skew_alpha, loss.js_beta, loss.use_confidence) == (name, 0.3, 0.7, True)

@@ -28,12 +28,45 @@ from smelter.report import (
     smoothed,
     thinned,
     trit_rows,
-    wilson,
     write_report,
 )
 
 CONFIG = preset("tiny")
 HOSTILE = "if a < b and c > d & e: s = '</script><script>document.title=\"owned\"</script>' # \u2028 {{ 7 * 6 }}"
+
+PARTS = {
+    "infill_exact_match_psm": 0.25,
+    "bpb_by_language": {
+        "python": {"bpb": 0.871, "num_bytes": 1_200_345, "num_files": 61},
+        "unknown": {"bpb": 1.213, "num_bytes": 9_876, "num_files": 2},
+    },
+    "infill": {
+        "single_line": {"exact_match": 0.285, "edit_similarity": 0.612, "cases": 400},
+        "multi_line": {"exact_match": 0.05, "edit_similarity": 0.431, "cases": 40},
+        "random_span": {"exact_match": 0.125, "edit_similarity": 0.502, "cases": 40},
+    },
+    "pass_at_k": {
+        "smelter_problems": {
+            "pass@1": 0.2125,
+            "pass@10": 0.4,
+            "num_problems": 80,
+            "num_completions": 10,
+            "by_difficulty": {
+                "1": {"pass@1": 0.5, "pass@10": 0.8, "num_problems": 26},
+                "4": {"pass@1": 0.0, "pass@10": 0.0, "num_problems": 14},
+            },
+        }
+    },
+    "infill_files": {
+        "smelter_lines": {
+            "pass@1": 0.31,
+            "exact_match": 0.22,
+            "edit_similarity": 0.55,
+            "num_problems": 357,
+            "num_completions": 1,
+        }
+    },
+}
 
 
 def fake_run(run: Path, num_steps: int = 2_000, log_every: int = 10, results: bool = True) -> Path:
@@ -106,6 +139,7 @@ def fake_run(run: Path, num_steps: int = 2_000, log_every: int = 10, results: bo
             "num_params": model.num_params_estimate,
             "trits": trits,
             "samples": [sample, other],
+            **PARTS,
         }
         (run / "results.json").write_text(json.dumps(measured))
         (run / "export" / "gguf").mkdir(parents=True)
@@ -166,6 +200,13 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "Infilled exactly 28.5% of 400 held-out lines",
         "95% interval of the trained model: 24.3% to 33.1%",
         "untrained 0.0%",
+        "unknown 1.213 2 9,876",
+        "a line 28.5% 24.3% to 33.1% 0.612 400",
+        "prefix before suffix 25.0%",
+        "2 to 8 lines 5.0% 1.4% to 16.5% 0.431 40",
+        "smelter_problems 21.2% 40.0% 80 x 10",
+        "difficulty 1 50.0% 80.0% 26",
+        "smelter_lines 31.0% 22.0% 0.550 357",
         f"Every one of the {CONFIG.model.num_matrix_params:,} weights",
         "Training time 14m00s",
         "Skipped steps: 1.",
@@ -341,15 +382,6 @@ def test_trit_shares_and_information() -> None:
     assert [row["bits"] for row in rows[:2]] == pytest.approx([1.0, math.log2(3)])
     assert rows[2]["shares"] == pytest.approx([1 / 7, 3 / 7, 3 / 7])
     assert rows[2]["count"] == 7
-
-
-@pytest.mark.parametrize(
-    ("share", "cases", "low", "high"),
-    # Agresti and Coull 1998, and R's prop.test(correct = FALSE)
-    [(0.5, 10, 0.2366, 0.7634), (0.0, 10, 0.0, 0.2775), (0.285, 400, 0.2430, 0.3311)],
-)
-def test_wilson_interval(share: float, cases: int, low: float, high: float) -> None:
-    assert wilson(share, cases) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.real

@@ -145,6 +145,31 @@ def test_nothing_but_tmp_can_be_written(use_bubblewrap: bool, folder: str) -> No
 
 
 @ISOLATED
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "os.unlink(victim)",
+        "os.truncate(victim, 0)",
+        "open(victim, 'w').close()",
+        "os.rename(victim, '/tmp/taken')",
+        "shutil.rmtree(os.path.dirname(victim))",
+        "subprocess.run(['/bin/rm', '-rf', victim], check=True, stderr=2); os.stat(victim)",
+    ],
+)
+def test_no_file_of_the_host_is_deleted(use_bubblewrap: bool, tmp_path: Path, attack: str) -> None:
+    """Not even one that everybody may delete."""
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    victim.chmod(0o666)
+    tmp_path.chmod(0o777)
+    source = f"import os, shutil, subprocess\nvictim = {str(victim)!r}\n{attack}"
+    result = run_python(source, limits=LIMITS, use_bubblewrap=use_bubblewrap)
+    assert result.reason == "error", result
+    assert "No such file" in result.stderr
+    assert victim.read_text() == "kept"
+
+
+@ISOLATED
 def test_tmp_is_bounded_and_gone(use_bubblewrap: bool) -> None:
     limits = Limits(disk_bytes=2**20, wall_seconds=60)
     many = "for i in range(100): open(f'/tmp/{i}', 'wb').write(bytes(100_000))"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from smelter.config import DistillationConfig, TrainingConfig
-from smelter.schedule import RunLength, kl_weight, lr_factor, muon_momentum, set_rates
+from smelter.schedule import RunLength, final_cap, kl_weight, lr_factor, muon_momentum, set_rates
 
 
 def test_warmup_stable_decay() -> None:
@@ -74,6 +74,26 @@ def test_a_given_number_of_steps_stays() -> None:
     assert length.num_steps == 7
     assert not length.done(6)
     assert length.done(7)
+
+
+def test_the_inverse_of_the_final_cap_falls_to_nothing_at_the_last_step() -> None:
+    caps = [final_cap(30.0, step, 100, 0.2) for step in range(101)]
+    assert caps[:80] == [30.0] * 80
+    assert [1 / cap for cap in caps[80:99]] == pytest.approx([(99 - step) / 20 / 30 for step in range(80, 99)])
+    assert caps[99:] == [0.0, 0.0]
+    assert final_cap(30.0, 99, None, 0.2) == 30.0  # the end is not known yet
+    assert final_cap(30.0, 99, 100, 0.0) == 30.0
+    assert final_cap(0.0, 50, 100, 1.0) == 0.0
+    assert final_cap(30.0, 0, 1, 1.0) == 0.0
+
+
+def test_a_run_limited_by_time_knows_its_end_when_the_cap_must_go() -> None:
+    config = TrainingConfig(train_minutes=1.0, cooldown_fraction=0.1, final_cap_anneal_fraction=0.5)
+    length = RunLength.of(config)
+    length.update(200, 20.0, 0.1)
+    assert length.num_steps is None
+    length.update(300, 30.0, 0.1)
+    assert length.num_steps == 600
 
 
 def test_the_share_of_the_teachers_over_a_run() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from smelter.__main__ import main
 from smelter.config import load_config
+from smelter.generate import load_model
 from smelter.metrics import read_metrics
 from smelter.write_shards import TokenizeOptions, tokenize
 
@@ -267,3 +269,28 @@ def test_results_are_json_lines(shards: Path, tmp_path: Path) -> None:
     assert main(command(shards, tmp_path / "r", "--num-steps", "3", "--eval-every", "3")) == 0
     last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"loss", "val_bpb", "val_loss", "trit_flips", "sparsity/q_proj", "tok_per_sec", "lr_muon"} <= last.keys()
+
+
+def test_the_final_cap_is_annealed_away_and_checkpoints_say_so(shards: Path, tmp_path: Path) -> None:
+    run, options = tmp_path / "r", ("--final-cap-anneal-fraction", "0.5", "--final-logit-soft-cap", "2.0")
+    assert main(command(shards, run, *options, "--checkpoint-every", "9")) == 0
+    rows = read_metrics(run / "metrics.jsonl")
+    caps = [row["final_logit_soft_cap"] for row in rows]  # after each step: the next one's
+    assert caps[:5] == [2.0] * 5
+    assert [1 / cap for cap in caps[5:10]] == pytest.approx(
+        [share / 2 for share in (5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    )
+    assert caps[10:] == [0.0, 0.0]
+    stored = {}
+    for step in (9, 12):
+        manifest = json.loads((run / "checkpoints" / f"step_{step:07d}" / "config.json").read_text())
+        stored[step] = manifest["config"]["model"]["final_logit_soft_cap"]
+    assert stored == {9: pytest.approx(6.0), 12: 0.0}
+    model, _, _ = load_model(run)
+    assert model.config.final_logit_soft_cap == 0.0
+    # From a checkpoint on the way the same numbers follow.
+    shutil.rmtree(run / "checkpoints" / "step_0000012")
+    assert main(command(shards, run, *options, "--checkpoint-every", "9")) == 0
+    again = read_metrics(run / "metrics.jsonl")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    assert main(command(shards, run, "--final-logit-soft-cap", "2.0", "--resume", "must")) == 2
