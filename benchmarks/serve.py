@@ -172,35 +172,36 @@ def measure(write: Callable[[Prompts, int], int], count: int, prompt_tokens: int
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the tiny preset, few tokens")
+    parser.add_argument("--quick", action="store_true", help="the tiny preset, few tokens, one thread")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--preset", default="50m", help="size of the model")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each contestant")
+    parser.add_argument("--threads", type=int, help="CPU threads of each contestant; by default all")
     options = parser.parse_args()
     name, prompt_tokens, tokens = ("tiny", 32, 8) if options.quick else (options.preset, 256, 64)
     context = 64 if options.quick else 512
-    torch.set_num_threads(options.threads)
+    threads = options.threads or (1 if options.quick else os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     found: dict[str, dict[int, Speed]] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder) / "run", name, context)
-        with smelter_server(run, options.threads) as (url, key):
+        with smelter_server(run, threads) as (url, key):
             found["smelter serve"] = {n: measure(over_http(url, key), n, prompt_tokens, tokens) for n in CONCURRENCY}
         program = find_llama_server()
         if program is not None:
-            with llama_server(run, program, context, options.threads) as (url, key):
+            with llama_server(run, program, context, threads) as (url, key):
                 found["llama-server TQ2_0"] = {
                     n: measure(over_http(url, key), n, prompt_tokens, tokens) for n in CONCURRENCY
                 }
         write = with_transformers(run)
         found["Transformers fp32"] = {n: measure(write, n, prompt_tokens, tokens) for n in CONCURRENCY}
-    print(f"{name}, {options.threads} threads: tokens/s of all together; each reads {prompt_tokens}, writes {tokens}")
+    print(f"{name}, {threads} threads: tokens/s of all together; each reads {prompt_tokens}, writes {tokens}")
     print(f"{'':20}" + "".join(f"{f'{what} x{n}':>12}" for what in ("read", "write") for n in CONCURRENCY))
     for who, speeds in found.items():
         values = [getattr(speeds[n], what) for what in ("read", "write") for n in CONCURRENCY]
         print(f"{who:20}" + "".join(f"{value:12,.0f}" for value in values))
     if options.json:
         tokens_per_second = {who: {str(n): vars(speed) for n, speed in each.items()} for who, each in found.items()}
-        result = {"benchmark": "serve", "quick": options.quick, "preset": name, "threads": options.threads}
+        result = {"benchmark": "serve", "quick": options.quick, "preset": name, "threads": threads}
         print(json.dumps(result | {"tok_per_sec": tokens_per_second, "llama_server": program is not None}))
 
 
