@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
     "evaluate": ("smelter.evaluate", "bits per byte, gaps filled in, pass@k; two models beside each other"),
     "complete": ("smelter.complete", "complete or infill code, or answer, from the command line"),
+    "serve": ("smelter.serve", "the model behind HTTP: for editors, OpenAI clients, and a page"),
     "export": ("smelter.export", "checkpoint -> Hugging Face folder or GGUF file"),
     "report": ("smelter.report", "run folder -> one self-contained HTML page"),
 }

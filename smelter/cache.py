@@ -22,16 +22,21 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.end = 0
+        self.first = 0
 
-    def advance(self, positions: Tensor, end: int) -> Tensor:
-        """Say where the next tokens go: `positions` [B, T], all below `end`. Returns their mask [B, 1, T, end]."""
-        self.positions, self.end = positions, end
+    def advance(self, positions: Tensor, end: int, first: int = 0) -> Tensor:
+        """Say where the next tokens go: `positions` [B, T], all below `end`, of the rows `first` and after.
+
+        Returns their mask [B, 1, T, end].
+        """
+        self.positions, self.end, self.first = positions, end, first
         slots = torch.arange(end, device=positions.device)
         return slots <= positions[:, None, :, None]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, G, T, D] at the announced positions; return the first `end` slots [B, G, end, D]."""
-        keys, values = self.keys[layer], self.values[layer]
+        announced = slice(self.first, self.first + k.shape[0])
+        keys, values = self.keys[layer, announced], self.values[layer, announced]
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         keys[rows, :, self.positions] = k.transpose(1, 2)
         values[rows, :, self.positions] = v.transpose(1, 2)
@@ -40,3 +45,13 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange the first `length` slots of two rows."""
+        for tensor in (self.keys, self.values):
+            tensor[:, [a, b], :, :length] = tensor[:, [b, a], :, :length]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` slots of a row into another."""
+        for tensor in (self.keys, self.values):
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]

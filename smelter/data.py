@@ -102,8 +102,8 @@ class _Row(NamedTuple):
     tokens: Ids
     is_target: NDArray[np.bool_]
     weights: NDArray[np.float32]
-    chunks: tuple[Chunks, ...]
-    """Of every teacher with another tokenizer."""
+    chunks: list[Chunks]
+    """Of each teacher with another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class BatchStream:
             tokens=np.full(size, self.tokenizer.pad_id, dtype=np.int64),
             is_target=np.zeros(size, dtype=np.bool_),
             weights=np.ones(size, dtype=np.float32),
-            chunks=tuple(Chunks.empty(size) for _ in self.chunk_teachers),
+            chunks=[Chunks.empty(size) for _ in self.chunk_teachers],
         )
         prompts = self.split.num_prompt
         filled = 0

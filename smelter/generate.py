@@ -28,6 +28,8 @@ from smelter.tokenizer import Tokenizer
 
 FimOrder = Literal["spm", "psm"]
 
+MIN_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -91,6 +93,7 @@ def load_model(
         raise CheckpointError(f"{checkpoint.path}: the weights are of another model: {reason}") from None
     model = model.to(where).eval()
     model.quantize_weights()
+    model.freeze()
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
     if tokenizer.vocab_size > checkpoint.config.model.vocab_size:
         raise CheckpointError(
@@ -103,13 +106,14 @@ def load_model(
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """One token id [B] per row of logits [B, V]; `uniforms` [B] in [0, 1) decide.
 
-    temperature 0 takes the likeliest. Otherwise the top_k likeliest (0: all) are kept, of them the fewest
-    whose share reaches top_p (nucleus sampling, arXiv 1904.09751), and the inverse of their cumulative
+    temperature 0, or too little to divide by, takes the likeliest. Otherwise the top_k likeliest (0: all) are kept, of
+    them the fewest whose share reaches top_p (nucleus sampling, arXiv 1904.09751), and the inverse of their cumulative
     distribution is read at the uniform number: the same number gives the same token in any batch.
     """
-    if temperature == 0:
+    if temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
-    probs, ids = (logits / temperature).softmax(dim=-1).double().sort(dim=-1, descending=True, stable=True)
+    probs, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    probs = probs.double()
     if top_k:
         probs, ids = probs[:, :top_k], ids[:, :top_k]
     probs = probs / probs.sum(dim=-1, keepdim=True)
@@ -144,7 +148,7 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -176,7 +180,7 @@ def generate(
     limits = [min(max_tokens, context - length) for length in lengths]
     cache_len = max(length + limit for length, limit in zip(lengths, limits, strict=True))
     cache = KVCache(model.config, len(prompts), cache_len, model.compute_dtype, device)
-    uniforms = torch.stack([_uniforms(seed + row, max_tokens) for row in range(len(prompts))]).to(device)
+    uniforms = torch.stack([uniforms_of(seed + row, max_tokens) for row in range(len(prompts))]).to(device)
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
     new: list[list[int]] = [[] for _ in prompts]
@@ -230,7 +234,8 @@ def generate(
     ]
 
 
-def _uniforms(seed: int, count: int) -> Tensor:
+def uniforms_of(seed: int, count: int) -> Tensor:
+    """The `count` random numbers of a row, float64 in [0, 1); nothing but the seed decides them."""
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -256,6 +261,36 @@ def _prompt_budget(context: int, max_tokens: int) -> int:
     return max(context - max_tokens, context // 2)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's tokens, and the bytes that the first new ones spell again; `num_dropped` tokens did not fit."""
+
+    ids: list[int]
+    pending: bytes
+    num_tokens: int
+    num_dropped: int
+
+
+def make_prompt(
+    tokenizer: Tokenizer, context: int, prompt: str, suffix: str | None, *, max_tokens: int, order: FimOrder = "spm"
+) -> Prompt:
+    """How to ask for what follows `prompt`, or where a suffix (even "") is given, for what stands between the two.
+
+    A context longer than the model's `context` is cut to what is nearest to the place of writing. The cursor may stand
+    inside a word (see `healing`).
+    """
+    budget = _prompt_budget(context, max_tokens)
+    if suffix is None:
+        whole = tokenizer.encode(prompt)
+        used = whole[-budget:]
+    else:
+        whole = fim_prompt(tokenizer, prompt, suffix, order=order)
+        used = fim_prompt(tokenizer, prompt, suffix, order=order, budget=budget) if len(whole) > budget else whole
+    ids, pending = take_back(tokenizer, used)
+    # Nothing: as at the beginning of a document.
+    return Prompt(ids or [tokenizer.eos_id], pending, len(used), len(whole) - len(used))
+
+
 def complete_text(
     model: Model,
     tokenizer: Tokenizer,
@@ -269,32 +304,13 @@ def complete_text(
     seed: int = 0,
     order: FimOrder = "spm",
 ) -> Completion:
-    """Continue `prompt`, or fill in between `prompt` and `suffix` where a suffix (even "") is given.
-
-    A context longer than the model's is cut to what is nearest to the place of writing. The cursor may stand
-    inside a word (see `healing`).
-    """
-    budget = _prompt_budget(model.config.max_seq_len, max_tokens)
-    if suffix is None:
-        whole = tokenizer.encode(prompt)
-        used = whole[-budget:]
-    else:
-        whole = fim_prompt(tokenizer, prompt, suffix, order=order)
-        used = fim_prompt(tokenizer, prompt, suffix, order=order, budget=budget) if len(whole) > budget else whole
-    ids, pending = take_back(tokenizer, used)
-    (result,) = generate(
-        model,
-        [ids or [tokenizer.eos_id]],  # nothing: as at the beginning of a document
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop_ids=[tokenizer.eos_id],
-        healing=Healing(tokenizer, [pending]),
-    )
-    text = tokenizer.decode_bytes(result.ids)[len(pending) :].decode("utf-8", "replace")
-    return Completion(text, result.finish, len(used), len(whole) - len(used))
+    """Continue `prompt`, or fill in between `prompt` and `suffix`: see `make_prompt`."""
+    asked = make_prompt(tokenizer, model.config.max_seq_len, prompt, suffix, max_tokens=max_tokens, order=order)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    stop_ids, healing = [tokenizer.eos_id], Healing(tokenizer, [asked.pending])
+    (result,) = generate(model, [asked.ids], max_tokens=max_tokens, stop_ids=stop_ids, healing=healing, **sampling)
+    text = tokenizer.decode_bytes(result.ids)[len(asked.pending) :].decode("utf-8", "replace")
+    return Completion(text, result.finish, asked.num_tokens, asked.num_dropped)
 
 
 def infill_lines(

@@ -51,6 +51,10 @@ class Healing:
         # Special tokens have no bytes; they would spell nothing, for ever.
         return torch.tensor([bool(t) and (t.startswith(pending) or pending.startswith(t)) for t in self._tokens])
 
+    def start(self, row: int, pending: bytes) -> None:
+        """Row `row` begins anew and must spell `pending` first."""
+        self._pending[row] = pending
+
     def is_pending(self, row: int) -> bool:
         """Whether the row has bytes left to spell; what ends a text does not end it before that."""
         return bool(self._pending[row])

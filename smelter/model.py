@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smelter.bitnet import BitLinear, RMSNorm, apply_together, quantize_weights
+from smelter.bitnet import BitLinear, RMSNorm, apply_together, freeze, quantize_weights
 from smelter.config import ModelConfig
 from smelter.kernels import Documents, documents, reference
 from smelter.kernels import attention as run_attention
@@ -173,6 +173,20 @@ class Model(nn.Module):
             if isinstance(module, BitLinear) and not module.use_ternary:
                 module.make_ternary()
         self.quantize_weights()
+
+    def freeze(self) -> None:
+        """Make a trained model quick (see `bitnet.freeze`); its weights may not change after this."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            attention, mlp = block.self_attn, block.mlp
+            freeze(
+                [
+                    [attention.q_proj, attention.k_proj, attention.v_proj],
+                    [attention.o_proj],
+                    [mlp.gate_proj, mlp.up_proj],
+                    [mlp.down_proj],
+                ]
+            )
 
     @property
     def head(self) -> Tensor:

@@ -36,8 +36,9 @@ SMELTER = {
     "kernels.flex": "",
     "kernels.soft_cap": "",
     "kernels.blocked": "kernels.soft_cap",
+    "kernels.cached": "kernels.reference",
     "kernels.ternary": "kernels.reference kernels.capability kernels.triton_ops",
-    "kernels": "kernels.reference kernels.capability kernels.ternary kernels.blocked kernels.flex",
+    "kernels": "kernels.reference kernels.capability kernels.cached kernels.ternary kernels.blocked kernels.flex",
     "bitnet": f"{BASE} kernels kernels.reference kernels.triton_weights",
     "cache": BASE,
     "infill": BASE,
@@ -102,7 +103,30 @@ SMELTER = {
         f"{BASE} tokenizer model checkpoint packed generate results evaluate export_hf export_gguf export_check "
         "model_card"
     ),
-    "serve": f"{BASE} tokenizer model checkpoint generate",
+    "serving": "",
+    "serving.text": "",
+    "serving.engine": f"{BASE} tokenizer model cache healing generate serving.text",
+    "serving.schema": "",
+    "serving.errors": "",
+    "serving.stats": "serving.engine",
+    "serving.gate": "serving.errors serving.stats",
+    "serving.asking": "tokenizer serving.engine serving.errors serving.stats",
+    "serving.openai_routes": "tokenizer generate serving.engine serving.errors serving.schema serving.asking",
+    "serving.llama_routes": (
+        "tokenizer generate serving.engine serving.errors serving.schema serving.asking serving.openai_routes"
+    ),
+    "serving.app": (
+        "serving serving.errors serving.schema serving.stats serving.gate serving.asking serving.openai_routes "
+        "serving.llama_routes"
+    ),
+    "serving.proxy": (
+        "errors serving.errors serving.schema serving.stats serving.gate serving.asking serving.openai_routes "
+        "serving.app"
+    ),
+    "serve": (
+        f"{BASE} tokenizer model checkpoint generate "
+        "serving.engine serving.stats serving.gate serving.asking serving.app serving.proxy"
+    ),
     "report": f"{BASE} metrics intervals results",
     "__main__": BASE,
 }

@@ -59,7 +59,7 @@ def gradient(config: Config, shards: ShardSet, batch: Batch, caches: Sequence[Te
     student.quantize_weights()
     teachers = load_teachers(config, shards.tokenizer, torch.float32, torch.device("cpu"))
     objective = Objective(student, config, teachers, use_compile=False, caches=caches)
-    total, _, _, kl = objective(
+    total, _, _, kl, _ = objective(
         torch.from_numpy(batch.inputs),
         torch.from_numpy(batch.targets),
         None if batch.weights is None else torch.from_numpy(batch.weights),

@@ -11,13 +11,23 @@ from torch import Tensor
 
 from smelter.kernels import reference
 from smelter.kernels.blocked import capped_attention
+from smelter.kernels.cached import cached_attention
 from smelter.kernels.capability import capability as capability_of
-from smelter.kernels.ternary import ternary_linears, uses_triton
+from smelter.kernels.ternary import Stacked, int8_product, ternary_linears, uses_triton
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["Documents", "attention", "documents", "reference", "ternary_linears", "uses_triton"]
+__all__ = [
+    "Documents",
+    "Stacked",
+    "attention",
+    "documents",
+    "int8_product",
+    "reference",
+    "ternary_linears",
+    "uses_triton",
+]
 
 Documents = Union[Tensor, "BlockMask", None]
 """Where causal attention may look, in the form that the device's kernel takes; made by `documents`."""
@@ -41,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float, *, mask: Tensor | Non
     q [B, H, T, D]; k, v [B, G, S, D]; mask bool broadcastable to [B, H, T, S], else S = T. Returns [B, H, T, D].
     """
     if mask is not None:
-        return reference.attention(q, k, v, mask, cap)
+        return cached_attention(q, k, v, mask, cap)
     if docs is None or isinstance(docs, Tensor):
         return capped_attention(q, k, v, cap, docs)
     from smelter.kernels.flex import flex_attention

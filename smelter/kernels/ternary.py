@@ -7,6 +7,7 @@ backward pass, whose products are those of `reference.ternary_linear`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,11 +33,17 @@ def uses_triton(device: torch.device) -> bool:
     return capability(device).use_triton
 
 
-def pick_product(rows: int, inputs: int, outputs: int, device: torch.device) -> Int8Product:
-    """How to multiply activations [rows, inputs] with weights [outputs, inputs]."""
+def pick_product(
+    rows: int, inputs: int, outputs: int, device: torch.device, kept: torch.dtype | None = None
+) -> Int8Product:
+    """How to multiply activations [rows, inputs] with weights [outputs, inputs], whose trits are `kept` in a dtype."""
     product: Int8Product = int8_product(device)
     # With a single column, PyTorch's int8 product (2.13, CPU) returns arbitrary numbers; cuBLAS wants multiples of 8.
-    if rows < MIN_INT8_ROWS or inputs == 1:
+    if inputs == 1:
+        return "none"
+    # A quarter of the bytes to read, where they need not be converted first.
+    reads_int8 = product == "cpu" and kept == torch.int8
+    if rows < MIN_INT8_ROWS and not reads_int8:
         return "none"
     if product == "cublas" and (inputs % 8 or outputs % 8):
         return "none"
@@ -143,7 +150,39 @@ def ternary_linears(
         triples = zip(weights, trits, scales, strict=True)
         return [reference.ternary_linear(x, weight, t.to(x.dtype), s, activation_quant) for weight, t, s in triples]
     sizes = [part.shape[0] for part in trits]
-    how = pick_product(rows, x.shape[-1], sum(sizes), x.device)
+    how = pick_product(rows, x.shape[-1], sum(sizes), x.device, trits[0].dtype)
     y: Tensor = _TernaryLinears.apply(x, norm, eps, how, *weights, *trits, *scales)  # type: ignore[no-untyped-call]
     outputs: Sequence[Tensor] = y.split(sizes, dim=-1)
     return outputs
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The trits [N, K] of layers that read the same input, one below the other, and each output's scale [N].
+
+    Training stacks them anew in each step, since they change; a trained model need not.
+    """
+
+    trits: Tensor
+    columns: Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, trits: Sequence[Tensor], scales: Sequence[Tensor]) -> "Stacked":
+        """Stack the trits [N_i, K] and scales (scalars) of several layers."""
+        sizes = [part.shape[0] for part in trits]
+        return cls(torch.cat(list(trits)), _columns(scales, sizes), tuple(sizes))
+
+    def parts(self) -> Sequence[Tensor]:
+        """Each layer's trits, as views."""
+        parts: Sequence[Tensor] = self.trits.split(self.sizes)
+        return parts
+
+    def apply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Sequence[Tensor]:
+        """The numbers of `ternary_linears` with activations quantised per token; keeps nothing for a backward pass."""
+        flat = x.reshape(-1, x.shape[-1])
+        how = pick_product(flat.shape[0], flat.shape[1], sum(self.sizes), x.device, self.trits.dtype)
+        q, row_scale, _ = _quantize(flat, norm, eps)
+        y = _product(q, row_scale, self.trits, self.columns, how, x.dtype).view(*x.shape[:-1], -1)
+        outputs: Sequence[Tensor] = y.split(self.sizes, dim=-1)
+        return outputs

@@ -1,0 +1,144 @@
+"""What stands before every route: who may ask, how much they may send, and the count of it all.
+
+A server on the loopback interface is reachable for every page that the browser shows. So the Host header must name
+this machine (a page that points its own name here, DNS rebinding, is turned away), and a request that carries another
+site's Origin is refused unless that site was allowed.
+"""
+
+import hmac
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from smelter.serving.errors import ApiError
+from smelter.serving.stats import Stats
+
+MAX_BODY_BYTES = 1_000_000
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/health", "/docs", "/docs.js", "/openapi.json"})
+"""What needs no key: it tells nothing about what is being written, and the page must load before it can send one."""
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Who may ask. `hosts` None allows any Host header; `origins` are other sites whose pages may ask."""
+
+    api_key: str | None = None
+    hosts: frozenset[str] | None = LOOPBACK_NAMES
+    origins: Sequence[str] = ()
+
+
+class Gate:
+    """ASGI middleware; see the module."""
+
+    def __init__(self, app: ASGIApp, rules: Rules, stats: Stats) -> None:
+        self.app, self.rules, self.stats = app, rules, stats
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request, and pass it on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        headers = Headers(scope=scope)
+
+        async def marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                found = MutableHeaders(scope=message)
+                found["X-Content-Type-Options"] = "nosniff"
+                found["Content-Security-Policy"] = POLICY
+                found["Referrer-Policy"] = "no-referrer"
+                found["Cache-Control"] = "no-store"
+                if (origin := headers.get("origin")) in self.rules.origins:
+                    found["Access-Control-Allow-Origin"] = str(origin)
+                    found["Vary"] = "Origin"
+            await send(message)
+
+        try:
+            error = self._objection(scope["method"], scope["path"], headers)
+            body = await _read_body(receive) if error is None else b""
+            if body is None:
+                error = _too_large()
+            if error is not None:
+                await error.response()(scope, receive, marked)
+            elif scope["method"] == "OPTIONS" and headers.get("origin") in self.rules.origins:
+                allowed = {
+                    "Access-Control-Allow-Methods": "GET, POST",
+                    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                }
+                await send_empty(marked, 204, allowed)
+            else:
+                await self.app(scope, _replayed(body or b"", receive), marked)
+        finally:
+            route = scope.get("route")
+            self.stats.note_request(getattr(route, "path", "other"), status, time.monotonic() - started)
+
+    def _objection(self, method: str, path: str, headers: Headers) -> ApiError | None:
+        host = headers.get("host", "")
+        if self.rules.hosts is not None and _name(host) not in self.rules.hosts:
+            return ApiError(403, "the Host header does not name this machine: ask at http://127.0.0.1 or localhost")
+        origin = headers.get("origin")
+        if origin is not None and origin not in self.rules.origins and urlsplit(origin).netloc != host:
+            return ApiError(403, "pages of other sites may not ask this server (see --allow-origin)")
+        if self.rules.api_key is not None and path not in OPEN_PATHS and method != "OPTIONS":
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            # Compared as bytes and in constant time, so that the time tells nothing about the key.
+            equal = hmac.compare_digest(given.strip().encode("latin-1"), self.rules.api_key.encode())
+            if scheme.lower() != "bearer" or not equal:
+                headers_ = {"WWW-Authenticate": "Bearer"}
+                return ApiError(401, "a valid key is needed: Authorization: Bearer KEY", headers=headers_)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+            return _too_large()
+        return None
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body, or None where it is larger than allowed, whatever its headers say."""
+    body: bytes = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            return None
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` that gives the body once more, and then what comes after it: that the client went away."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def send_empty(send: Send, status: int, headers: dict[str, str]) -> None:
+    """A response without a body."""
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes: send what is near the cursor")
+
+
+def _name(host: str) -> str:
+    """The Host header without the port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()

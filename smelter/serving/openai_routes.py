@@ -1,0 +1,369 @@
+"""OpenAI's interface: /v1/models, /v1/completions (with `suffix` for infilling) and /v1/chat/completions."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from smelter.generate import make_prompt
+from smelter.serving.asking import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
+from smelter.serving.engine import End, Request, Token
+from smelter.serving.errors import ApiError
+from smelter.serving.schema import (
+    MAX_CHOICES,
+    MAX_SEED,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    ErrorResponse,
+)
+from smelter.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 64
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 422, 429, 500, 503)
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request to the engine, the text of its prompt, and how many tokens of that did not fit."""
+
+    request: Request
+    text: str
+    num_tokens: int
+    num_dropped: int = 0
+
+
+def pick_seed(seed: int | None) -> int:
+    """The seed, or where there is none (or -1) another one each time."""
+    return secrets.randbelow(MAX_SEED) if seed in (None, -1) else int(seed or 0)
+
+
+def check_max_tokens(max_tokens: int, context: int, name: str = "max_tokens") -> None:
+    """400 for more tokens than the model's context holds beside a prompt."""
+    if max_tokens >= context:
+        raise ApiError(
+            400,
+            f"{name} = {max_tokens}: the model's context is {context} tokens, the prompt's included: "
+            f"ask for at most {context - 1}",
+            param=name,
+            code="context_length_exceeded",
+        )
+
+
+def check_ids(ids: Sequence[int], tokenizer: Tokenizer, context: int, max_tokens: int) -> None:
+    """400 for a prompt of token ids that are none, or too many."""
+    if not ids:
+        raise ApiError(400, "prompt: an empty list of token ids", param="prompt")
+    if max(ids) >= tokenizer.vocab_size:
+        raise ApiError(400, f"prompt: token id {max(ids)} is none of {tokenizer.vocab_size}", param="prompt")
+    if len(ids) + max_tokens > context:
+        raise ApiError(
+            400,
+            f"prompt: {len(ids)} tokens and max_tokens = {max_tokens} are more than the context of {context}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """The prompts as a list, whichever of the four forms they came in."""
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    ids = [each for each in body.prompt if isinstance(each, int)]
+    return [ids] if ids else [each for each in body.prompt if not isinstance(each, int)]
+
+
+def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
+    """One for each prompt, with the seed of its first answer."""
+    tokenizer, context = service.tokenizer, service.engine.context
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    check_max_tokens(max_tokens, context)
+    prompts = _prompts(body)
+    num_top = int(body.logprobs) if body.logprobs is not None else 0
+    prompt_logprobs = bool(body.echo) and body.logprobs is not None
+    if not prompts or len(prompts) * (body.n or 1) > MAX_CHOICES:
+        raise ApiError(400, f"prompt: 1 to {MAX_CHOICES} prompts times n, and not {len(prompts) * (body.n or 1)}")
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, "best_of: is not supported: ask for n answers and choose", param="best_of")
+    if max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens = 0: nothing to do without echo", param="max_tokens")
+    if body.echo and body.suffix is not None:
+        raise ApiError(400, "echo: makes no sense together with suffix", param="echo")
+    found = []
+    for prompt in prompts:
+        pending, num_dropped = b"", 0
+        if isinstance(prompt, str) and not prompt_logprobs:
+            made = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=max_tokens)
+            ids, pending, num_tokens, num_dropped = made.ids, made.pending, made.num_tokens, made.num_dropped
+            text = prompt
+        else:
+            if body.suffix is not None:
+                raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
+            ids = list(prompt) if isinstance(prompt, list) else tokenizer.encode(prompt) or [tokenizer.eos_id]
+            check_ids(ids, tokenizer, context, max_tokens)
+            text, num_tokens = prompt if isinstance(prompt, str) else tokenizer.decode(ids), len(ids)
+        request = Request(
+            ids=ids,
+            pending=pending,
+            max_tokens=max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=body.top_k or 0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=pick_seed(body.seed),
+            stops=body.stops(),
+            stop_ids=[tokenizer.eos_id],
+            num_top=num_top,
+            prompt_logprobs=prompt_logprobs,
+        )
+        found.append(Asked(request, text, num_tokens, num_dropped))
+    return found
+
+
+def spread(asked: Sequence[Asked], n: int) -> list[Request]:
+    """`n` requests for each, which differ in their seeds as the rows of `generate` do."""
+    return [replace_seed(each.request, each.request.seed + i) for each in asked for i in range(n)]
+
+
+def replace_seed(request: Request, seed: int) -> Request:
+    """The request with another seed."""
+    return Request(**{**vars(request), "seed": seed})
+
+
+def usage(asked: Sequence[Asked], ends: Sequence[End]) -> dict[str, Any]:
+    """OpenAI's usage; `dropped_tokens` of the context did not fit."""
+    prompt, written = sum(each.num_tokens for each in asked), sum(end.num_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(end.num_cached for end in ends),
+            "dropped_tokens": sum(each.num_dropped for each in asked),
+        },
+    }
+
+
+def finish_reason(end: End) -> str:
+    """OpenAI knows two."""
+    return "stop" if end.finish == "stop" else "length"
+
+
+def _logprobs(tokens: Sequence[Token], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
+    """The older form, of /v1/completions; `offset` characters stand before the first of the tokens."""
+    texts = [token_text(token) for token in tokens]
+    offsets, raw = [], b""
+    for token in tokens:
+        offsets.append(offset + len(raw.decode("utf-8", "ignore")))
+        raw += token.raw
+    return {
+        "tokens": texts,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [
+            {tokenizer.decode([i], skip_special_tokens=False): value for i, value in reversed(token.top)}
+            if token.logprob is not None
+            else None
+            for token in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:
+    def one(text: str, raw: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+    return {
+        "content": [
+            {
+                **one(token_text(token), token.raw, token.logprob),
+                "top_logprobs": [
+                    one(tokenizer.decode([i], skip_special_tokens=False), tokenizer.decode_bytes([i]), value)
+                    for i, value in token.top
+                ],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+Choice = Callable[[int, str, Sequence[Token], str | None], dict[str, Any]]
+"""(index, text, tokens, finish_reason) -> a choice of a chunk."""
+
+
+def _events(
+    stream: Stream,
+    head: dict[str, Any],
+    choice: Choice,
+    asked: Sequence[Asked],
+    first: list[dict[str, Any]],
+    *,
+    total: bool,
+) -> AsyncIterator[str]:
+    """Chunks of both interfaces."""
+
+    async def events() -> AsyncIterator[str]:
+        ends = []
+        for each in first:
+            yield to_json({**head, "choices": [each]})
+        async for index, piece in stream:
+            reason = None if piece.end is None else finish_reason(piece.end)
+            tokens: Sequence[Token] = [*piece.prompt, *piece.tokens]
+            if piece.text or tokens or reason:
+                yield to_json({**head, "choices": [choice(index, piece.text, tokens, reason)]})
+            if piece.end is not None:
+                ends.append(piece.end)
+        if total:
+            yield to_json({**head, "choices": [], "usage": usage(asked, ends)})
+        yield "[DONE]"
+
+    return events()
+
+
+def _head(service: Service, kind: str, prefix: str) -> dict[str, Any]:
+    return {"id": prefix + secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": service.name}
+
+
+def _chat_ids(body: ChatRequest, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """ChatML: the conversation as token ids up to where the assistant speaks, and the id that ends its turn."""
+    start, end = (tokenizer.token_to_id(name) for name in CHAT_TOKENS)
+    if start is None or end is None:
+        raise ApiError(
+            400,
+            f"messages: this model was not trained on conversations: its tokenizer has no {CHAT_TOKENS[0]}: "
+            "ask /v1/completions or /infill",
+            param="messages",
+            code="chat_not_supported",
+        )
+    ids: list[int] = []
+    for message in body.messages:
+        role = "system" if message.role == "developer" else message.role
+        ids += [start, *tokenizer.encode(f"{role}\n{message.text()}"), end, *tokenizer.encode("\n")]
+    return [*ids, start, *tokenizer.encode("assistant\n")], end
+
+
+def _asked_chat(body: ChatRequest, service: Service) -> Asked:
+    tokenizer, context = service.tokenizer, service.engine.context
+    ids, end_id = _chat_ids(body, tokenizer)
+    limit = body.max_completion_tokens or body.max_tokens
+    if limit is not None:
+        check_max_tokens(limit, context)
+    if len(ids) + (limit or 1) > context:
+        message = f"messages: {len(ids)} tokens and {limit or 1} to write are more than the context of {context}"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    request = Request(
+        ids=ids,
+        max_tokens=limit or context - len(ids),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=body.top_k or 0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=pick_seed(body.seed),
+        stops=body.stops(),
+        stop_ids=[tokenizer.eos_id, end_id],
+        num_top=(body.top_logprobs or 0) if body.logprobs else 0,
+    )
+    return Asked(request, "", len(ids))
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes under /v1."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
+    card = {"id": service.name, "object": "model", "created": service.created, "owned_by": "smelter"}
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is here."""
+        meta = {"n_ctx_train": service.engine.context, "n_params": service.num_params}
+        return {"object": "list", "data": [card | {"meta": meta}]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """A model by its name."""
+        service.check_model(name)
+        return card
+
+    @router.post("/completions", response_model=None, responses={200: {"model": CompletionResponse}})
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        """Continue `prompt`, or fill in between `prompt` and `suffix`."""
+        service.check_model(body.model)
+        asked = await asyncio.to_thread(_asked, body, service)
+        n = body.n or 1
+        head = _head(service, "text_completion", "cmpl-")
+        echoes = [each.text if body.echo else "" for each in asked for _ in range(n)]
+        wants_logprobs = body.logprobs is not None and body.logprobs is not False
+        shown = [len(echo) for echo in echoes]  # characters of each answer so far
+
+        def choice(index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+            has_prompt = bool(tokens) and tokens[0].logprob is None
+            offset = 0 if has_prompt else shown[index]
+            shown[index] += len(text)
+            logprobs = _logprobs(tokens, service.tokenizer, offset) if wants_logprobs else None
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+        if body.stream:
+            stream = Stream(service, spread(asked, n))
+            first = [
+                {"index": i, "text": echo, "logprobs": None, "finish_reason": None}
+                for i, echo in enumerate(echoes)
+                if echo
+            ]
+            total = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(stream, _events(stream, head, choice, asked, first, total=total))
+        results = await collect(service, http, spread(asked, n))
+        if results is None:
+            return gone()
+        choices = [
+            choice(index, result.text, [*result.prompt, *result.tokens], finish_reason(end))
+            for index, (result, end) in enumerate(zip(results, _ends(results), strict=True))
+        ]
+        for each, echo in zip(choices, echoes, strict=True):
+            each["text"] = echo + each["text"]
+        return answer(head | {"choices": choices, "usage": usage(asked, _ends(results))})
+
+    @router.post("/chat/completions", response_model=None, responses={200: {"model": ChatResponse}})
+    async def chat(body: ChatRequest, http: HttpRequest) -> Response:
+        """The assistant's next turn (ChatML)."""
+        service.check_model(body.model)
+        asked = [await asyncio.to_thread(_asked_chat, body, service)]
+        n = body.n or 1
+
+        def choice(key: str, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+            logprobs = _chat_logprobs(tokens, service.tokenizer) if body.logprobs else None
+            content = {"role": "assistant", "content": text} if key == "message" else {"content": text} if text else {}
+            return {"index": index, key: content, "logprobs": logprobs, "finish_reason": reason}
+
+        if body.stream:
+            head = _head(service, "chat.completion.chunk", "chatcmpl-")
+            stream = Stream(service, spread(asked, n))
+            first = [
+                {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+                for i in range(n)
+            ]
+            total = body.stream_options is not None and body.stream_options.include_usage
+            events = _events(stream, head, lambda *values: choice("delta", *values), asked, first, total=total)
+            return EventStream(stream, events)
+        results = await collect(service, http, spread(asked, n))
+        if results is None:
+            return gone()
+        choices = [
+            choice("message", index, result.text, result.tokens, finish_reason(end))
+            for index, (result, end) in enumerate(zip(results, _ends(results), strict=True))
+        ]
+        head = _head(service, "chat.completion", "chatcmpl-")
+        return answer(head | {"choices": choices, "usage": usage(asked, _ends(results))})
+
+    return router
+
+
+def _ends(results: Sequence[Result]) -> list[End]:
+    return [result.end for result in results if result.end is not None]
