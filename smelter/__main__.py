@@ -13,7 +13,7 @@ COMMANDS = {
     "teach": ("smelter.teach", "a local teacher's probabilities, stored beside the shards for training"),
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
     "evaluate": ("smelter.evaluate", "bits per byte, gaps filled in, pass@k; two models beside each other"),
-    "complete": ("smelter.generate", "complete or infill code from the command line"),
+    "complete": ("smelter.complete", "complete or infill code, or answer, from the command line"),
     "serve": ("smelter.serve", "the model behind HTTP: for editors, OpenAI clients, and a page"),
     "export": ("smelter.export", "checkpoint -> Hugging Face folder or GGUF file"),
     "report": ("smelter.report", "run folder -> one self-contained HTML page"),

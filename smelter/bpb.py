@@ -3,7 +3,8 @@
 Models with different tokenizers compare this way, and so do compressors: gzip and xz of the very same documents
 stand beside it. Each held-out token is predicted once, left to right, in windows that overlap, so that a token
 deep inside a long file is not judged as if the file began just before it; the overlap costs time and is the
-`stride`. The sum is kept for each document, so it can be told apart by language, and two models be compared
+`stride`. A conversation counts with its answer alone, tokens and bytes: its prompt is given to the model.
+The sum is kept for each document, so it can be told apart by language, and two models be compared
 document by document.
 """
 
@@ -88,11 +89,12 @@ def nll_rows(model: Model, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any
 def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> Iterator[Window]:
     """About `max_tokens` held-out tokens as windows (inputs [T], targets [T]), spread evenly over the split.
 
-    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all these windows
-    every n-th is taken, so the same are taken each time and every part of the split has its share.
+    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all the windows that hold
+    text to score every n-th is taken, so the same are taken each time and every part of the split has its share.
     """
-    lengths = np.diff(split.offsets) - 1  # without the eos behind each document
-    counts = -(-lengths // seq_len)
+    begins, ends = split.written
+    skipped = begins // seq_len
+    counts = np.where(begins < ends, -(-ends // seq_len) - skipped, 0)
     starts = np.concatenate(([0], np.cumsum(counts)))
     total = int(starts[-1])
     wanted = min(total, max(1, max_tokens // seq_len))
@@ -100,10 +102,10 @@ def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> 
         index = number * total // wanted
         doc = int(np.searchsorted(starts, index, side="right")) - 1
         ids = np.concatenate(([eos_id], split.doc(doc))).astype(np.int64)
-        first = (index - int(starts[doc])) * seq_len
+        first = (index - int(starts[doc]) + int(skipped[doc])) * seq_len
         inputs, targets = np.full(seq_len, eos_id), np.full(seq_len, IGNORED)
-        end = min(first + seq_len, len(ids) - 1)
-        inputs[: end - first], targets[: end - first] = ids[first:end], ids[first + 1 : end + 1]
+        begin, end = max(first, int(begins[doc])), min(first + seq_len, int(ends[doc]))
+        inputs[: end - first], targets[begin - first : end - first] = ids[first:end], ids[begin + 1 : end + 1]
         yield inputs, targets
 
 
@@ -156,7 +158,7 @@ def document_nats(
     """
     if not split.num_bytes:
         raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
-    ends = np.cumsum(np.diff(split.offsets) - 1)  # scored tokens up to the end of each document
+    ends = np.cumsum(split.written[1] - split.written[0])  # scored tokens up to the end of each document
     totals, num_tokens = np.zeros(split.num_docs), 0
     for inputs, targets in _batches(eval_windows(split, model.config.max_seq_len, stride), batch_size):
         scored = (targets >= 0).sum(axis=1)

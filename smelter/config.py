@@ -167,12 +167,19 @@ class DataConfig:
     """Token before the suffix."""
     use_document_mask: bool = False
     """Attention does not cross from one packed document into another."""
+    instruct_share: float = -1.0
+    """Share of the rows drawn from conversations (records of kind "instruct"); negative: as they come."""
+    instruct_weight: float = 1.0
+    """Multiplies the loss weight of conversations."""
 
     def __post_init__(self) -> None:
         require_finite("data", self)
         for name in ("fim_rate", "fim_spm_rate"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name} = {value}: must lie between 0 and 1")
+        share, weight = self.instruct_share, self.instruct_weight
+        require(share <= 1, f"data.instruct_share = {share}: must lie between 0 and 1, or be negative for as they come")
+        require(weight > 0, f"data.instruct_weight = {weight}: must be positive (instruct_share = 0 leaves them out)")
         tokens = {self.fim_prefix_token, self.fim_middle_token, self.fim_suffix_token}
         require(len(tokens) == 3 and all(tokens), "data.fim_*_token: the three must differ and not be empty")
 

@@ -6,6 +6,10 @@ random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`s
 a document that a row holds and lengthens it by a few tokens: what no longer fits at the end of a row is left out
 *before* rearranging, and a few positions may stay empty.
 
+Conversations (`smelter.chat`) are never rearranged. Their prompts are no targets, wherever a row cuts them; answers
+and the tokens that end them are, so a model learns to stop. They come as they lie among the other documents, or,
+with `instruct_share`, as a stream of their own that gets that share of the rows, spread as evenly as it can be.
+
 Row g depends on (seed, g) alone: no state to save, any row at once, and the same set of rows in every optimizer
 step however the step is divided among devices and micro-steps. Randomness comes from Philox, which counts instead
 of remembering. So a teacher's distributions can be stored by row number (`smelter.teacher_cache`); with them a batch
@@ -13,12 +17,14 @@ brings along what the teacher says, and the rows that were stored come round aga
 """
 
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +76,21 @@ class Batch:
     inputs: Ids
     """Token ids, int64."""
     targets: Ids
-    """The next token of each, int64; -100 where there is none."""
+    """The next token of each, int64; -100 where there is none, or none to be learnt."""
     doc_ids: NDArray[np.int32]
     """Number of the document within the row. eos counts to the document it begins, as it does in evaluation."""
     weights: NDArray[np.float32] | None = None
     """Loss weight of each target; None if all are 1."""
     teachers: tuple[TeacherRows, ...] = ()
     """What each stored teacher says about the tokens."""
+
+
+class _Row(NamedTuple):
+    """A row before inputs and targets are told apart; arrays are [seq_len + 1]."""
+
+    tokens: Ids
+    is_target: NDArray[np.bool_]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,48 @@ class _Epoch:
     """[rows_per_epoch]: window that each row takes."""
     offset: int
     """Where in the stream the first window begins."""
+
+
+class _Documents:
+    """Some of a split's documents as an endless sequence of windows of seq_len + 1 tokens."""
+
+    def __init__(self, split: Split, docs: NDArray[np.int64], seq_len: int, seed: int, number: int) -> None:
+        """`number` tells the sequences of one seed apart."""
+        self.split = split
+        self.docs = docs
+        self.seq_len = seq_len
+        self._key = (seed, number)
+        self._lengths = np.diff(split.offsets)
+        self.num_tokens = int(self._lengths[docs].sum())
+        self.rows_per_epoch = max(1, self.num_tokens // seq_len)
+        self.epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def pieces(self, epoch: int, number: int) -> Iterator[tuple[int, int, Ids]]:
+        """What makes up window `number`: documents or parts of them, as (document, first token's place in it, ids)."""
+        plan = self.epoch(epoch)
+        missing = self.seq_len + 1
+        start = (plan.offset + int(plan.rows[number]) * self.seq_len) % self.num_tokens
+        place = int(np.searchsorted(plan.ends, start, side="right"))
+        while missing:
+            doc = int(plan.docs[place])
+            ids = self.split.doc_with_eos(doc)
+            begin = max(0, start - (int(plan.ends[place]) - len(ids)))
+            ids = ids[begin : begin + missing]
+            yield doc, begin, ids
+            missing -= len(ids)
+            place = (place + 1) % len(plan.docs)
+            if place == 0:
+                start = 0
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        seed, number = self._key
+        docs = self.docs[_permutation(len(self.docs), philox(seed, "documents", epoch, number))]
+        return _Epoch(
+            docs=docs,
+            ends=np.cumsum(self._lengths[docs]),
+            rows=_permutation(self.rows_per_epoch, philox(seed, "rows", epoch, number)),
+            offset=int(philox(seed, "offset", epoch, number).integers(self.num_tokens)),
+        )
 
 
 class BatchStream:
@@ -112,8 +168,8 @@ class BatchStream:
 
         With `cached` teachers, which must know the same number of rows, those rows are repeated without end.
 
-        Raises DataError if the tokenizer has other fill-in-the-middle tokens than `config`, and ConfigError for sizes
-        that do not divide.
+        Raises DataError if the tokenizer has other fill-in-the-middle tokens than `config`, or the split no documents
+        of a kind that `config` asks for; ConfigError for sizes that do not divide.
         """
         if min(seq_len, device_batch_size, rows_per_step) < 1 or rows_per_step % device_batch_size:
             raise ConfigError(
@@ -130,8 +186,9 @@ class BatchStream:
         self.cached = tuple(cached)
         if config.fim_rate > 0:
             _check_fim_tokens(config, tokenizer)
-        self.rows_per_epoch = max(1, split.num_tokens // seq_len)
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._weights = _document_weights(split, config.instruct_weight)
+        self._share, kinds = _kinds(split, config.instruct_share)
+        self._kinds = [_Documents(split, docs, seq_len, seed, number) for number, docs in enumerate(kinds)]
 
     def batch(self, step: int, micro_step: int, rank: int, world_size: int) -> Batch:
         """Batch of a device in a micro-step of an optimizer step.
@@ -147,15 +204,17 @@ class BatchStream:
         if self.cached:
             indices = [index % self.cached[0].num_rows for index in indices]
         rows = [self._row(index) for index in indices]
-        tokens = np.stack([row for row, _ in rows])
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        doc_ids = np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32)
-        weights = None if self.split.weights is None else np.stack([weight for _, weight in rows])[:, 1:]
+        tokens = np.stack([row.tokens for row in rows])
+        is_target = np.stack([row.is_target for row in rows])[:, 1:]
+        inputs, targets = np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:]
+        weights = None
+        if self._weights is not None:
+            weights = np.ascontiguousarray(np.stack([row.weights for row in rows])[:, 1:])
         return Batch(
-            inputs=np.ascontiguousarray(inputs),
-            targets=np.where(targets == self.tokenizer.pad_id, IGNORED, targets),
-            weights=weights if weights is None else np.ascontiguousarray(weights),
-            doc_ids=doc_ids,
+            inputs=inputs,
+            targets=np.where(is_target, targets, IGNORED),
+            weights=weights,
+            doc_ids=np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32),
             teachers=tuple(teacher.rows(indices) for teacher in self.cached),
         )
 
@@ -168,42 +227,44 @@ class BatchStream:
 
     def row(self, index: int) -> Ids:
         """Row `index` of the endless sequence, [seq_len + 1] ids."""
-        return self._row(index)[0]
+        return self._row(index).tokens
 
-    def _row(self, index: int) -> tuple[Ids, NDArray[np.float32]]:
-        """A row's ids and the loss weight of each, [seq_len + 1]."""
-        epoch, number = divmod(index, self.rows_per_epoch)
+    def _row(self, index: int) -> _Row:
+        kind, number = self._allotted(index)
+        documents = self._kinds[kind]
+        epoch, number = divmod(number, documents.rows_per_epoch)
         size = self.seq_len + 1
-        tokens = np.full(size, self.tokenizer.pad_id, dtype=np.int64)
-        weights = np.ones(size, dtype=np.float32)
+        row = _Row(
+            tokens=np.full(size, self.tokenizer.pad_id, dtype=np.int64),
+            is_target=np.zeros(size, dtype=np.bool_),
+            weights=np.ones(size, dtype=np.float32),
+        )
+        prompts = self.split.num_prompt
         filled = 0
-        for place, (doc, ids) in enumerate(self._pieces(epoch, number)):
+        for place, (doc, begin, ids) in enumerate(documents.pieces(epoch, number)):
             if filled == size:
                 break
-            made = self._arranged(ids, size - filled, (epoch, number, place))
+            num_prompt = 0 if prompts is None else int(prompts[doc])
+            made = ids[: size - filled] if num_prompt else self._arranged(ids, size - filled, (epoch, number, place))
             end = filled + len(made)
-            tokens[filled:end] = made
-            if self.split.weights is not None:
-                weights[filled:end] = self.split.weights[doc]
+            answer = min(end, filled + max(0, num_prompt - begin))
+            row.tokens[filled:end] = made
+            row.is_target[answer:end] = True
+            if self._weights is not None:
+                row.weights[filled:answer] = 0
+                row.weights[answer:end] = self._weights[doc]
             filled = end
-        return tokens, weights
+        return row
 
-    def _pieces(self, epoch: int, number: int) -> Iterator[tuple[int, Ids]]:
-        """Documents, or parts of them, that make up window `number` of the stream: seq_len + 1 tokens in all."""
-        plan = self._epoch(epoch)
-        missing = self.seq_len + 1
-        start = (plan.offset + int(plan.rows[number]) * self.seq_len) % self.split.num_tokens
-        place = int(np.searchsorted(plan.ends, start, side="right"))
-        while missing:
-            doc = int(plan.docs[place])
-            ids = self.split.doc_with_eos(doc)
-            begin = max(0, start - (int(plan.ends[place]) - len(ids)))
-            ids = ids[begin : begin + missing]
-            yield doc, ids
-            missing -= len(ids)
-            place = (place + 1) % len(plan.docs)
-            if place == 0:
-                start = 0
+    def _allotted(self, index: int) -> tuple[int, int]:
+        """Kind of documents in row `index`, and how many rows of that kind come before it.
+
+        Of the first n rows, floor(n * share) are conversations, so no stretch of rows is off by more than one.
+        """
+        if len(self._kinds) == 1:
+            return 0, index
+        before, after = (math.floor(n * self._share) for n in (index, index + 1))
+        return (1, before) if after > before else (0, index - before)
 
     def _arranged(self, ids: Ids, room: int, key: tuple[int, int, int]) -> "Ids | list[int]":
         """A piece, rearranged or as it is, in at most `room` tokens."""
@@ -215,14 +276,33 @@ class BatchStream:
                     return made
         return ids[:room]
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
-        docs = _permutation(self.split.num_docs, philox(self.seed, "documents", epoch))
-        return _Epoch(
-            docs=docs,
-            ends=np.cumsum(np.diff(self.split.offsets)[docs]),
-            rows=_permutation(self.rows_per_epoch, philox(self.seed, "rows", epoch)),
-            offset=int(philox(self.seed, "offset", epoch).integers(self.split.num_tokens)),
-        )
+
+def _document_weights(split: Split, instruct_weight: float) -> NDArray[np.float32] | None:
+    """[num_docs] loss weights; None if all are 1."""
+    if split.num_prompt is None or instruct_weight == 1:
+        return split.weights
+    weights = np.ones(split.num_docs, dtype=np.float32) if split.weights is None else split.weights
+    return np.where(split.num_prompt > 0, weights * np.float32(instruct_weight), weights)
+
+
+def _kinds(split: Split, share: float) -> tuple[Fraction, list[NDArray[np.int64]]]:
+    """The documents of each kind that has rows of its own, and the share of the second, the conversations."""
+    if share < 0:
+        return Fraction(0), [np.arange(split.num_docs)]
+    is_chat = np.zeros(split.num_docs, dtype=np.bool_) if split.num_prompt is None else split.num_prompt > 0
+    plain, chats = np.flatnonzero(~is_chat), np.flatnonzero(is_chat)
+    if share == 0 or share == 1:
+        only, what = (chats, "conversations") if share else (plain, "plain documents")
+        if not len(only):
+            raise DataError(f"data.instruct_share = {share:g}: the {split.name} split has no {what}: leave it out")
+        return Fraction(0), [only]
+    for docs, what, kind in ((chats, "conversations", "instruct"), (plain, "plain documents", "text")):
+        if not len(docs):
+            raise DataError(
+                f"data.instruct_share = {share:g}: the {split.name} split has no {what}: leave it out, or tokenize "
+                f'records of kind "{kind}" too'
+            )
+    return Fraction(share).limit_denominator(1_000_000), [plain, chats]
 
 
 def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -291,9 +371,10 @@ def prefetch(
 
 
 def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None = None) -> Iterator[tuple[Ids, Ids]]:
-    """Windows (inputs [seq_len], targets [seq_len]) in which every document token is a target exactly once.
+    """Windows (inputs [seq_len], targets [seq_len]) in which every token of the text is a target exactly once.
 
-    A document is read from left to right with eos before it (its final eos is no target). Windows of long documents
+    A document is read from left to right with eos before it (its final eos is no target). Of a conversation only the
+    answer counts, without the token that ends it: what the model has to know. Windows of long documents
     begin every `stride` tokens; what the window before has scored is context here, its targets are -100, as are those
     of empty positions. With `max_tokens`, documents come in a fixed random order until that many were scored,
     whole windows only.
@@ -304,6 +385,7 @@ def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None
     scored = 0
     for doc in order.tolist():
         ids = np.concatenate(([split.eos_id], split.doc(doc))).astype(np.int64)
+        written, written_end = (int(places[doc]) for places in split.written)
         size, done = len(ids) - 1, 0
         for start in range(0, size, stride):
             if done == size:
@@ -311,9 +393,12 @@ def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None
             if max_tokens is not None and scored >= max_tokens:
                 return
             end = min(start + seq_len, size)
+            first, last = max(done, written), min(end, written_end)
+            done = end
+            if first >= last:
+                continue
             inputs, targets = np.full(seq_len, split.eos_id), np.full(seq_len, IGNORED)
             inputs[: end - start] = ids[start:end]
-            targets[done - start : end - start] = ids[done + 1 : end + 1]
+            targets[first - start : last - start] = ids[first + 1 : last + 1]
             yield inputs, targets
-            scored += end - done
-            done = end
+            scored += last - first

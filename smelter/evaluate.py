@@ -157,9 +157,11 @@ class Subject:
 
     def fill(self, kind: InfillKind, num_cases: int, seed: int) -> tuple[list[InfillCase], list[str]]:
         """The gaps of a kind, and what the model writes into them."""
-        cases = choose_cases(
-            len(self.documents), lambda i: self.documents[i].decode(errors="replace"), num_cases, seed, kind
-        )
+
+        def text(i: int) -> str:  # conversations have no gaps: the model never saw one rearranged
+            return "" if self.split.is_chat(i) else self.documents[i].decode(errors="replace")
+
+        cases = choose_cases(len(self.documents), text, num_cases, seed, kind)
         say = Progress(f"evaluate: {kind.replace('_', ' ')}s filled in", len(cases))
         if kind == "single_line":
             return cases, infill_lines(self.model, self.tokenizer, cases, progress=say)
@@ -274,7 +276,8 @@ def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
         raise CheckpointError(
             f"{checkpoint.path}: the loss on held-out data is {val_bpb}: evaluate an earlier checkpoint"
         )
-    documents = [tokenizer.decode_bytes([int(token) for token in split.doc(i)]) for i in range(split.num_docs)]
+    places = zip(*split.written, strict=True)
+    documents = [tokenizer.decode_bytes(split.doc(i)[begin:end]) for i, (begin, end) in enumerate(places)]
     subject = Subject(model, tokenizer, split, documents)
     hashes = [split.doc_hash(i)[:16] for i in range(split.num_docs)]
     all_cases: list[Case] = [

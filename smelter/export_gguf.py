@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smelter.chat import TEMPLATE
 from smelter.config import ModelConfig
 from smelter.errors import UserError
 from smelter.export_hf import baked_tensors
@@ -86,6 +87,9 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_token_merges(merges)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
+    if tokenizer.im_end_id is not None:
+        writer.add_eot_token_id(tokenizer.im_end_id)
+        writer.add_chat_template(TEMPLATE)
     writer.add_add_bos_token(False)
     # No ids for repository or file separators: llama-server would then send those around the code.
     for key, token_id in (

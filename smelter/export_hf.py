@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smelter.bitnet import bit_linears
+from smelter.chat import TEMPLATE, stop_ids
 from smelter.config import ModelConfig
 from smelter.errors import UserError
 from smelter.model import Model
@@ -107,13 +108,13 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in baked_tensors(model).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
-    fim = [special.fim_prefix, special.fim_middle, special.fim_suffix]
-    named = {"eos_token": special.eos, "pad_token": special.pad, "additional_special_tokens": fim}
+    others = [name for role, name in special.roles.items() if role not in ("eos", "pad")]
+    named = {"eos_token": special.eos, "pad_token": special.pad, "additional_special_tokens": others}
     files: dict[str, dict[str, Any]] = {
         "config.json": qwen3_config(config, tokenizer),
         "generation_config.json": {
             "do_sample": False,
-            "eos_token_id": tokenizer.eos_id,
+            "eos_token_id": stop_ids(tokenizer),
             "pad_token_id": tokenizer.pad_id,
         },
         "tokenizer_config.json": {
@@ -122,6 +123,7 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.max_seq_len,
+            **({} if tokenizer.im_end_id is None else {"chat_template": TEMPLATE}),
         },
         "special_tokens_map.json": named,
     }

@@ -12,15 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from smelter.cache import KVCache
 from smelter.checkpoint import Checkpoint, load_checkpoint
-from smelter.cli import parse
 from smelter.errors import CheckpointError, ConfigError, UserError
 from smelter.healing import Healing, take_back
 from smelter.infill import InfillCase, choose_cases, fit_context
@@ -382,63 +380,3 @@ def samples(
         {"prefix": case.prefix, "suffix": case.suffix, "completion": line, "expected": case.middle}
         for case, line in zip(cases, lines, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class CompleteOptions:
-    """Complete or infill code with a trained model. Standard output is the completion alone."""
-
-    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CKPT")]]
-    """Run folder (its newest checkpoint) or checkpoint."""
-    prompt: str | None = None
-    """Text to continue. Give this, or prefix and suffix."""
-    prefix: str | None = None
-    """Text before the gap to fill in."""
-    suffix: str | None = None
-    """Text after the gap to fill in."""
-    fim_order: FimOrder = "spm"
-    """Order of a fill-in prompt: suffix-prefix-middle, or prefix-suffix-middle as llama.cpp has it."""
-    max_tokens: int = 64
-    """Most tokens to write."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; 1 samples as the model believes."""
-    top_k: int = 0
-    """Sample among this many likeliest tokens only; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the fewest tokens that hold this share of the probability."""
-    seed: int = 0
-    """Seed of the sampling; the same seed writes the same text."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-
-
-def main(argv: list[str]) -> int:
-    """`smelter complete`."""
-    options = parse(CompleteOptions, argv, "smelter complete")
-    infill = options.prefix is not None or options.suffix is not None
-    if infill == (options.prompt is not None):
-        raise UserError("give either --prompt, or --prefix and/or --suffix")
-    model, tokenizer, _ = load_model(options.checkpoint, device=pick_device(options.device))
-    completion = complete_text(
-        model,
-        tokenizer,
-        (options.prefix if infill else options.prompt) or "",
-        (options.suffix or "") if infill else None,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        order=options.fim_order,
-    )
-    if completion.num_dropped:
-        print(
-            f"smelter complete: the context is {completion.num_dropped} tokens longer than fits beside the answer: "
-            f"used the nearest {completion.num_prompt_tokens}",
-            file=sys.stderr,
-        )
-    sys.stdout.buffer.write(completion.text.encode())
-    if sys.stdout.isatty():
-        sys.stdout.buffer.write(b"\n")
-    sys.stdout.flush()
-    return 0

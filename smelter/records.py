@@ -1,7 +1,8 @@
 """JSONL records, read strictly: what the trainer will see is what the file says, or an error names the line.
 
 One JSON object a line. `kind = "text"` has `text`, a document; `kind = "instruct"` has `prompt` and `responses`,
-of which each makes a document (prompt, line break, response) with the response's weight. An unknown key is an error,
+of which each makes a conversation of its own (the prompt, and this answer) with the response's weight, times that of
+its teacher. Responses without text or without weight are counted and left out. An unknown key is an error,
 because a misspelt `split` would otherwise train on what was meant to be held out.
 
 Lines are read with a limit, so that no file, however odd, takes more memory than one line may have.
@@ -10,13 +11,13 @@ Lines are read with a limit, so that no file, however odd, takes more memory tha
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from smelter.config import nearest
-from smelter.errors import DataError
+from smelter.errors import ConfigError, DataError
 
 MAX_WEIGHT = 1_000_000_000
 """A response that counts for more is a slip of the pen."""
@@ -49,7 +50,7 @@ class Document:
     """What becomes one sequence of tokens."""
 
     text: str
-    """Not empty, encodable as UTF-8."""
+    """What the model learns to write: a plain document, or the answer in a conversation. Encodable as UTF-8."""
     source: str
     """Where it comes from; documents of one source stay on one side of the split."""
     split: str
@@ -60,6 +61,13 @@ class Document:
     """The record's licence, "" where it names none."""
     teacher: str = ""
     """Who answered, where this is a teacher's answer."""
+    prompt: str = ""
+    """What `text` answers; empty for a plain document."""
+
+    @property
+    def content(self) -> str:
+        """All of its text."""
+        return f"{self.prompt}\n{self.text}" if self.prompt else self.text
 
 
 @dataclass(frozen=True)
@@ -113,14 +121,26 @@ class Records:
     """The documents of JSONL files; every iteration reads them anew, from the first line to the last.
 
     After an iteration the attributes say what it saw: `num_records` valid ones, `skipped` counts by reason,
-    `complaints` (file, line and message of the first few that were skipped), and `files`.
+    `complaints` (file, line and message of the first few that were skipped), `teachers` (responses of each), and
+    `files`.
     """
 
     MAX_COMPLAINTS = 5
 
-    def __init__(self, inputs: Sequence[Path], *, skip_invalid: bool = False, max_line_bytes: int = 64 * 2**20) -> None:
-        """`inputs` are files, or folders of which every *.jsonl below is read. DataError if there are none."""
+    def __init__(
+        self,
+        inputs: Sequence[Path],
+        *,
+        skip_invalid: bool = False,
+        max_line_bytes: int = 64 * 2**20,
+        teacher_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """`inputs` are files, or folders of which every *.jsonl below is read. DataError if there are none.
+
+        A response's weight is multiplied by that of its teacher in `teacher_weights` (1 for those not named).
+        """
         self.paths = _expand(inputs)
+        self.teacher_weights = dict(teacher_weights or {})
         self.skip_invalid = skip_invalid
         self.max_line_bytes = max_line_bytes
         self._reset()
@@ -129,6 +149,7 @@ class Records:
         self.num_records = 0
         self.skipped: Counter[str] = Counter()
         self.complaints: list[str] = []
+        self.teachers: Counter[str] = Counter()
         self.files: list[InputFile] = []
 
     def __iter__(self) -> Iterator[Document]:
@@ -145,14 +166,22 @@ class Records:
                         self._complain(error.reason, f"{path}:{lines.number}: {error}")
                         continue
                     self.num_records += 1
-                    for document in documents:
-                        if document.weight > 0:
-                            yield document
-                        else:
-                            self.skipped["weight 0"] += 1
+                    yield from self._usable(documents)
             if not lines.number:
                 self._complain("empty file", f"{path}: the file is empty: leave it out")
             self.files.append(InputFile(str(path), lines.num_bytes, lines.digest.hexdigest()))
+
+    def _usable(self, documents: list[Document]) -> Iterator[Document]:
+        for document in documents:
+            if document.prompt:
+                self.teachers[document.teacher] += 1
+            weight = document.weight * self.teacher_weights.get(document.teacher, 1.0)
+            if not document.text:
+                self.skipped["empty response"] += 1
+            elif weight <= 0:
+                self.skipped["weight 0"] += 1
+            else:
+                yield document if weight == document.weight else replace(document, weight=weight)
 
     def _documents(
         self, line: bytes | None, place: tuple[Path, int], places: dict[bytes, tuple[Path, int]]
@@ -172,6 +201,23 @@ class Records:
         self.skipped[reason] += 1
         if len(self.complaints) < self.MAX_COMPLAINTS:
             self.complaints.append(message)
+
+
+def parse_teacher_weights(given: Sequence[str]) -> dict[str, float]:
+    """Weights by teacher of "NAME=WEIGHT" each. Raises ConfigError."""
+    weights: dict[str, float] = {}
+    for pair in given:
+        name, _, number = pair.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not name or not 0 <= weight <= MAX_WEIGHT:
+            raise ConfigError(f"--teacher-weight {pair!r}: must be NAME=WEIGHT, WEIGHT from 0 to {MAX_WEIGHT:,}")
+        if name in weights:
+            raise ConfigError(f"--teacher-weight: {name!r} is given twice: keep one")
+        weights[name] = weight
+    return weights
 
 
 def _expand(inputs: Sequence[Path]) -> list[Path]:
@@ -205,19 +251,22 @@ def _parse(line: bytes) -> tuple[bytes, list[Document]]:
     for key in unwanted:
         if values.get(key):
             _invalid("wrong field", f'"{key}" does not belong in a record of kind "{kind}": remove it')
-    if kind == "text":
-        contents = [(values["text"], 1.0, "")]
-    else:
-        answers = map(_response, values["responses"])
-        contents = [(f"{values['prompt']}\n{text}", weight, teacher) for text, weight, teacher in answers]
-    name = values.get("id") or hashlib.sha256("\0".join(text for text, *_ in contents).encode()).hexdigest()
-    source, licence = values.get("source") or name, values.get("license", "")
-    documents = [Document(text, source, split, weight, licence, teacher) for text, weight, teacher in contents]
-    return hashlib.sha256(name.encode()).digest(), documents
+    prompt = values.get("prompt") or ""
+    responses = [(values["text"], 1.0, "")] if kind == "text" else [_response(each) for each in values["responses"]]
+    licence = values.get("license", "")
+    documents = [Document(text, "", split, weight, licence, teacher, prompt) for text, weight, teacher in responses]
+    name = values.get("id") or _digest("\0".join(document.content for document in documents))
+    # Two records of one prompt must not stand on both sides of the split.
+    source = values.get("source") or (f"prompt {_digest(prompt)}" if prompt else name)
+    return hashlib.sha256(name.encode()).digest(), [replace(document, source=source) for document in documents]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _response(values: Any) -> tuple[str, float, str]:
-    """Text and weight of a teacher's answer, and the teacher."""
+    """Text, weight and teacher of an answer."""
     if not isinstance(values, dict):
         _invalid("wrong field", f'"responses" holds {_short(values)}: must be a list of objects')
     values = _checked(values, _RESPONSE_FIELDS, "a response")

@@ -3,7 +3,10 @@
 A folder holds `{train,val}_00000.bin` (little-endian uint16, or uint32 for more than 65,536 tokens; each document
 followed by eos), a table of documents per split, the tokenizer, and `index.json` that names all of it. Arrangement
 for fill-in-the-middle and packing happen when batches are made (`smelter.data`), so one set of shards serves every
-rate and every context length. `smelter.write_shards` writes them; this file reads them and checks what it reads.
+rate and every context length. A conversation (`smelter.chat`) is a document whose leading tokens, the prompt, are no
+targets. `smelter.write_shards` writes shards; this file reads them and checks what it reads.
+
+Version 1 knew no conversations; it is still read.
 """
 
 import hashlib
@@ -19,12 +22,16 @@ from smelter.errors import DataError
 from smelter.tokenizer import Tokenizer
 
 FORMAT = "smelter-shards"
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "val")
-DOCUMENT_TABLE = np.dtype(
-    [("num_tokens", "<i8"), ("num_bytes", "<i8"), ("source", "<i8"), ("weight", "<f4"), ("sha256", "u1", (32,))]
-)
-"""A row per document: tokens with eos, bytes of text, index into the sources, loss weight, hash of the text."""
+_TABLES = {
+    1: [("num_tokens", "<i8"), ("num_bytes", "<i8"), ("source", "<i8"), ("weight", "<f4"), ("sha256", "u1", (32,))]
+}
+_TABLES[2] = [*_TABLES[1], ("num_prompt", "<i8")]
+DOCUMENT_TABLE = np.dtype(_TABLES[VERSION])
+"""A row per document: tokens with eos, bytes of text, index into the sources, loss weight, hash of the text, and how
+many leading tokens are a conversation's prompt (0: a plain document). Bytes of a conversation are its answer's, the
+hash is of prompt, line break and answer."""
 
 AGAIN = "run `smelter tokenize` again"
 
@@ -32,10 +39,11 @@ AGAIN = "run `smelter tokenize` again"
 class Split:
     """The documents of one side, mapped into memory. From `ShardSet.split`."""
 
-    def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: str, eos_id: int) -> None:
-        """Check the files that `entry` of the index names. Raises DataError that names the file."""
+    def __init__(self, folder: Path, name: str, index: dict[str, Any], tokenizer: Tokenizer) -> None:
+        """Check the files that the index names for this split. Raises DataError that names the file."""
+        entry, dtype = index["splits"][name], index["dtype"]
         self.name = name
-        self.eos_id = eos_id
+        self.eos_id = tokenizer.eos_id
         self._folder = folder
         self._entry = entry
         self._files: list[NDArray[Any]] = []
@@ -52,7 +60,7 @@ class Split:
             self._table: NDArray[Any] = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: not readable: {error}: {AGAIN}") from None
-        if self._table.dtype != DOCUMENT_TABLE or self._table.shape != (entry["num_docs"],):
+        if self._table.dtype != np.dtype(_TABLES[index["version"]]) or self._table.shape != (entry["num_docs"],):
             raise DataError(f"{path}: not the table of {entry['num_docs']:,} documents: {AGAIN}")
         self.num_docs: int = entry["num_docs"]
         self.num_tokens: int = entry["num_tokens"]
@@ -60,7 +68,12 @@ class Split:
         self.num_bytes: int = entry["num_bytes"]
         """Bytes of text in all."""
         self.doc_num_bytes: NDArray[np.int64] = np.ascontiguousarray(self._table["num_bytes"], dtype=np.int64)
-        """[num_docs]: bytes of every document's text."""
+        """[num_docs]: bytes of every document's text; of a conversation, of its answer."""
+        has_prompts = index["version"] >= 2 and bool(self._table["num_prompt"].any())
+        self.num_prompt: NDArray[np.int64] | None = (
+            np.ascontiguousarray(self._table["num_prompt"], dtype=np.int64) if has_prompts else None
+        )
+        """[num_docs]: leading tokens of each document that are a conversation's prompt; None if there are none."""
         self.offsets: NDArray[np.int64] = np.cumsum(np.concatenate(([0], self._table["num_tokens"])), dtype=np.int64)
         """[num_docs + 1]: where each document begins among the split's tokens."""
         self._file_starts = np.cumsum([0, *(file["tokens"] for file in entry["files"])])
@@ -79,6 +92,21 @@ class Split:
     def doc(self, index: int) -> NDArray[Any]:
         """Ids of a document without its eos: a read-only view of the file."""
         return self.doc_with_eos(index)[:-1]
+
+    def is_chat(self, index: int) -> bool:
+        """Whether a document is a conversation."""
+        return self.num_prompt is not None and bool(self.num_prompt[index])
+
+    @cached_property
+    def written(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[num_docs] first and end: which tokens of each `doc` stand for `doc_num_bytes`.
+
+        All of a plain document; of a conversation the answer, without the token that ends it.
+        """
+        ends = np.diff(self.offsets) - 1
+        if self.num_prompt is None:
+            return np.zeros_like(ends), ends
+        return self.num_prompt, ends - (self.num_prompt > 0)
 
     @cached_property
     def weights(self) -> NDArray[np.float32] | None:
@@ -126,8 +154,8 @@ class ShardSet:
             raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise DataError(f"{file}: not an index of shards as this program writes them: {AGAIN}")
-        if index.get("version") != VERSION:
-            raise DataError(f"{file}: format version {index.get('version')}, this program reads {VERSION}: {AGAIN}")
+        if index.get("version") not in _TABLES:
+            raise DataError(f"{file}: format version {index.get('version')}, this program reads 1 and 2: {AGAIN}")
         try:
             tokenizer = Tokenizer.load(path / index["tokenizer"]["name"])
             if tokenizer.hash != index["tokenizer"]["hash"]:
@@ -147,8 +175,7 @@ class ShardSet:
     def split(self, name: str) -> Split:
         """The documents of "train" or "val"."""
         if name not in self._splits:
-            entry = self.index["splits"][name]
-            self._splits[name] = Split(self.path, name, entry, self.index["dtype"], self.tokenizer.eos_id)
+            self._splits[name] = Split(self.path, name, self.index, self.tokenizer)
         return self._splits[name]
 
 

@@ -61,6 +61,8 @@ class TeachOptions:
     """The student's data.fim_spm_rate."""
     use_document_mask: bool | None = None
     """The student's data.use_document_mask."""
+    instruct_share: float | None = None
+    """The student's data.instruct_share."""
     epochs: int = 1
     """Times that every token is read, each time otherwise arranged; longer training repeats them."""
     rows: int | None = None
@@ -95,6 +97,7 @@ class TeachOptions:
             "seq_len": (self.seq_len, 1, 2**31),
             "fim_rate": (self.fim_rate, 0, 1),
             "fim_spm_rate": (self.fim_spm_rate, 0, 1),
+            "instruct_share": (self.instruct_share, -1, 1),
             "epochs": (self.epochs, 1, 2**31),
             "rows": (self.rows, 1, 2**40),
             "draws": (self.draws, 1, 255),
@@ -132,7 +135,7 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
     given = _student(options)
     config = given or Config()
     seq_len = options.seq_len or config.model.max_seq_len
-    names = ("fim_rate", "fim_spm_rate", "use_document_mask")
+    names = ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     special = shards.tokenizer.special
     data = DataConfig(
@@ -149,6 +152,7 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
         fim_rate=data.fim_rate,
         fim_spm_rate=data.fim_spm_rate,
         use_document_mask=data.use_document_mask,
+        instruct_share=data.instruct_share,
         seed=options.seed,
         num_rows=options.rows or options.epochs * max(1, shards.split("train").num_tokens // seq_len),
     )

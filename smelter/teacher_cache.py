@@ -65,6 +65,8 @@ class Arrangement:
     """Seed of the stream."""
     num_rows: int
     """Rows from the beginning of the stream."""
+    instruct_share: float = -1.0
+    """Share of the rows that are conversations; negative: as they come."""
 
 
 def shards_hash(shards: ShardSet) -> str:
@@ -265,9 +267,10 @@ def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: Teacher
         use_document_mask=data.use_document_mask,
         seed=first.arrangement.seed,
         num_rows=first.num_rows,
+        instruct_share=data.instruct_share,
     )
     keys = {"seq_len": "model.max_seq_len"} | {
-        key: f"data.{key}" for key in ("fim_rate", "fim_spm_rate", "use_document_mask")
+        key: f"data.{key}" for key in ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
     }
     # The tokenizer first: with another one the shards differ as well, and it says more.
     for key in ("tokenizer", *(item.name for item in fields(Arrangement) if item.name != "tokenizer")):

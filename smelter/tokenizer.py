@@ -51,6 +51,10 @@ _PROBES = (
 )
 
 
+CHAT_ROLES = ("im_start", "im_end")
+"""Roles that a tokenizer may do without."""
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Names of the tokens that no text encodes to."""
@@ -65,15 +69,26 @@ class SpecialTokens:
     """Stands before the middle."""
     fim_suffix: str = "<|fim_suffix|>"
     """Stands before the suffix."""
+    im_start: str = "<|im_start|>"
+    """Begins a message of a conversation (see `smelter.chat`); empty where a tokenizer has no conversations."""
+    im_end: str = "<|im_end|>"
+    """Ends a message; empty together with `im_start`."""
 
     def __post_init__(self) -> None:
-        if len(set(self.names)) < len(self.names) or not all(self.names):
-            raise ConfigError(f"special tokens {', '.join(self.names)}: the five must differ and not be empty")
+        has_required = all(name for role, name in self.roles.items() if role not in CHAT_ROLES)
+        if len(set(self.names)) < len(self.names) or not has_required or bool(self.im_start) != bool(self.im_end):
+            raise ConfigError(f"special tokens {', '.join(self.roles.values())}: all must differ and none be empty")
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The name of each role that there is, in the order in which training gives them ids."""
+        roles = {item.name: str(getattr(self, item.name)) for item in fields(self)}
+        return {role: name for role, name in roles.items() if name or role not in CHAT_ROLES}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The five names in the order in which training gives them ids."""
-        return tuple(getattr(self, item.name) for item in fields(self))
+        """The names, in that order."""
+        return tuple(self.roles.values())
 
 
 # What the known tokenizers call theirs. The three of FIM belong together: (prefix, middle, suffix).
@@ -98,7 +113,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         # Sentinels are ours to place, so no beginning-of-text is added; the unused entries of the
         # template remember which token has which role, in a place every reader of the file accepts.
-        roles = {item.name: getattr(special, item.name) for item in fields(special)}
+        roles = special.roles
         backend.post_processor = processors.TemplateProcessing(
             single="$A",
             pair="$A $B",
@@ -115,6 +130,8 @@ class Tokenizer:
         self.fim_prefix_id: int = ids["fim_prefix"]
         self.fim_middle_id: int = ids["fim_middle"]
         self.fim_suffix_id: int = ids["fim_suffix"]
+        self.im_start_id: int | None = ids.get("im_start")
+        self.im_end_id: int | None = ids.get("im_end")
         self._special_names: dict[int, bytes] = {
             token["id"]: token["content"].encode() for token in self._values["added_tokens"] if token["special"]
         }
@@ -125,7 +142,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special: SpecialTokens | None = None) -> "Tokenizer":
-        """Learn `vocab_size` tokens: 256 bytes, then merges, then the five special tokens at the end.
+        """Learn `vocab_size` tokens: 256 bytes, then merges, then the special tokens at the end.
 
         The same texts in the same order give the same tokenizer. Few or small texts may support fewer tokens than
         asked for; `notices` says so. Raises ConfigError if `vocab_size` cannot hold the bytes and the special tokens.
@@ -133,7 +150,7 @@ class Tokenizer:
         special = special or SpecialTokens()
         minimum = 256 + len(special.names)
         if vocab_size < minimum:
-            raise ConfigError(f"vocab_size = {vocab_size}: 256 bytes and 5 special tokens need at least {minimum}")
+            raise ConfigError(f"vocab_size = {vocab_size}: bytes and special tokens alone need {minimum} or more")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -158,11 +175,12 @@ class Tokenizer:
         return cls(backend, special, [few] if size < vocab_size else [])
 
     @classmethod
-    def load(cls, path: Path | str, special: SpecialTokens | None = None) -> "Tokenizer":
+    def load(cls, path: Path | str, special: SpecialTokens | None = None, *, add_chat: bool = False) -> "Tokenizer":
         """Read our own file or another BPE `tokenizer.json` (byte-level, or SentencePiece's with byte fallback).
 
         `special` are the names to prefer; then come the roles that the file remembers and the names that known
-        tokenizers use, and what is still missing is added behind the vocabulary (see `notices`). `path` may be the
+        tokenizers use, and what is still missing is added behind the vocabulary (see `notices`): the tokens of
+        conversations only with `add_chat`, since a model's embedding may have no row for them. `path` may be the
         folder that holds `tokenizer.json`. Raises DataError for a file that cannot be used.
         """
         path = Path(path)
@@ -179,7 +197,7 @@ class Tokenizer:
             raise DataError(f"{path}: model type is {kind!r}: only BPE tokenizers (tokenizer.json) can be used")
         try:
             notices = _make_reversible(values)
-            names, found = _roles(values, special or SpecialTokens())
+            names, found = _roles(values, special or SpecialTokens(), add_chat)
             backend = tokenizers.Tokenizer.from_str(json.dumps(values))
         except Exception as error:  # the Rust library raises nothing more specific; ours may miss any key
             raise DataError(f"{path}: not a usable tokenizer.json: {error}: fetch it anew") from None
@@ -393,7 +411,7 @@ def _make_reversible(values: dict[str, Any]) -> list[str]:
     return notices
 
 
-def _roles(values: dict[str, Any], preferred: SpecialTokens) -> tuple[SpecialTokens, list[str]]:
+def _roles(values: dict[str, Any], preferred: SpecialTokens, add_chat: bool) -> tuple[SpecialTokens, list[str]]:
     """Which token has which role in a file, and in words what differs from `preferred`; marks them as special."""
     added = {token["content"]: token for token in values.get("added_tokens", [])}
     present = set(added) | set(values["model"]["vocab"])
@@ -409,10 +427,13 @@ def _roles(values: dict[str, Any], preferred: SpecialTokens) -> tuple[SpecialTok
     roles = {"eos": first("eos", _EOS_NAMES), "pad": first("pad", _PAD_NAMES)}
     for i, role in enumerate(("fim_prefix", "fim_middle", "fim_suffix")):
         roles[role] = first(role, family[i : i + 1])
+    known = remembered if "eos" in remembered else {role: "" for role in CHAT_ROLES if wanted[role] in present}
+    has_chat = add_chat or all(role in known for role in CHAT_ROLES)
+    roles |= {role: wanted[role] if has_chat else "" for role in CHAT_ROLES}
     notices = [
         f"the {role} token is {name!r}" for role, name in roles.items() if name in present and name != wanted[role]
     ]
-    missing = [name for name in roles.values() if name not in present]
+    missing = [name for name in roles.values() if name and name not in present]
     if missing:
         notices.append(f"added to the vocabulary: {', '.join(missing)}")
     for name in roles.values():

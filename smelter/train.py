@@ -224,7 +224,8 @@ class Trainer:
     def _sample(self) -> None:
         split = self.shards.split("val")
         self.model.eval()
-        made = samples(self.model, self.tokenizer, split.num_docs, lambda index: split.doc(index).tolist())
+        documents = [i for i in range(split.num_docs) if not split.is_chat(i)]
+        made = samples(self.model, self.tokenizer, len(documents), lambda i: split.doc(documents[i]).tolist())
         self.metrics.samples(self.step, made)
         self.model.train()
 

@@ -2,6 +2,7 @@
 
 Documents of one source (a file, a repository, a prompt) are all on the same side of the split, by the hash of the
 source's name: a document that is added later moves none of the others. The tokenizer sees the train side only.
+A record of kind "instruct" makes a conversation of each response (`smelter.chat`).
 
 The records are read two or three times (check, train the tokenizer, encode) instead of being held, so memory does
 not grow with their size. Everything is written under a temporary name and renamed at the end; equal inputs give
@@ -24,9 +25,11 @@ from typing import IO, Any
 import numpy as np
 import tyro
 
+from smelter.chat import ChatFormat, head
 from smelter.cli import parse
+from smelter.config import nearest
 from smelter.errors import ConfigError, DataError
-from smelter.records import Document, Records
+from smelter.records import Document, Records, parse_teacher_weights
 from smelter.shards import DOCUMENT_TABLE, FORMAT, SPLITS, VERSION, file_entries, file_sha256
 from smelter.tokenizer import SpecialTokens, Tokenizer
 
@@ -66,6 +69,8 @@ class TokenizeOptions:
     """Token before the middle."""
     fim_suffix_token: str = "<|fim_suffix|>"
     """Token before the suffix."""
+    teacher_weight: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=WEIGHT: multiply the weight of this teacher's responses (repeatable; 0 leaves them out)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -75,6 +80,8 @@ class TokenizeOptions:
                 raise ConfigError(f"--{name.replace('_', '-')} = {getattr(self, name)}: must be at least 1")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ConfigError("--vocab-size trains a tokenizer, --tokenizer brings one: give only one of the two")
+
+        parse_teacher_weights(self.teacher_weight)
 
     @property
     def special(self) -> SpecialTokens:
@@ -89,17 +96,17 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
-        self.num_tokens = self.num_bytes = 0
+        self.num_tokens = self.num_bytes = self.num_content_bytes = self.num_chats = 0
         self._files: list[dict[str, Any]] = []
         self._file: IO[bytes] | None = None
         self._lengths, self._bytes, self._sources = array("q"), array("q"), array("q")
-        self._weights, self._hashes = array("f"), bytearray()
+        self._weights, self._prompts, self._hashes = array("f"), array("q"), bytearray()
         self._source_index: dict[str, int] = {}
         self._licenses: Counter[str] = Counter()
         self._teachers: Counter[str] = Counter()
 
-    def add(self, document: Document, ids: list[int]) -> None:
-        """Write one document's ids, eos included."""
+    def add(self, document: Document, ids: list[int], num_prompt: int) -> None:
+        """Write one document's ids, eos included, of which the first `num_prompt` are a conversation's prompt."""
         if self._file is None or self._files[-1]["tokens"] + len(ids) > self.shard_tokens:
             self.close()
             name = f"{self.name}_{len(self._files):05d}.bin"
@@ -107,11 +114,14 @@ class _SplitWriter:
             self._file = (self.folder / name).open("wb")
         self._file.write(np.array(ids, dtype=self.dtype).tobytes())
         self._files[-1]["tokens"] += len(ids)
-        raw = document.text.encode()
+        raw, num_bytes = document.content.encode(), len(document.text.encode())
         self.num_tokens += len(ids)
-        self.num_bytes += len(raw)
+        self.num_bytes += num_bytes
+        self.num_content_bytes += len(raw)
+        self.num_chats += num_prompt > 0
         self._lengths.append(len(ids))
-        self._bytes.append(len(raw))
+        self._bytes.append(num_bytes)
+        self._prompts.append(num_prompt)
         self._sources.append(self._source_index.setdefault(document.source, len(self._source_index)))
         self._weights.append(document.weight)
         self._hashes += hashlib.sha256(raw).digest()
@@ -132,7 +142,7 @@ class _SplitWriter:
         self.close()
         table = np.zeros(len(self._lengths), dtype=DOCUMENT_TABLE)
         columns = {"num_tokens": self._lengths, "num_bytes": self._bytes, "source": self._sources}
-        for key, values in {**columns, "weight": self._weights}.items():
+        for key, values in {**columns, "num_prompt": self._prompts, "weight": self._weights}.items():
             table[key] = values
         table["sha256"] = np.frombuffer(self._hashes, dtype=np.uint8).reshape(-1, 32)
         documents, sources = f"{self.name}_documents.npy", f"{self.name}_sources.json"
@@ -212,6 +222,7 @@ class Survey:
     sides: Sides
     num_docs: dict[str, int]
     num_bytes: dict[str, int]
+    num_chats: int
 
 
 def survey(records: Records, val_fraction: float) -> Survey:
@@ -219,11 +230,17 @@ def survey(records: Records, val_fraction: float) -> Survey:
     sides = Sides(val_fraction)
     num_docs: Counter[tuple[str, str]] = Counter()
     num_bytes: Counter[tuple[str, str]] = Counter()
+    num_chats = 0
     for document in records:
         sides.hear(document)
         key = (document.source, document.split)
         num_docs[key] += 1
-        num_bytes[key] += len(document.text.encode())
+        num_bytes[key] += len(document.content.encode())
+        num_chats += bool(document.prompt)
+    for name in records.teacher_weights:
+        if name not in records.teachers:
+            known = nearest(name, list(records.teachers)) if records.teachers else "no record has responses"
+            raise DataError(f"--teacher-weight: no response is of teacher {name!r}: {known}")
     docs_of, bytes_of = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for (source, split), count in num_docs.items():
         side = sides.of(Document("", source, split, 1.0))
@@ -239,7 +256,7 @@ def survey(records: Records, val_fraction: float) -> Survey:
                 f"{records.paths[0]}: none of {total:,} documents is in {side!r} (they are split by source): give some "
                 f'records "split": "{side}", or {way} --val-fraction (now {val_fraction:g})'
             )
-    return Survey(sides, docs_of, bytes_of)
+    return Survey(sides, docs_of, bytes_of, num_chats)
 
 
 def training_texts(records: Records, found: Survey, max_bytes: int) -> Iterator[str]:
@@ -247,11 +264,11 @@ def training_texts(records: Records, found: Survey, max_bytes: int) -> Iterator[
     share = max_bytes / max(found.num_bytes["train"], 1)
     progress = _Progress("reading for the tokenizer", sum(found.num_bytes.values()))
     for document in records:
-        raw = document.text.encode()
+        raw = document.content.encode()
         progress.add(len(raw))
         chosen = share >= 1 or int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < share * 2**64
         if chosen and found.sides.of(document) == "train":
-            yield document.text
+            yield document.content
 
 
 def chunks(text: str, length: int = CHUNK_CHARACTERS) -> Iterator[str]:
@@ -272,20 +289,28 @@ def chunks(text: str, length: int = CHUNK_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with its ids and eos, encoded on all cores a batch at a time."""
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int], int]]:
+    """Each document, its ids with eos, and how many are the prompt; encoded on all cores a batch at a time."""
+    chat = None if tokenizer.im_end_id is None else ChatFormat(tokenizer)
     batch: list[Document] = []
     size = 0
 
-    def encoded() -> Iterator[tuple[Document, list[int]]]:
-        parts = [list(chunks(document.text)) for document in batch]
-        ids = iter(tokenizer.encode_batch([part for group in parts for part in group]))
-        for document, group in zip(batch, parts, strict=True):
-            yield document, [*(index for _ in group for index in next(ids)), tokenizer.eos_id]
+    def encoded() -> Iterator[tuple[Document, list[int], int]]:
+        questions = [list(chunks(head("user") + each.prompt)) if each.prompt else [] for each in batch]
+        texts = [list(chunks(document.text)) for document in batch]
+        parts = [part for groups in zip(questions, texts, strict=True) for group in groups for part in group]
+        ids = iter(tokenizer.encode_batch(parts))
+        for document, question, text in zip(batch, questions, texts, strict=True):
+            first, second = ([index for _ in group for index in next(ids)] for group in (question, text))
+            if document.prompt:
+                assert chat is not None, "`_tokenizer` sees to it"
+                yield document, *chat.document(first, second)
+            else:
+                yield document, [*second, tokenizer.eos_id], 0
 
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += len(document.content)
         if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield from encoded()
             batch, size = [], 0
@@ -296,7 +321,12 @@ def tokenize(options: TokenizeOptions) -> Path:
     """Do what `smelter tokenize` does and say what was done; returns the folder. Raises DataError and ConfigError."""
     start = time.monotonic()
     _check_target(options.out)
-    records = Records(options.records, skip_invalid=options.skip_invalid, max_line_bytes=options.max_line_mb * 2**20)
+    records = Records(
+        options.records,
+        skip_invalid=options.skip_invalid,
+        max_line_bytes=options.max_line_mb * 2**20,
+        teacher_weights=parse_teacher_weights(options.teacher_weight),
+    )
     found = survey(records, options.val_fraction)
     files = records.files
     _report_reading(records, found)
@@ -308,9 +338,9 @@ def tokenize(options: TokenizeOptions) -> Path:
     writers = {name: _SplitWriter(partial, name, dtype, options.shard_tokens) for name in SPLITS}
     try:
         progress = _Progress("tokenizing", sum(found.num_bytes.values()))
-        for document, ids in encode_documents(records, tokenizer):
-            writers[found.sides.of(document)].add(document, ids)
-            progress.add(len(document.text.encode()))
+        for document, ids, num_prompt in encode_documents(records, tokenizer):
+            writers[found.sides.of(document)].add(document, ids, num_prompt)
+            progress.add(len(document.content.encode()))
         if records.files != files:
             raise DataError(f"{options.records[0]}: the input changed while it was read: run `smelter tokenize` again")
         tokenizer.save(partial / "tokenizer.json")
@@ -325,6 +355,7 @@ def tokenize(options: TokenizeOptions) -> Path:
                 "sha256": file_sha256(partial / "tokenizer.json"),
             },
             "inputs": [asdict(file) for file in files],
+            "teacher_weights": records.teacher_weights,
             "splits": {name: writer.finish() for name, writer in writers.items()},
         }
         _write_json(partial / "index.json", index)
@@ -333,11 +364,12 @@ def tokenize(options: TokenizeOptions) -> Path:
         for writer in writers.values():
             writer.close()
         shutil.rmtree(partial, ignore_errors=True)
-    for name in SPLITS:
-        split = index["splits"][name]
+    for name, writer in writers.items():
+        split, size = index["splits"][name], writer.num_content_bytes
+        chats = f", {writer.num_chats:,} of them conversations" if writer.num_chats else ""
         print(
-            f"{name + ':':6} {split['num_docs']:,} documents, {split['num_bytes']:,} bytes -> {split['num_tokens']:,} "
-            f"tokens ({split['num_bytes'] / split['num_tokens']:.2f} bytes each) in {len(split['files'])} file(s)"
+            f"{name + ':':6} {split['num_docs']:,} documents{chats}, {size:,} bytes -> {split['num_tokens']:,} "
+            f"tokens ({size / split['num_tokens']:.2f} bytes each) in {len(split['files'])} file(s)"
         )
     print(f"wrote {options.out} in {time.monotonic() - start:.1f} s")
     return options.out
@@ -346,7 +378,7 @@ def tokenize(options: TokenizeOptions) -> Path:
 def _tokenizer(options: TokenizeOptions, records: Records, found: Survey) -> Tokenizer:
     """The one asked for, or one trained on the train side."""
     if options.tokenizer is not None:
-        tokenizer = Tokenizer.load(options.tokenizer, options.special)
+        tokenizer = Tokenizer.load(options.tokenizer, options.special, add_chat=found.num_chats > 0)
         print(f"tokenizer: {options.tokenizer}, {tokenizer.vocab_size:,} tokens")
     else:
         start = time.monotonic()

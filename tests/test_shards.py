@@ -113,7 +113,8 @@ def test_instruct_records_become_a_document_per_response(tmp_path: Path) -> None
     instruct = {"kind": "instruct", "prompt": "Is it?", "responses": responses, "source": "q", "split": "train"}
     path = write_lines(tmp_path / "r.jsonl", [instruct, record(0)])
     records = Records([path])
-    assert [(d.text, d.weight) for d in records][:2] == [("Is it?\nyes", 0.25), ("Is it?\nno", 1.0)]
+    found = [(d.prompt, d.text, d.content, d.weight, d.teacher) for d in records][:2]
+    assert found == [("Is it?", "yes", "Is it?\nyes", 0.25, "a"), ("Is it?", "no", "Is it?\nno", 1.0, "b")]
     assert records.skipped == {"weight 0": 1}
     assert tokenize(path, "--out", tmp_path / "s", "--vocab-size", 300) == 0
     weights = ShardSet.open(tmp_path / "s").split("train").weights
@@ -297,7 +298,7 @@ def test_a_line_of_just_the_limit_is_read(tmp_path: Path) -> None:
         ([], "input"),
         (["r", "--val-fraction", "1"], "--val-fraction = 1"),
         (["r", "--max-line-mb", "0"], "--max-line-mb = 0"),
-        (["r", "--vocab-size", "100"], "at least 261"),
+        (["r", "--vocab-size", "100"], "263 or more"),
         (["r", "--vocab-size", "300", "--tokenizer", "t.json"], "only one of the two"),
         (["r", "--tokenizer", "t.json"], "t.json: cannot read"),
         (["r", "--fim-prefix-token", "<|pad|>"], "must differ"),
@@ -394,7 +395,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no index": lambda s: (s / "index.json").unlink(),
     "cut index": lambda s: (s / "index.json").write_text((s / "index.json").read_text()[:200]),
     "other json": lambda s: (s / "index.json").write_text("[]"),
-    "other version": lambda s: _edit(s / "index.json", version=2),
+    "other version": lambda s: _edit(s / "index.json", version=3),
     "no splits": lambda s: _edit(s / "index.json", splits={}),
     "cut shard": lambda s: os.truncate(s / "train_00000.bin", 100),
     "no shard": lambda s: (s / "val_00000.bin").unlink(),

@@ -168,6 +168,7 @@ def changed(config: Config, table: str, **values: Any) -> Config:
     [
         ("model", {"max_seq_len": 32}, "model.max_seq_len = 64, this run has 32: set it to 64, or .*--seq-len 32"),
         ("data", {"fim_rate": 0.25}, "data.fim_rate = 0.5, this run has 0.25: set it to 0.5, or .*--fim-rate 0.25"),
+        ("data", {"instruct_share": 0.5}, "data.instruct_share = -1.0, this run has 0.5: .*--instruct-share 0.5"),
         ("data", {"fim_spm_rate": 1.0}, "data.fim_spm_rate = 0.5, this run has 1.0: .*--fim-spm-rate 1.0"),
         (
             "data",

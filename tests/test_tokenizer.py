@@ -248,7 +248,7 @@ def test_own_names_are_remembered_by_the_file(tmp_path: Path) -> None:
 
 def test_special_tokens_stand_behind_256_bytes_and_the_merges() -> None:
     ids = [OURS.eos_id, OURS.pad_id, OURS.fim_prefix_id, OURS.fim_middle_id, OURS.fim_suffix_id]
-    assert ids == list(range(695, 700))
+    assert [*ids, OURS.im_start_id, OURS.im_end_id] == list(range(693, 700))
     assert OURS.vocab_size == 700
     assert OURS.token_num_bytes.tolist()[:256] == [1] * 256
     assert OURS.token_num_bytes.tolist()[695:] == [0] * 5
@@ -262,16 +262,39 @@ def test_no_token_is_longer_than_the_limit() -> None:
 
 
 def test_a_vocabulary_needs_room_for_bytes_and_special_tokens() -> None:
-    with pytest.raises(ConfigError, match="at least 261"):
+    with pytest.raises(ConfigError, match="263 or more"):
         Tokenizer.train([CODE], 260)
-    assert Tokenizer.train([], 261).vocab_size == 261
+    assert Tokenizer.train([], 263).vocab_size == 263
 
 
 def test_a_special_token_that_text_contains_is_refused() -> None:
     with pytest.raises(ConfigError, match="'self'"):
         Tokenizer.train(["self " * 100], 400, SpecialTokens(eos="self"))
-    with pytest.raises(ConfigError, match="differ"):
-        SpecialTokens(eos="<a>", pad="<a>")
+    for names in ({"eos": "<a>", "pad": "<a>"}, {"pad": ""}, {"im_end": ""}, {"im_start": "<|pad|>"}):
+        with pytest.raises(ConfigError, match="differ"):
+            SpecialTokens(**names)
+
+
+def test_conversations_tokens_are_optional_and_added_on_demand(tmp_path: Path) -> None:
+    """A file without them keeps its ids and its hash; one of another maker has them if it has their names."""
+    old = Tokenizer.train([CODE], 400, SpecialTokens(im_start="", im_end=""))
+    old.save(tmp_path / "old.json")
+    loaded = Tokenizer.load(tmp_path / "old.json")
+    assert (loaded.im_start_id, loaded.im_end_id) == (None, None)
+    assert (loaded.hash, loaded.vocab_size, loaded.eos_id, loaded.notices) == (old.hash, 400, 395, ())
+    added = Tokenizer.load(tmp_path / "old.json", add_chat=True)
+    assert (added.im_start_id, added.im_end_id, added.eos_id) == (400, 401, 395)
+    assert added.notices == ("added to the vocabulary: <|im_start|>, <|im_end|>",)
+    assert added.hash != old.hash
+    added.save(tmp_path / "added.json")
+    assert Tokenizer.load(tmp_path / "added.json").hash == added.hash
+    values = json.loads((tmp_path / "added.json").read_text()) | {"post_processor": None}
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    assert Tokenizer.load(tmp_path / "other.json").im_end_id == 401
+    # An earlier version used this file without conversations: the shards made then go on being readable.
+    values["post_processor"] = json.loads((tmp_path / "old.json").read_text())["post_processor"]
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    assert Tokenizer.load(tmp_path / "other.json").im_end_id is None
 
 
 def test_training_on_one_endless_word_is_not_quadratic() -> None:
