@@ -28,15 +28,23 @@ class BitLinear(nn.Module):
         self, in_features: int, out_features: int, *, use_ternary: bool = True, activation_quant: str = "token"
     ) -> None:
         super().__init__()
-        self.use_ternary = use_ternary
+        self.use_ternary = False
         self.activation_quant = activation_quant
         self.stacked: Stacked | None = None
         """In the first of several layers that read the same input, made by `freeze`: all their trits."""
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         if use_ternary:
-            # Derived from the weight, so neither saved nor moved by the optimizer.
-            self.register_buffer("trits", torch.zeros(out_features, in_features), persistent=False)
-            self.register_buffer("scale", torch.ones(()), persistent=False)
+            self.make_ternary()
+
+    def make_ternary(self) -> None:
+        """Turn an ordinary linear layer into a ternary one of the same latent weight; `quantize` then makes the trits.
+
+        The weight stays the same parameter, so an optimizer goes on with it.
+        """
+        self.use_ternary = True
+        # Derived from the weight, so neither saved nor moved by the optimizer.
+        self.register_buffer("trits", torch.zeros_like(self.weight, requires_grad=False), persistent=False)
+        self.register_buffer("scale", torch.ones((), device=self.weight.device), persistent=False)
 
     @torch.no_grad()
     def quantize(self, dtype: torch.dtype) -> None:

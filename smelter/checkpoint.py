@@ -164,7 +164,7 @@ def _write_files(
         "format_version": FORMAT_VERSION,
         "smelter_version": __version__,
         "step": step,
-        "config": config_to_dict(config),
+        "config": config_to_dict(config.at_step(step)),
         "files": files,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -318,9 +318,10 @@ def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must
 
 def _check_resumable(found: Path, config: Config) -> None:
     """ConfigError where `config` would go on with something else than what the checkpoint has learned."""
-    # A key that is newer than the checkpoint had its default there.
-    old = dict(_flat(config_to_dict(Config()))) | dict(_flat(_manifest(found)["config"]))
-    new = dict(_flat(config_to_dict(config)))
+    manifest = _manifest(found)
+    new = dict(_flat(config_to_dict(config.at_step(manifest["step"]))))
+    # A key that the version which saved it did not know had its default.
+    old = dict(_flat(config_to_dict(Config()))) | dict(_flat(manifest["config"]))
     # A checkpoint says the cap that its model had, which training with this option lowers.
     changing = {"model.final_logit_soft_cap"} if new["training.final_cap_anneal_fraction"] else set()
     differing = [

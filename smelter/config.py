@@ -193,6 +193,28 @@ class Config:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def __post_init__(self) -> None:
+        start = self.training.ternary_start_step
+        require(
+            self.model.use_ternary or not start,
+            f"training.ternary_start_step = {start} needs model.use_ternary = true: the model would stay in full "
+            "precision",
+        )
+
+    def at_step(self, step: int) -> "Config":
+        """What the model is after `step` steps: before ternary_start_step a full-precision one that knows no other.
+
+        The step at which the model turns ternary still ends the first phase; the next one is the first of the second.
+        """
+        start = self.training.ternary_start_step
+        if not start or step > start:
+            return self
+        return replace(
+            self,
+            model=replace(self.model, use_ternary=False),
+            training=replace(self.training, ternary_start_step=0, ternary_warmup_steps=0),
+        )
+
     def micro_steps(self, world_size: int = 1) -> int:
         """Forward passes per optimizer step on each device; ConfigError where the batch does not divide."""
         training, seq_len = self.training, self.model.max_seq_len
@@ -286,7 +308,11 @@ def config_from_dict(values: dict[str, Any], where: str, base: Config | None = N
     for key, table in values.items():
         require(key in sections, f"{where}: unknown table {key!r}: {nearest(key, sections)}")
         require(isinstance(table, dict), f"{where}: {key} must be a table ([{key}])")
-    return replace(base, **{key: _apply(getattr(base, key), table, where, key) for key, table in values.items()})
+    tables = {key: _apply(getattr(base, key), table, where, key) for key, table in values.items()}
+    try:
+        return replace(base, **tables)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def load_config(path: Path) -> Config:

@@ -29,6 +29,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from smelter.chunk_alignment import Chunks, read_as_written, stack_targets
 from smelter.config import DataConfig
 from smelter.errors import ConfigError, DataError
 from smelter.fim import fit_fim
@@ -69,6 +70,14 @@ class RowTeacher(Protocol):
         ...
 
 
+class DocumentTeacher(Protocol):
+    """What a teacher with another tokenizer says about the documents of the split."""
+
+    def chunks(self, doc: int, begin: int, size: int) -> Chunks:
+        """The chunks among tokens begin .. begin + size - 1 of a document."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass needs; arrays are [device_batch_size, seq_len]."""
@@ -83,6 +92,8 @@ class Batch:
     """Loss weight of each target; None if all are 1."""
     teachers: tuple[TeacherRows, ...] = ()
     """What each stored teacher says about the tokens."""
+    chunks: tuple[Chunks, ...] = ()
+    """What each teacher with another tokenizer says about the targets; arrays are [device_batch_size, seq_len]."""
 
 
 class _Row(NamedTuple):
@@ -91,6 +102,8 @@ class _Row(NamedTuple):
     tokens: Ids
     is_target: NDArray[np.bool_]
     weights: NDArray[np.float32]
+    chunks: list[Chunks]
+    """Of each teacher with another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,7 @@ class BatchStream:
         device_batch_size: int,
         rows_per_step: int,
         cached: Sequence[RowTeacher] = (),
+        chunk_teachers: Sequence[DocumentTeacher] = (),
     ) -> None:
         """`rows_per_step` rows make an optimizer step, `device_batch_size` of them a batch.
 
@@ -184,6 +198,7 @@ class BatchStream:
         self.device_batch_size = device_batch_size
         self.rows_per_step = rows_per_step
         self.cached = tuple(cached)
+        self.chunk_teachers = tuple(chunk_teachers)
         if config.fim_rate > 0:
             _check_fim_tokens(config, tokenizer)
         self._weights = _document_weights(split, config.instruct_weight)
@@ -216,6 +231,7 @@ class BatchStream:
             weights=weights,
             doc_ids=np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32),
             teachers=tuple(teacher.rows(indices) for teacher in self.cached),
+            chunks=tuple(stack_targets(of_rows) for of_rows in zip(*(row.chunks for row in rows), strict=True)),
         )
 
     def step(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -238,6 +254,7 @@ class BatchStream:
             tokens=np.full(size, self.tokenizer.pad_id, dtype=np.int64),
             is_target=np.zeros(size, dtype=np.bool_),
             weights=np.ones(size, dtype=np.float32),
+            chunks=[Chunks.empty(size) for _ in self.chunk_teachers],
         )
         prompts = self.split.num_prompt
         filled = 0
@@ -253,6 +270,9 @@ class BatchStream:
             if self._weights is not None:
                 row.weights[filled:answer] = 0
                 row.weights[answer:end] = self._weights[doc]
+            for chunks, teacher in zip(row.chunks, self.chunk_teachers, strict=True):
+                shift, read = read_as_written(ids, made, self.tokenizer)
+                chunks.put(filled + shift, teacher.chunks(doc, begin, read))
             filled = end
         return row
 

@@ -34,7 +34,10 @@ def check_gguf(model: Model, tokenizer: Tokenizer, gguf_type: str) -> None:
     config = model.config
     if gguf_type != "F16":
         if not config.use_ternary:
-            raise UserError(f"{gguf_type} holds ternary weights and model.use_ternary is off: use --gguf-type F16")
+            raise UserError(
+                f"{gguf_type} holds ternary weights and model.use_ternary is off in this checkpoint (so are those up "
+                "to a run's training.ternary_start_step): use --gguf-type F16"
+            )
         for name, value in _input_sizes(config).items():
             if value % BLOCK:
                 raise UserError(

@@ -97,7 +97,13 @@ def _log_student(logits: Tensor, soft_cap: float, temperature: float) -> Tensor:
 
 
 def _distillation_and_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor, kl_share: Tensor, teacher: Mixture, config: LossConfig
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ce_scale: Tensor,
+    kl_share: Tensor,
+    teacher: Mixture,
+    config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums [4] of total, CE, squared lse and divergence, and the total's gradient to the logits [n, V].
 
@@ -110,14 +116,15 @@ def _distillation_and_grad(
     ce = (lse - values.gather(-1, index)).squeeze(-1)
     z = lse.squeeze(-1).square()
     share = kl_share.unsqueeze(-1)
-    grad = (values - lse).exp_().mul_(1 - share + 2.0 * config.z_loss * lse)
+    ce_share = ce_scale.unsqueeze(-1) - share
+    grad = (values - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
     student = F.log_softmax(values / config.temperature, dim=-1)
     token, token_grad = divergence_and_grad(teacher.log_probs, student, config.divergence)
     kl = _stated(token, teacher) * config.temperature**2
     grad.add_(token_grad * (share * config.temperature))
     # The target's own entry is put in afterwards: one comparison a token instead of one a logit.
-    grad.scatter_add_(-1, index, share - 1)
-    total = (1 - kl_share) * ce + config.z_loss * z + kl_share * kl
+    grad.scatter_add_(-1, index, -ce_share)
+    total = (ce_scale - kl_share) * ce + config.z_loss * z + kl_share * kl
     parts = torch.stack((total, ce, z, kl))
     return (parts * weights).sum(-1), (grad * (slope * weights.unsqueeze(-1))).to(logits.dtype)
 
@@ -134,6 +141,7 @@ def _chunk_and_grad(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor,
+    ce_scale: Tensor,
     teachers: Sequence[Teacher],
     rows: slice,
     config: LossConfig,
@@ -142,10 +150,10 @@ def _chunk_and_grad(
     """Weighted sums [4] of one chunk, and the gradient to its logits [n, V], which may take their place."""
     options = config.soft_cap, config.z_loss, use_compile
     if not teachers:
-        return cross_entropy_and_grad(logits, targets, weights, *options)
+        return cross_entropy_and_grad(logits, targets, weights, ce_scale, *options)
     if needs_no_rows(teachers, config.direction, config.temperature):
         soft = sparse_target(teachers, rows, config.use_confidence)
-        return soft_cross_entropy_and_grad(logits, targets, weights, soft, config.kl_weight, *options)
+        return soft_cross_entropy_and_grad(logits, targets, weights, ce_scale, soft, config.kl_weight, *options)
     student = None
     if any(isinstance(teacher, SparseTeacher) for teacher in teachers):
         student = _log_student(logits, config.soft_cap, config.temperature)
@@ -153,7 +161,7 @@ def _chunk_and_grad(
     del student
     distill = compiled(_distillation_and_grad) if use_compile else _distillation_and_grad
     kl_share = config.kl_weight * teacher.present
-    return distill(logits, targets, weights, kl_share, teacher, replace(config, kl_weight=0.0))
+    return distill(logits, targets, weights, ce_scale, kl_share, teacher, replace(config, kl_weight=0.0))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -170,6 +178,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         weights: Tensor,
+        ce_scale: Tensor,
         normalizer: Tensor,
         teachers: Sequence[Teacher],
         config: LossConfig,
@@ -185,7 +194,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, min(start + chunk_size, hidden.shape[0]))
             logits = F.linear(hidden[rows], matrix)
-            parts, grad = _chunk_and_grad(logits, targets[rows], weights[rows], teachers, rows, config, use_compile)
+            of_token = targets[rows], weights[rows], ce_scale[rows]
+            parts, grad = _chunk_and_grad(logits, *of_token, teachers, rows, config, use_compile)
             sums += parts
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix
@@ -210,7 +220,7 @@ class _ChunkedLoss(torch.autograd.Function):
         factor = grads[0] / normalizer  # float32: a loss scale of 2**16 is infinite in fp16
         grad_hidden = (grad_hidden.float() * factor).to(grad_hidden.dtype)
         # In place, as a copy would cost the size of the head; a second backward pass is an error.
-        return grad_hidden, grad_head.mul_(factor).to(ctx.head_dtype), *(None,) * 8
+        return grad_hidden, grad_head.mul_(factor).to(ctx.head_dtype), *(None,) * 9
 
 
 def chunked_loss(
@@ -220,6 +230,7 @@ def chunked_loss(
     config: LossConfig,
     *,
     weights: Tensor | None = None,
+    ce_scale: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     teachers: Sequence[Teacher] = (),
     chunk_size: int = 1_024,
@@ -227,7 +238,8 @@ def chunked_loss(
 ) -> Loss:
     """Loss of hidden states [N, C] under head [V, C] and targets [N] (below 0: masked).
 
-    weights [N] multiply each token's loss. `normalizer` is the divisor, by default the sum of the weights
+    weights [N] multiply each token's loss, ce_scale [N] its cross-entropy alone in `total` (1 - a_i becomes
+    ce_scale_i - a_i; it may be negative). `normalizer` is the divisor, by default the sum of the weights
     of unmasked tokens in this call; a trainer passes the sum over the whole optimizer step, so that
     accumulation, ranks and padding never change the loss. At most chunk_size x V logits exist at once.
     Raises ConfigError for a sparse teacher of another temperature, or a sampled one with a direction but forward.
@@ -238,8 +250,9 @@ def chunked_loss(
         normalizer = token_weights.sum().clamp_min(1e-8)
     divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    scale = torch.ones_like(token_weights) if ce_scale is None else ce_scale
     parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, token_weights, divisor, used, config, chunk_size, use_compile, needs_grad
+        hidden, head, targets, token_weights, scale, divisor, used, config, chunk_size, use_compile, needs_grad
     )
     return Loss(*parts)
 
@@ -251,6 +264,7 @@ def dense_loss(
     config: LossConfig,
     *,
     weights: Tensor | None = None,
+    ce_scale: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     teachers: Sequence[Teacher] = (),
 ) -> Loss:
@@ -267,6 +281,7 @@ def dense_loss(
         teacher = mixture(used, slice(None), config.temperature, student.detach(), config.use_confidence)
         kl = _stated(divergence(teacher.log_probs, student, config.divergence), teacher) * config.temperature**2
         kl_share = config.kl_weight * teacher.present
-    total = (1 - kl_share) * ce + config.z_loss * z + kl_share * kl
+    scale = torch.ones_like(ce) if ce_scale is None else ce_scale
+    total = (scale - kl_share) * ce + config.z_loss * z + kl_share * kl
     sums = [(part * token_weights).sum() / divisor for part in (total, ce, z, kl)]
     return Loss(sums[0], *(part.detach() for part in sums[1:]))

@@ -7,9 +7,10 @@ checkpoint, so that a killed run and its continuation read as one run.
 | key | unit |
 |---|---|
 | step, tokens, skipped_steps | counts since the start of the run |
-| loss, ce_loss, z_loss, kl_loss | nats per token |
+| loss, ce_loss, z_loss, kl_loss, chunk_loss | nats per token |
 | lr_muon, lr_adamw, lr_embedding, grad_norm, loss_scale | as they are |
 | tok_per_sec, peak_memory_mib, elapsed_seconds | tokens/s, MiB, seconds |
+| is_ternary | 0 or 1; only with training.ternary_start_step |
 | mfu, trit_flips, sparsity/LAYER_KIND | shares, 0 to 1 |
 | val_loss, val_bpb | nats per token, bits per byte; only where evaluated |
 
@@ -152,6 +153,8 @@ def progress_line(values: Mapping[str, float | None]) -> str:
     shown = "/".join(f"{rate:.2g}".removeprefix("0") or "0" for rate in rates if rate is not None)
     if shown:
         parts.append(f"lr {shown}")
+    if "is_ternary" in values:
+        parts.append("ternary" if values["is_ternary"] else "full precision")
     if skipped := values.get("skipped_steps"):
         parts.append(f"{skipped:.0f} skipped")
     if (eta := values.get("eta_seconds")) is not None:

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, C hidden_size, H query heads, G key/value heads, D he
 """
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -164,6 +165,14 @@ class Model(nn.Module):
     def quantize_weights(self) -> None:
         """Make every trit from its latent weight; call after each change of the weights."""
         quantize_weights(self, self.trit_dtype)
+
+    def make_ternary(self) -> None:
+        """Turn a full-precision model into the ternary model of the same latent weights."""
+        self.config = replace(self.config, use_ternary=True)
+        for module in self.modules():
+            if isinstance(module, BitLinear) and not module.use_ternary:
+                module.make_ternary()
+        self.quantize_weights()
 
     def freeze(self) -> None:
         """Make a trained model quick (see `bitnet.freeze`); its weights may not change after this."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smelter import distributed
 from smelter.bpb import spread_windows
+from smelter.chunk_loss import ChunkBatch, chunk_loss, target_log_probs
 from smelter.config import Config, DistillationConfig
 from smelter.distributed import print0
 from smelter.errors import ConfigError, DataError
@@ -122,6 +123,8 @@ class Objective(nn.Module):
         self.teachers, self.caches = teachers, caches
         self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
         self.kl_weight = config.distillation.kl_weight
+        self.chunk_weight = config.distillation.chunk_weight
+        self.chunk_temperature = config.distillation.chunk_temperature
         self.loss_config = LossConfig(
             z_loss=config.training.z_loss,
             temperature=config.distillation.temperature,
@@ -139,13 +142,18 @@ class Objective(nn.Module):
         doc_ids: Tensor | None,
         normalizer: Tensor,
         cached: Sequence[Sequence[Tensor]] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Total, CE, z and KL of one micro-batch [B, T], each divided by `normalizer`.
+        chunks: Sequence[Sequence[Tensor]] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Total, CE, z, KL and chunk divergence of one micro-batch [B, T], each divided by `normalizer`.
 
-        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches.
+        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches, `chunks` starts,
+        ends and log-probabilities [B, T] for each of the chunk teachers.
         """
         hidden = self.model(inputs, doc_ids)
         soft_cap = self.model.config.final_logit_soft_cap
+        # A cap on its way out is another number each step, which would be compiled anew each step.
+        use_compile = self.use_compile and soft_cap == self.soft_cap
+        of_chunks = self._chunks(hidden, targets, weights, chunks, soft_cap, use_compile) if chunks else None
         teachers: list[Teacher] = []
         for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
             teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
@@ -158,10 +166,48 @@ class Objective(nn.Module):
             targets.flatten(),
             replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
             weights=None if weights is None else weights.flatten(),
+            ce_scale=None if of_chunks is None else of_chunks.ce_scale.flatten(),
             normalizer=normalizer,
             teachers=teachers,
             chunk_size=self.chunk_size,
-            # A cap on its way out is another number each step, which would be compiled anew each step.
-            use_compile=self.use_compile and soft_cap == self.soft_cap,
+            use_compile=use_compile,
         )
-        return loss.total, loss.ce, loss.z, loss.kl
+        if of_chunks is None:
+            return loss.total, loss.ce, loss.z, loss.kl, torch.zeros_like(loss.kl)
+        # The gradient is there; what the factors made of cross-entropy gives way to the divergence itself.
+        total = loss.total + of_chunks.correction / normalizer
+        return total, loss.ce, loss.z, loss.kl, of_chunks.divergence / normalizer
+
+    @torch.no_grad()
+    def _chunks(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        chunks: Sequence[Sequence[Tensor]],
+        soft_cap: float,
+        use_compile: bool,
+    ) -> "_ChunkTerms":
+        """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
+        flat, head = hidden.flatten(0, 1), self.model.head
+        log_probs = target_log_probs(flat, head, targets.flatten(), soft_cap, self.chunk_size, use_compile)
+        log_probs = log_probs.view(targets.shape)
+        loss = chunk_loss(log_probs, targets, weights, [ChunkBatch(*parts) for parts in chunks], self.chunk_temperature)
+        surrogate = -log_probs * loss.factors
+        if weights is not None:
+            surrogate = surrogate * weights
+        return _ChunkTerms(
+            ce_scale=1 + self.chunk_weight * (loss.factors - loss.present),
+            correction=self.chunk_weight * (loss.total - surrogate.sum()),
+            divergence=loss.total,
+        )
+
+
+@dataclass(frozen=True)
+class _ChunkTerms:
+    """What the chunks add to a micro-batch: scale of each token's cross-entropy [B, T], and two sums."""
+
+    ce_scale: Tensor
+    correction: Tensor
+    """What the total lacks when its gradient comes from scaled cross-entropy."""
+    divergence: Tensor

@@ -16,6 +16,8 @@ from smelter.training_config import Schedule
 def lr_factor(schedule: Schedule, step: int, num_steps: int | None, config: TrainingConfig) -> float:
     """Share of the peak learning rate at `step` (from 0); num_steps None: the end is not known yet."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.ternary_warmup_steps and step >= config.ternary_start_step > 0:
+        warmup = min(warmup, (step - config.ternary_start_step + 1) / config.ternary_warmup_steps)
     if schedule == "constant" or num_steps is None:
         return warmup
     floor = config.min_lr_ratio
@@ -26,7 +28,7 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None, config: Trai
     if step < config.warmup_steps:
         return warmup
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return warmup * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def muon_momentum(step: int, config: TrainingConfig) -> float:

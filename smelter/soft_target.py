@@ -60,43 +60,62 @@ def _places(ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(ids), device=ids.device).unsqueeze(-1), ids
 
 
+def target_log_prob(
+    logits: Tensor, targets: Tensor, soft_cap: float, use_compile: bool
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Capped logit at the target [n, 1] of logits [n, V], log-sum-exp [n, 1], and the cap's slope at the target.
+
+    The log-probability is the first less the second. Below 0 a target is taken for 0.
+    """
+    sums = compiled(_log_sum_exp) if use_compile else _log_sum_exp
+    at_target, slope = capped(logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)), soft_cap)
+    return at_target, sums(logits, soft_cap, False), slope
+
+
 def cross_entropy_and_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor, soft_cap: float, z_loss: float, use_compile: bool
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ce_scale: Tensor,
+    soft_cap: float,
+    z_loss: float,
+    use_compile: bool,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums [4] of total, CE, squared lse, and no KL; `logits` [n, V] become the gradient to themselves.
 
-    The total is CE + z_loss lse^2.
+    The total is ce_scale CE + z_loss lse^2, with a scale [n] for each token.
     """
-    sums = compiled(_log_sum_exp) if use_compile else _log_sum_exp
-    share = weights.unsqueeze(-1)
+    share, scale = weights.unsqueeze(-1), ce_scale.unsqueeze(-1)
     index = targets.clamp_min(0).unsqueeze(-1)
-    at_target, slope = capped(logits.gather(-1, index), soft_cap)  # [n, 1]
-    lse = sums(logits, soft_cap, False)
-    factor = (1.0 + 2.0 * z_loss * lse) * share
+    at_target, lse, slope = target_log_prob(logits, targets, soft_cap, use_compile)
+    factor = (scale + 2.0 * z_loss * lse) * share
     _replace(logits, lse, factor, soft_cap, use_compile)
-    grad_at_target = ((at_target - lse).exp() * factor - share) * slope
+    grad_at_target = ((at_target - lse).exp() * factor - scale * share) * slope
     logits.index_put_(_places(index), grad_at_target.to(logits.dtype))
-    ce, z = ((lse - at_target) * share).sum(), (lse.square() * share).sum()
-    return torch.stack((ce + z_loss * z, ce, z, torch.zeros_like(ce))), logits
+    ce, z = (lse - at_target) * share, (lse.square() * share).sum()
+    total = (scale * ce).sum() + z_loss * z
+    return torch.stack((total, ce.sum(), z, torch.zeros_like(total))), logits
 
 
 def soft_cross_entropy_and_grad(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor,
+    ce_scale: Tensor,
     soft: SparseTarget,
     kl_weight: float,
     soft_cap: float,
     z_loss: float,
     use_compile: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same with forward KL: the total is (1 - a) CE + z_loss lse^2 + a KL, a = kl_weight where a teacher is.
+    """The same with forward KL: the total is (s - a) CE + z_loss lse^2 + a KL, a = kl_weight where a teacher is.
 
     With P the teacher's entries, t its tail and Q the student's, a token's KL is (sum P + t) lse - sum P logit
     - t (lse + log Q) - entropy: one factor of the softmax at the entries, another in the tail.
     """
     sums = compiled(_log_sum_exp) if use_compile else _log_sum_exp
     share, a = weights.unsqueeze(-1), kl_weight * soft.present
+    scale = ce_scale.unsqueeze(-1)
     index = targets.clamp_min(0).unsqueeze(-1)
     ids = torch.cat((index, soft.ids), dim=-1)  # [n, 1 + K]
     raw = logits.gather(-1, ids)
@@ -119,12 +138,12 @@ def soft_cross_entropy_and_grad(
         ratio = (tail * (lse - rest).exp()).clamp_max(MAX_RATIO)
         mass_sum, kl = mass_sum + tail, kl - tail * rest
     kl = (kl + mass_sum * lse) * soft.present
-    at_entries = 1 - a + 2 * z_loss * lse + a * mass_sum
+    at_entries = scale - a + 2 * z_loss * lse + a * mass_sum
     elsewhere = at_entries - a * ratio
     _replace(logits, lse, elsewhere * share, soft_cap, use_compile)
     # All places of an id hold one and the same number, computed whole in float32, whichever is written last.
-    grad = (at_ids - lse).exp() * torch.where(mass > 0, at_entries, elsewhere) - a * mass - (1 - a) * (ids == index)
+    grad = (at_ids - lse).exp() * torch.where(mass > 0, at_entries, elsewhere) - a * mass - (scale - a) * (ids == index)
     logits.index_put_(_places(ids), (grad * slope * share).to(logits.dtype))
     ce, z = lse - at_target, lse.square()
-    parts = torch.cat(((1 - a) * ce + z_loss * z + a * kl, ce, z, kl), dim=-1)
+    parts = torch.cat(((scale - a) * ce + z_loss * z + a * kl, ce, z, kl), dim=-1)
     return (parts * share).sum(0), logits

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smelter import teach_chunks
 from smelter.checkpoint import find_checkpoint, load_checkpoint
 from smelter.cli import parse
 from smelter.config import Config, DataConfig, load_config
@@ -45,6 +46,7 @@ class TeachOptions:
     """Run a local teacher over the training rows and store its probabilities for `distillation.cached`.
 
     The rows are arranged as training will: by the recipe, by single values, or as the teacher itself was trained.
+    A teacher with another tokenizer: `smelter teach --method chunks --help`.
     """
 
     teacher: Path
@@ -68,7 +70,7 @@ class TeachOptions:
     rows: int | None = None
     """Rows instead of epochs."""
     method: Method = "sampled"
-    """sampled: draws from the distribution, unbiased. top_k: the likeliest ids with their probabilities."""
+    """sampled: unbiased draws. top_k: the likeliest ids. (chunks: for other tokenizers, with options of its own.)"""
     draws: int = 50
     """Draws a token (sampled), 255 at most."""
     top_k: int = 12
@@ -375,5 +377,8 @@ def _say_done(cache: TeacherCache, seconds: float) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`smelter teach`."""
+    """`smelter teach`; with `--method chunks` it is `smelter.teach_chunks`, which has options of its own."""
+    rest, is_chunks = teach_chunks.without_method(argv)
+    if is_chunks:
+        return teach_chunks.main(rest)
     return teach(parse(TeachOptions, argv, "smelter teach"))

@@ -5,7 +5,7 @@ teacher's logits a chunk at a time as it makes the student's. What a folder's mo
 (a scale, a bias) is folded into the two, and a probe at loading holds the result against the model's own logits.
 
 A teacher must give the student's ids the student's meaning. Teachers with another tokenizer score text, not ids:
-that is chunk-likelihood distillation, and not done here.
+that is done in `smelter.teach_chunks`, for which their ids are their own affair.
 """
 
 import hashlib
@@ -69,8 +69,13 @@ class CheckpointTeacher:
 class FolderTeacher:
     """A causal language model of Transformers. No code from the folder is run."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, vocab_size: int, device: torch.device, dtype: torch.dtype):
-        """Load it, and check its ids and its logits. Raises DataError or ConfigError that names the folder."""
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer | None, vocab_size: int, device: torch.device, dtype: torch.dtype
+    ):
+        """Load it, and check its ids and its logits. Raises DataError or ConfigError that names the folder.
+
+        Without a `tokenizer` its ids are its own affair, and inputs have no padding.
+        """
         self.path, self._device = path, device
         self._model = _load_folder(path, device, dtype)
         config = self._model.config.get_text_config()
@@ -78,6 +83,7 @@ class FolderTeacher:
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.max_seq_len = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        self.start_id = _start_id(self._model)
         self._rows = int(self._model.get_input_embeddings().weight.shape[0])
         output = self._model.get_output_embeddings()
         head, bias = output.weight.detach(), getattr(output, "bias", None)
@@ -85,8 +91,9 @@ class FolderTeacher:
         # A bias is one more column, against a hidden state that is always 1.
         whole = head if bias is None else torch.cat([head, bias.detach()[:, None]], dim=1)
         self.head = whole
-        self._pad_id = tokenizer.pad_id
-        _check_ids(path, tokenizer, min(self._rows, len(head)))
+        self._pad_id = -1 if tokenizer is None else tokenizer.pad_id
+        if tokenizer is not None:
+            _check_ids(path, tokenizer, min(self._rows, len(head)))
         self._check_logits(min(self._rows, 64))
         self.head = whole[:vocab_size]
 
@@ -188,6 +195,16 @@ def weights_hash(path: Path) -> str:
     return hashlib.sha256(names.encode()).hexdigest()
 
 
+def _start_id(model: Any) -> int | None:
+    """The id that begins a text for a model of Transformers: bos, or eos, of several the first; None without."""
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (model.config.get_text_config(), model.generation_config):
+            found = getattr(config, name, None)
+            if found is not None:
+                return int(found[0] if isinstance(found, (list, tuple)) else found)
+    return None
+
+
 def _check_ids(path: Path, tokenizer: Tokenizer, num_rows: int) -> None:
     """The folder's tokenizer gives texts the ids that ours gives, and the model knows all ids that can be read."""
     theirs = Tokenizer.load(path, tokenizer.special)
@@ -198,7 +215,7 @@ def _check_ids(path: Path, tokenizer: Tokenizer, num_rows: int) -> None:
             raise DataError(
                 f"{path}: another tokenizer than the shards': {text[:20]!r}... is {ours[place : place + 4]} for the "
                 f"shards and {others[place : place + 4]} for the teacher (from id {place} on): tokenize with "
-                f"--tokenizer {path}, or compare whole pieces of text (chunk-likelihood, docs/distillation.md)"
+                f"--tokenizer {path}, or compare chunks of text (--method chunks, docs/other-tokenizers.md)"
             )
     unknown = sorted(set(range(num_rows, tokenizer.vocab_size)) - {tokenizer.pad_id})
     if unknown:

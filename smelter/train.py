@@ -26,6 +26,7 @@ from smelter import cli, distributed, hardware
 from smelter.bitnet import bit_linears
 from smelter.bpb import validation_loss
 from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
+from smelter.chunk_teacher import ChunkTeacher
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distributed import print0
@@ -40,6 +41,7 @@ from smelter.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.shards import ShardSet
 from smelter.signals import StopSignal
 from smelter.teacher_cache import open_caches
+from smelter.warm_start import load_initial_weights
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10
@@ -67,9 +69,10 @@ class Trainer:
                 f"({self.tokenizer.vocab_size}): set vocab_size = {self.tokenizer.vocab_size}"
             )
         self.caches = open_caches(config, self.shards)
+        self.chunk_teachers = [ChunkTeacher.open(Path(p), self.shards) for p in config.distillation.chunk_teachers]
         found = prepare_run_dir(self.run_dir, config, training.resume)
         torch.manual_seed(training.seed)
-        self.model = Model(config.model, self.dtype).to(self.device)
+        self.model = Model(config.at_step(0).model, self.dtype).to(self.device)
         self.model.trit_dtype = torch.int8
         self.model.use_gradient_checkpointing = training.use_gradient_checkpointing
         self.optimizer = MuonAdamW(
@@ -91,6 +94,10 @@ class Trainer:
         self.elapsed = 0.0
         if found is not None:
             self._load(found)
+        elif training.init_from:
+            load_initial_weights(self.model, config, self.tokenizer)
+        if config.at_step(self.step).model.use_ternary and not self.model.config.use_ternary:
+            self.model.make_ternary()
         self._set_final_cap()
         self.model.quantize_weights()
         if self.use_compile:
@@ -109,6 +116,12 @@ class Trainer:
         self.metrics = MetricsLogger(self.run_dir, config, training.trackers, self.step if found is not None else None)
         self.peak_flops = hardware.measure_peak_flops(self.device, self.dtype)
         self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
+
+    def _turn_ternary(self) -> None:
+        """End the full-precision phase: weights and optimizer go on, compiled blocks are compiled once more."""
+        self.model.make_ternary()
+        self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
+        print0(f"ternary from step {self.step + 1} on")
 
     def _load(self, path: Path) -> None:
         loaded = load_checkpoint(path, with_state=True)
@@ -135,7 +148,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir,
                 self.step,
-                config=replace(self.config, model=self.model.config),
+                config=replace(self.config.at_step(self.step), model=self.model.config),
                 tensors=dict(self.model.state_dict()),
                 tokenizer_file=Path(self.config.data.shards) / "tokenizer.json",
                 state={
@@ -161,7 +174,7 @@ class Trainer:
             mask = batch.targets >= 0
             valid += float(mask.sum() if batch.weights is None else (mask * batch.weights).sum())
         normalizer = distributed.sum_over_ranks(valid.to(self.device)).clamp_min(1e-8).float()
-        sums = torch.zeros(4, device=self.device)
+        sums = torch.zeros(5, device=self.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             parallel = self.objective if isinstance(self.objective, DistributedDataParallel) else None
@@ -173,6 +186,7 @@ class Trainer:
                     self._tensor(batch.doc_ids) if self.config.data.use_document_mask else None,
                     normalizer,
                     tuple(tuple(map(self._tensor, (rows.ids, rows.probs, rows.entropy))) for rows in batch.teachers),
+                    tuple(tuple(map(self._tensor, (c.starts, c.ends, c.log_probs))) for c in batch.chunks),
                 )
                 # DistributedDataParallel averages over ranks; the normalizer already counts all of them.
                 self.scaler.scale(parts[0] * distributed.world_size()).backward()
@@ -180,10 +194,12 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         max_norm = self.training.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        loss, ce, z, kl = distributed.sum_over_ranks(sums).tolist()
+        loss, ce, z, kl, chunk = distributed.sum_over_ranks(sums).tolist()
         values = {"loss": loss, "ce_loss": ce, "z_loss": z, "grad_norm": float(norm)}
         if self.config.distillation.num_teachers:
             values["kl_loss"] = kl
+        if self.chunk_teachers:
+            values["chunk_loss"] = chunk
         if torch.isfinite(norm) and abs(loss) < float("inf"):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
@@ -246,6 +262,7 @@ class Trainer:
             device_batch_size=training.device_batch_size,
             rows_per_step=training.total_batch_size // self.config.model.max_seq_len,
             cached=self.caches,
+            chunk_teachers=self.chunk_teachers,
         )
         batches = prefetch(stream, self.step, distributed.rank(), distributed.world_size())
         try:
@@ -262,6 +279,8 @@ class Trainer:
         recent: deque[float] = deque(maxlen=50)
         previous = time.perf_counter()
         while not length.done(self.step):
+            if self.config.at_step(self.step + 1).model.use_ternary and not self.model.config.use_ternary:
+                self._turn_ternary()
             set_rates(self.optimizer.param_groups, self.step, length.num_steps, training)
             rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             rates["lr_adamw"] = rates.pop("lr_vectors")
@@ -298,6 +317,8 @@ class Trainer:
                 line["peak_memory_mib"] = hardware.peak_memory_mib(self.device)
                 line["elapsed_seconds"] = self.elapsed
                 line["skipped_steps"] = self.skipped
+                if training.ternary_start_step:
+                    line["is_ternary"] = self.model.config.use_ternary
                 if training.final_cap_anneal_fraction:
                     line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
                 line |= self._weights_metrics()

@@ -37,6 +37,12 @@ class DistillationConfig:
     """fixed: teacher_weights. validation: times exp(-held-out loss / validation_tau). confidence: see docs."""
     validation_tau: float = 0.1
     """Nats per token by which a teacher must be worse on held-out code for its weight to fall by the factor e."""
+    chunk_teachers: tuple[str, ...] = ()
+    """Folders that `smelter teach --method chunks` wrote: teachers with other tokenizers, each of equal weight."""
+    chunk_weight: float = 0.5
+    """Share of the divergence to chunk_teachers in the loss, where they have a chunk."""
+    chunk_temperature: float = 100.0
+    """Chunks' likelihoods are compared to the power 1 / this (arXiv 2503.20083)."""
     kl_weight: float = 0.9
     """Share of the KL term in the loss; cross-entropy has the rest."""
     kl_schedule: Literal["constant", "linear"] = "constant"
@@ -67,6 +73,16 @@ class DistillationConfig:
             'distillation.teacher_weighting = "validation" measures teachers that run here, which those of '
             'distillation.cached do not: give teacher_weights, and leave it "fixed"',
         )
+        require(0 <= self.chunk_weight <= 1, f"distillation.chunk_weight = {self.chunk_weight}: must lie in [0, 1]")
+        require(
+            self.chunk_temperature > 0, f"distillation.chunk_temperature = {self.chunk_temperature}: must be positive"
+        )
+        if self.chunk_teachers and self.num_teachers:
+            most = max(self.kl_weight, self.kl_weight_end if self.kl_schedule == "linear" else 0.0)
+            require(
+                most + self.chunk_weight <= 1,
+                f"distillation.chunk_weight = {self.chunk_weight} and kl_weight up to {most}: together at most 1",
+            )
         if self.teacher_weights:
             count = f"{len(self.teachers)} teachers" + (f" and {len(self.cached)} cached" if self.cached else "")
             require(
@@ -93,6 +109,12 @@ class TrainingConfig:
     """Run folder: configuration, metrics, checkpoints, report."""
     seed: int = 0
     """Seed of the initial weights and, without distillation.cached, of the order of the data."""
+    init_from: str = ""
+    """Start from the weights of this run folder or checkpoint, with a new optimizer; a resumed run has its own."""
+    ternary_start_step: int = 0
+    """Full precision up to this step, ternary from there on; 0: ternary from the start (model.use_ternary)."""
+    ternary_warmup_steps: int = 0
+    """Linear warm-up of every learning rate after ternary_start_step; 0: the schedules go on as they are."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -178,6 +200,7 @@ class TrainingConfig:
         for name in (
             *("muon_weight_decay", "adamw_weight_decay", "warmup_steps", "grad_clip", "z_loss", "train_minutes"),
             *("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "muon_momentum_warmup"),
+            *("ternary_start_step", "ternary_warmup_steps"),
         ):
             value = getattr(self, name)
             require(value >= 0, f"training.{name} = {value}: must not be negative")
@@ -188,6 +211,11 @@ class TrainingConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name} = {value}: must lie between 0 and 1")
         require(0 <= self.seed < 2**63, f"training.seed = {self.seed}: must lie in [0, 2**63)")
+        require(
+            self.ternary_start_step < self.num_steps or bool(self.train_minutes),
+            f"training.ternary_start_step = {self.ternary_start_step}: the run ends at num_steps = {self.num_steps} "
+            "and would never be ternary: start earlier, or train a full-precision model with model.use_ternary = false",
+        )
         if self.train_minutes:
             schedules = {self.adamw_schedule} | ({self.muon_schedule} if self.optimizer == "muon" else set())
             require(

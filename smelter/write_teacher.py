@@ -34,6 +34,17 @@ def _say(values: dict[str, Any]) -> dict[str, Any]:
 def begin(folder: Path, settings: dict[str, Any], resume: Resume) -> int | None:
     """Rows that `folder` holds of the cache with these settings; None where the cache is complete.
 
+    Raises what `state_of` raises. Changes nothing.
+    """
+    state = state_of(folder, settings, resume)
+    if state == "complete":
+        return None
+    return len(_lengths(folder, settings)) if state == "unfinished" else 0
+
+
+def state_of(folder: Path, settings: dict[str, Any], resume: Resume) -> Literal["new", "unfinished", "complete"]:
+    """How far a folder with these settings has come.
+
     Raises DataError where `must` finds nothing, `never` finds something or the folder is another thing, and
     ConfigError naming the settings in which what is there differs. Changes nothing.
     """
@@ -43,7 +54,7 @@ def begin(folder: Path, settings: dict[str, Any], resume: Resume) -> int | None:
             raise DataError(f"{folder}: exists and is not a teacher's cache: choose another --out")
         if resume == "must":
             raise DataError(f"{folder}: nothing to go on with: use --resume auto to begin")
-        return 0
+        return "new"
     if resume == "never":
         raise DataError(f"{folder}: already holds a cache, which --resume never leaves alone: choose another --out")
     try:
@@ -59,7 +70,7 @@ def begin(folder: Path, settings: dict[str, Any], resume: Resume) -> int | None:
         raise ConfigError(
             f"{folder}: holds a cache made otherwise: {', '.join(differing)}: set them back, or choose another --out"
         )
-    return None if state == INDEX else len(_lengths(folder, settings))
+    return "complete" if state == INDEX else "unfinished"
 
 
 def _lengths(folder: Path, settings: dict[str, Any]) -> list[int]:
@@ -83,7 +94,7 @@ class CacheWriter:
         self._waiting: list[int] = []
         with self._full_disk_is_said():
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / UNFINISHED, settings)
+            write_json(folder / UNFINISHED, settings)
             done = _lengths(folder, settings)
             for length in done:
                 self._count(length)
@@ -97,7 +108,7 @@ class CacheWriter:
             self._cut(lengths, len(done) * LENGTH_DTYPE.itemsize)
             if self.files:
                 self._file = (folder / self.files[-1]["name"]).open("ab")
-            _fsync(folder)
+            fsync_folder(folder)
         self.num_rows = len(done)
 
     @property
@@ -170,10 +181,10 @@ class CacheWriter:
                 "bytes_per_token": (self.num_bytes + cache.num_rows * LENGTH_DTYPE.itemsize) / size,
             }
             temporary = self.folder / f".{INDEX}"
-            _write_json(temporary, index)
+            write_json(temporary, index)
             temporary.rename(self.folder / INDEX)
             (self.folder / UNFINISHED).unlink()
-            _fsync(self.folder)
+            fsync_folder(self.folder)
         return TeacherCache(self.folder, index)
 
     def close(self) -> None:
@@ -216,7 +227,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a small file and bring it to the disk."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         json.dump(values, file, indent=1)
         file.write("\n")
@@ -224,7 +236,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -53,7 +53,10 @@ SMELTER = {
     "chat": f"{BASE} tokenizer",
     "write_shards": f"{BASE} tokenizer chat records shards",
     "fim": f"{BASE} tokenizer",
-    "data": f"{BASE} tokenizer shards fim",
+    "chunk_alignment": f"{BASE} tokenizer",
+    "chunk_teacher": f"{BASE} shards chunk_alignment",
+    "chunk_loss": "soft_target",
+    "data": f"{BASE} tokenizer shards fim chunk_alignment",
     "checkpoint": f"{BASE} distributed",
     "metrics": f"{BASE} distributed",
     "signals": f"{BASE} distributed",
@@ -74,18 +77,23 @@ SMELTER = {
     "evaluate": (
         f"{BASE} tokenizer bitnet model infill shards checkpoint generate decode bpb problems pass_at_k results compare"
     ),
+    "warm_start": f"{BASE} tokenizer distributed model checkpoint",
     "sparse": BASE,
     "teacher_cache": f"{BASE} tokenizer shards data sparse",
     "write_teacher": f"{BASE} shards sparse teacher_cache",
     "teacher_model": f"{BASE} tokenizer kernels.reference kernels model shards checkpoint generate",
-    "objective": f"{BASE} distributed tokenizer model loss shards bpb teacher_cache teacher_model",
+    "objective": f"{BASE} distributed tokenizer model loss chunk_loss shards bpb teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate bpb signals teacher_cache objective"
+        "schedule hardware plan generate bpb signals teacher_cache objective warm_start chunk_teacher"
+    ),
+    "teach_chunks": (
+        f"{BASE} shards checkpoint metrics generate signals chunk_alignment chunk_loss chunk_teacher write_teacher "
+        "teacher_model"
     ),
     "teach": (
         f"{BASE} tokenizer kernels kernels.reference shards data checkpoint metrics generate signals sparse "
-        "teacher_cache write_teacher teacher_model"
+        "teacher_cache write_teacher teacher_model teach_chunks"
     ),
     "export_hf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint",
     "export_gguf": f"{BASE} tokenizer chat kernels.reference bitnet model checkpoint export_hf",
