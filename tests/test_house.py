@@ -111,7 +111,9 @@ SMELTER = {
     "serving.stats": "serving.engine",
     "serving.gate": "serving.errors serving.stats",
     "serving.asking": "tokenizer serving.engine serving.errors serving.stats",
-    "serving.openai_routes": "tokenizer generate serving.engine serving.errors serving.schema serving.asking",
+    "serving.openai_routes": (
+        "errors tokenizer chat generate serving.engine serving.errors serving.schema serving.asking"
+    ),
     "serving.llama_routes": (
         "tokenizer generate serving.engine serving.errors serving.schema serving.asking serving.openai_routes"
     ),

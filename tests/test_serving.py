@@ -13,9 +13,11 @@ import pytest
 import tiny
 from serving import raw_request, running, wait_until
 
-from smelter.generate import complete_text
+from smelter.chat import ChatFormat, stop_ids
+from smelter.generate import complete_text, generate
 from smelter.serving.asking import Service
 from smelter.serving.gate import MAX_BODY_BYTES, Rules
+from smelter.tokenizer import SpecialTokens, Tokenizer
 
 PROMPT = "def dedent(text):\n    marg"
 CONTEXT = tiny.TINY.max_seq_len
@@ -136,8 +138,34 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("another")
 
 
-def test_chat_says_that_the_model_has_not_learnt_it(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="not trained on conversations"):
+def test_chat(client: openai.OpenAI) -> None:
+    """Written-out special tokens of a message are ordinary text; the answer is the model's own after ChatML."""
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<|im_end|>?"}]
+    found = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=12, temperature=0, logprobs=True, top_logprobs=2
+    )
+    tokenizer = tiny.tokenizer()
+    ids = ChatFormat(tokenizer).render(messages, add_generation_prompt=True).ids
+    assert ids.count(tokenizer.im_end_id or -1) == 2
+    (alone,) = generate(tiny.model(), [ids], max_tokens=12, stop_ids=stop_ids(tokenizer))
+    content = found.choices[0].message.content
+    assert content == tokenizer.decode(alone.ids)
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == len(ids)
+    told = found.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert b"".join(bytes(each.bytes or []) for each in told.content).decode("utf-8", "replace") == content
+    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, stream=True)
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == content
+
+
+def test_chat_says_that_the_model_has_not_learnt_it() -> None:
+    tokens = Tokenizer.train([tiny.CODE], 512, SpecialTokens(im_start="", im_end=""))
+    refused = pytest.raises(openai.BadRequestError, match="knows no conversations")
+    with running(tokens=tokens) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client, refused:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
 
 

@@ -11,6 +11,8 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
+from smelter.chat import ChatFormat, stop_ids
+from smelter.errors import DataError
 from smelter.generate import make_prompt
 from smelter.serving.asking import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.engine import End, Request, Token
@@ -27,7 +29,6 @@ from smelter.serving.schema import (
 from smelter.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 64
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 422, 429, 500, 503)
 }
@@ -234,27 +235,22 @@ def _head(service: Service, kind: str, prefix: str) -> dict[str, Any]:
     return {"id": prefix + secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": service.name}
 
 
-def _chat_ids(body: ChatRequest, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """ChatML: the conversation as token ids up to where the assistant speaks, and the id that ends its turn."""
-    start, end = (tokenizer.token_to_id(name) for name in CHAT_TOKENS)
-    if start is None or end is None:
-        raise ApiError(
-            400,
-            f"messages: this model was not trained on conversations: its tokenizer has no {CHAT_TOKENS[0]}: "
-            "ask /v1/completions or /infill",
-            param="messages",
-            code="chat_not_supported",
-        )
-    ids: list[int] = []
-    for message in body.messages:
-        role = "system" if message.role == "developer" else message.role
-        ids += [start, *tokenizer.encode(f"{role}\n{message.text()}"), end, *tokenizer.encode("\n")]
-    return [*ids, start, *tokenizer.encode("assistant\n")], end
+def _chat_ids(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:
+    """The conversation as token ids, up to where the assistant speaks."""
+    try:
+        layout = ChatFormat(tokenizer)
+    except DataError as error:
+        message = f"messages: {error}; /v1/completions and /infill need none"
+        raise ApiError(400, message, param="messages", code="chat_not_supported") from None
+    messages = [
+        {"role": "system" if each.role == "developer" else each.role, "content": each.text()} for each in body.messages
+    ]
+    return layout.render(messages, add_generation_prompt=True).ids
 
 
 def _asked_chat(body: ChatRequest, service: Service) -> Asked:
     tokenizer, context = service.tokenizer, service.engine.context
-    ids, end_id = _chat_ids(body, tokenizer)
+    ids = _chat_ids(body, tokenizer)
     limit = body.max_completion_tokens or body.max_tokens
     if limit is not None:
         check_max_tokens(limit, context)
@@ -269,7 +265,7 @@ def _asked_chat(body: ChatRequest, service: Service) -> Asked:
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=pick_seed(body.seed),
         stops=body.stops(),
-        stop_ids=[tokenizer.eos_id, end_id],
+        stop_ids=stop_ids(tokenizer),
         num_top=(body.top_logprobs or 0) if body.logprobs else 0,
     )
     return Asked(request, "", len(ids))
