@@ -321,8 +321,8 @@ def split(raw: bytes, sizes: list[int]) -> list[bytes]:
 )
 def test_text_stream_against_the_whole_text(text: str, stops: list[str], sizes: list[int]) -> None:
     stream, shown = TextStream(stops), ""
-    where = [at for stop in stops if (at := text.find(stop)) >= 0]
-    expected = text[: min(where)] if where else text
+    where = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    expected = text[: min(where)[1]] if where else text
     for piece in split(text.encode(), sizes):
         if stream.stop is not None:
             break

@@ -73,11 +73,11 @@ def test_smelter_reads_what_foundry_writes(tmp_path_factory: pytest.TempPathFact
         texts += (
             [record.text]
             if record.kind == "text"
-            else [f"{record.prompt}\n{r.text}" for r in record.responses if r.weight > 0]
+            else [f"{record.prompt}\n{r.text}" for r in record.responses if r.weight > 0 and r.text]
         )
     if written:
         documents = Records([path])
-        assert [document.text for document in documents] == texts
+        assert [document.content for document in documents] == texts
 
 
 def test_null_is_not_given() -> None:

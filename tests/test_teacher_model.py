@@ -149,7 +149,7 @@ def test_another_tokenizer_points_to_the_other_method(tmp_path: Path) -> None:
     folder = save_folder(tmp_path)
     other = Tokenizer.train(["another corpus, with other words " * 20, *tiny.CODE.split("\n")[:40]], 512)
     other.save(folder / "tokenizer.json")
-    with pytest.raises(DataError, match=r"another tokenizer than the shards'.*--tokenizer .*chunk-likelihood"):
+    with pytest.raises(DataError, match=r"another tokenizer than the shards'.*--tokenizer .*--method chunks"):
         load(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json: cannot read"):

@@ -35,7 +35,8 @@ class TextStream:
         self._raw += raw
         found = [(at, stop) for stop in self._stops if (at := self._raw.find(stop, self.num_shown)) >= 0]
         if found:
-            at, stop = min(found, key=lambda each: (each[0], -len(each[1])))
+            # The first that is complete, so that it does not matter how the bytes were cut into tokens.
+            at, stop = min(found, key=lambda each: (each[0] + len(each[1]), each[0]))
             self.stop = stop.decode()
             del self._raw[at:]
             return self._show(len(self._raw), final=True)
