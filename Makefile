@@ -15,7 +15,7 @@ export PYTHON
 # Small models: a test process with several threads only waits for its neighbours.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test test-real check test-gpu bench lint format setup clean
+.PHONY: help quickstart test test-real check test-gpu bench docs lint format setup clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) \
@@ -47,6 +47,9 @@ bench: setup ## every benchmark that needs no GPU, in its quick form
 		echo "== $$file"; $(BIN)/python "$$file" --quick; \
 	done
 
+docs: setup ## the documentation as a site: site/index.html, which needs no network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 lint: setup ## style and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,5 +63,5 @@ setup: ## .venv with the pinned packages (at once if it is there already)
 	@scripts/setup_venv.sh
 
 clean: ## remove .venv and caches; data/ and runs/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
