@@ -147,7 +147,7 @@ def measure_apart(name: str, tokens: int, width: int, use_compile: bool) -> Resu
 def main() -> None:
     """Measure every method, check their gradients, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="512 tokens of width 64 instead of 16,384 of 768")
+    parser.add_argument("--quick", action="store_true", help="128 tokens of width 64 instead of 16,384 of 768")
     parser.add_argument("--compile", action="store_true", help="as in a run with torch.compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--tokens", type=int, default=0, help="tokens per step (overrides --quick)")
@@ -156,7 +156,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tokens = options.tokens or (512 if options.quick else 16_384)
+    tokens = options.tokens or (128 if options.quick else 16_384)
     width = options.width or (64 if options.quick else HIDDEN)
     if options.only:
         print(json.dumps(measure(options.only, tokens, width, options.compile)))

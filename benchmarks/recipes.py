@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -282,11 +283,12 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    temporary = tempfile.TemporaryDirectory()  # of the quick form, which is to do all of it each time
     try:
         study = load_study(options.study)
         if options.quick:
-            study = quick_form(study)
-            options.out = options.out / "quick"
+            options.out = Path(temporary.name)
+            study = quick_form(study, options.out)
         if options.seeds:
             study = replace(study, seeds=options.seeds)
         prepare(study.base, quick=options.quick, say=say)

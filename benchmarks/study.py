@@ -171,7 +171,7 @@ def prepare(base: Config, *, quick: bool, say: Callable[[str], None]) -> None:
         "--tokenizer-mb",
         "32",
         "--out",
-        str(shards),
+        str(partial),
     )
     for file in files if len(files) > 1 else []:
         tokenizer = str(partial / "tokenizer.json")
@@ -179,8 +179,8 @@ def prepare(base: Config, *, quick: bool, say: Callable[[str], None]) -> None:
     partial.replace(shards)  # last: with it, all is there
 
 
-def quick_form(study: Study) -> Study:
-    """Two arms, two values each, two seeds, six short steps: shows that the machinery works, and nothing else."""
+def quick_form(study: Study, folder: Path) -> Study:
+    """Two arms, two values each, two seeds, six short steps, in `folder`: shows that all works, and nothing else."""
     training = replace(
         study.base.training, num_steps=6, device_batch_size=2, total_batch_size=512, use_torch_compile=False,
         warmup_steps=1, eval_tokens=512,
@@ -188,7 +188,7 @@ def quick_form(study: Study) -> Study:
     base = replace(
         study.base,
         model=replace(study.base.model, max_seq_len=64, num_layers=1, vocab_size=512),
-        data=replace(study.base.data, shards="data/ablations-quick/all"),
+        data=replace(study.base.data, shards=str(folder / "data" / "all")),
         training=training,
     )
     arms = [replace(arm, sweep={key: values[:2] for key, values in arm.sweep.items()}) for arm in study.arms[:2]]

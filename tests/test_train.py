@@ -105,7 +105,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kills"),
-    [((), (1, 3, 4, 8, 11)), (("--precision", "bf16", "--use-torch-compile"), (3, 8))],
+    [((), (1, 3, 4, 8, 11)), (("--precision", "bf16", "--use-torch-compile"), (8,))],
     ids=["eager", "compiled-bf16"],
 )
 def test_killed_again_and_again_it_shows_the_losses_of_the_run_never_killed(
@@ -211,7 +211,7 @@ def test_a_teacher_in_the_same_process(shards: Path, tmp_path: Path) -> None:
 
 def test_training_for_a_time_ends_in_time(shards: Path, tmp_path: Path) -> None:
     start = time.monotonic()
-    assert main(command(shards, tmp_path / "r", "--train-minutes", "0.03")) == 0
+    assert main(command(shards, tmp_path / "r", "--train-minutes", "0.06")) == 0
     assert time.monotonic() - start < 20
     assert len(losses(tmp_path / "r")) > 12
 
