@@ -56,7 +56,7 @@ run "fetching the source" "$python" -m pip download --no-deps --no-binary llama-
 mkdir "$work/source"
 tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work/source" --strip-components 3 --wildcards '*/vendor/llama.cpp/*'
 
-# Optimised in full is what multiplies matrices (ggml); the rest would take a third longer to compile so.
+# Optimised in full is what multiplies matrices (ggml); the rest is compiled quickly.
 echo 'set(CMAKE_CXX_FLAGS_RELEASE "-O3 -DNDEBUG")' >"$work/ggml.cmake"
 IFS=' ' read -r -a extra <<<"${CMAKE_ARGS:-}"
 run "configuring" cmake -S "$work/source" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
