@@ -47,9 +47,10 @@ step infill smelter complete $run --max-tokens 32 \
     --prefix $'def mean(values):\n    total = 0\n    for value in values:\n' \
     --suffix $'\n    return total / len(values)\n'
 
-# 6. For the tools you use: Transformers and its kin read the first, llama.cpp and its kin the second.
+# 6. For the tools you use: Transformers and its kin read the first, llama.cpp and its kin the second. A small
+#    vocabulary can afford its embedding in float32, and llama.cpp then computes what training did.
 step export-hf smelter export $run --format hf --out $run/export/hf
-step export-gguf smelter export $run --format gguf --out $run/export/gguf
+step export-gguf smelter export $run --format gguf --gguf-embedding F32 --out $run/export/gguf
 
 # 7. Curves, figures and samples on one page.
 step report smelter report $run

@@ -139,9 +139,10 @@ def server_command(file: Path, context: int) -> str:
 
     /infill fills a batch with the code around the cursor, three parts before it to one after it: with a batch of half
     the context the answer and other files have the other half. One slot, so that a request has the whole context.
+    Attention in float32, as flash attention computes in f16, which int8 activations amplify.
     """
-    batch = max(1, context // 2)
-    return f"llama-server -m {shlex.quote(str(file))} -c {context} -np 1 -b {batch} -ub {batch} --port 8012"
+    batch, exact = max(1, context // 2), "-fa off -ctk f32 -ctv f32"
+    return f"llama-server -m {shlex.quote(str(file))} -c {context} -np 1 -b {batch} -ub {batch} {exact} --port 8012"
 
 
 def use_section(part: str, name: str, tokenizer: Tokenizer, context: int, folder: Path, gguf: str) -> str:

@@ -83,13 +83,16 @@ def test_logits_are_the_checkpoints(
     program = build_logits_program(llama_cpp, tmp_path)
     exact = tmp_path / "exact.gguf"
     write_gguf(exact, student.model, student.tokenizer, name="exact", gguf_type="TQ2_0", embedding_type="F32")
+    rounded = tmp_path / "rounded.gguf"
+    write_gguf(rounded, student.model, student.tokenizer, name="rounded", gguf_type="TQ2_0", embedding_type="Q8_0")
     as_trained, in_blocks = logits_of(student.model), logits_of(runtime_model(student.model, "block256"))
     found = {}
     for name, ours, file, attention in (
         ("same numerics: blocks, F32 embedding and attention", in_blocks, exact, "f32"),
         ("blocks, F32 embedding, f16 attention", in_blocks, exact, "f16"),
-        ("blocks, Q8_0 embedding, f16 attention", in_blocks, student.gguf, "f16"),
-        ("as trained, the exported file as it is served", as_trained, student.gguf, "f16"),
+        ("blocks, Q8_0 embedding, f32 attention", in_blocks, rounded, "f32"),
+        ("blocks, Q8_0 embedding, f16 attention", in_blocks, rounded, "f16"),
+        ("as trained, the exported file as it is served", as_trained, student.gguf, "f32"),
     ):
         logits = llama_logits(program, file, windows, tmp_path, attention)
         theirs = {id(window): rows for window, rows in zip(windows, logits, strict=True)}
@@ -104,8 +107,8 @@ def test_logits_are_the_checkpoints(
     (kl, same), *_, (served_kl, served_same) = found.values()
     assert kl <= 1e-4
     assert same >= 0.99
-    assert served_kl <= 1e-3
-    assert served_same >= 0.97
+    assert served_kl <= 1e-4
+    assert served_same >= 0.99
     assert theirs_nll == pytest.approx(ours_nll, rel=2e-3)
 
 
@@ -130,8 +133,7 @@ def test_greedy_continuations_are_the_checkpoints(
         same += [i for i in answer["tokens"] if i != student.tokenizer.eos_id] == result.ids
     with capsys.disabled():
         print(f"\n{same} of 200 greedy continuations of 32 tokens are the checkpoint's")
-    # The likeliest two tokens of a small model are often nearly equal: rounding decides, once in some 200 tokens.
-    assert same >= 150
+    assert same >= 170
 
 
 def test_infilling_and_completions_write_what_we_write(server: Server, student: Student) -> None:
