@@ -131,9 +131,10 @@ class Runner:
         teacher = re.sub(r"\{([^{}\"]+)\}", self._folder_of, arm.teach["teacher"])
         options = [str(option) for option in arm.teach["options"]]
         arrangement = {"data": config_to_dict(config.data), "seed": config.training.seed}
-        name = json.dumps([teacher, options, arrangement, config.training.num_steps])
+        steps = round(config.training.num_steps / arm.scale_steps)  # a shorter run reads the beginning of the same rows
+        name = json.dumps([teacher, options, arrangement, steps])
         cache = self.out / "teachers" / hashlib.sha256(name.encode()).hexdigest()[:10]
-        rows = math.ceil(config.training.num_steps * config.training.total_batch_size / config.model.max_seq_len)
+        rows = math.ceil(steps * config.training.total_batch_size / config.model.max_seq_len)
         recipe = cache.with_suffix(".toml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(config_to_toml(config))
