@@ -82,7 +82,8 @@ def start_llama_server(program: str, gguf: Path, *, context: int, num_slots: int
     key = secrets.token_urlsafe(32)
     command = [program, "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--ctx-size", str(context * num_slots), "--parallel", str(num_slots), "--metrics"]
-    batch = str(max(1, context // 2))  # /infill fills one with the code around the cursor, and leaves the rest
+    # /infill fills a batch with the code around the cursor, and leaves the rest; every slot has its token in one, too.
+    batch = str(max(context // 2, num_slots))
     command += ["--batch-size", batch, "--ubatch-size", batch]
     command += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"]  # as the model computes
     command += ["--threads", str(threads)] if threads else []
