@@ -121,12 +121,12 @@ def measure_apart(name: str, tokens: int) -> Result:
 def main() -> None:
     """Measure every method, check that they agree, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1,024 tokens instead of 16,384")
+    parser.add_argument("--quick", action="store_true", help="512 tokens instead of 16,384")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--tokens", type=int, default=0, help="tokens per step (overrides --quick)")
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tokens = options.tokens or (1_024 if options.quick else 16_384)
+    tokens = options.tokens or (512 if options.quick else 16_384)
     if options.only:
         print(json.dumps(measure(options.only, tokens)))
         return

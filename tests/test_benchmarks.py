@@ -28,8 +28,8 @@ SHARED = {"contestants", "study"}
 BENCHMARKS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 GPU_SCRIPT = FOLDER / "gpu.sh"
 
-MINUTES = {"curves", "memory", "train_cpu", "train_gpu"}
-"""Train and compile several models: minutes even in their quick form, which `make bench` runs."""
+MINUTES = {"curves", "distillation_loss", "memory", "train_cpu", "train_gpu"}
+"""Measure or compile many things: minutes even in their quick form, which `make bench` runs."""
 
 
 def run_quick(path: Path) -> dict[str, Any]:
