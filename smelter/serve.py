@@ -116,8 +116,8 @@ def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> N
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
                 os._exit(128 + sig)
+            self.should_exit = True  # before it is said: who reads it may answer with the second signal
             print("smelter serve: finishing what is in flight; once more to stop at once", file=sys.stderr, flush=True)
-            self.should_exit = True
 
     config = uvicorn.Config(
         app,

@@ -66,8 +66,12 @@ def command(
         assert " at http://" in line, process.stderr.read() if process.stderr else ""
         yield process, line.split()[-1]
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()  # gently: a llama-server behind it is ended by it
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
 def wait_until(condition: Any, seconds: float = 20.0) -> float:
