@@ -34,9 +34,10 @@ from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick
 
 from smelter.bpb import validation_loss
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml, nearest
+from smelter.decode import infill_lines
 from smelter.errors import UserError
 from smelter.evaluate import open_shards
-from smelter.generate import infill_lines, load_model
+from smelter.generate import load_model
 from smelter.infill import choose_cases, exact_match
 
 EVAL_TOKENS = 65_536

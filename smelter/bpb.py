@@ -13,7 +13,6 @@ import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -31,39 +30,7 @@ LOGITS_AT_ONCE = 2**24
 """Logits that exist at a time: 64 MiB of float32."""
 
 UNKNOWN = "unknown"
-"""Language of a document whose source has no extension that is known: shards keep no better word for it."""
-LANGUAGES = {
-    "assembly": "s asm",
-    "c": "c h",
-    "c++": "cc cpp cxx hh hpp hxx",
-    "c#": "cs",
-    "css": "css",
-    "cuda": "cu cuh",
-    "go": "go",
-    "haskell": "hs",
-    "html": "html htm",
-    "java": "java",
-    "javascript": "js mjs cjs jsx",
-    "julia": "jl",
-    "kotlin": "kt kts",
-    "lua": "lua",
-    "markdown": "md",
-    "ocaml": "ml mli",
-    "perl": "pl pm",
-    "php": "php",
-    "python": "py pyi pyw",
-    "r": "r",
-    "ruby": "rb",
-    "rust": "rs",
-    "scala": "scala",
-    "shell": "sh bash",
-    "sql": "sql",
-    "swift": "swift",
-    "typescript": "ts tsx mts",
-    "zig": "zig",
-}
-"""Language -> extensions, as `foundry corpus` has them."""
-_BY_EXTENSION = {f".{ext}": language for language, exts in LANGUAGES.items() for ext in exts.split()}
+"""Language of a document whose record named none."""
 
 Window = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
@@ -187,14 +154,9 @@ def bits_per_byte(
     return float(nats.sum()) / math.log(2) / split.num_bytes
 
 
-def language_of(source: str) -> str:
-    """A document's language by the extension of its source, "unknown" where that says nothing."""
-    return _BY_EXTENSION.get(PurePosixPath(source).suffix, UNKNOWN)
-
-
 def by_language(nats: np.ndarray[Any, Any], split: Split) -> dict[str, dict[str, float]]:
     """{language: {"bpb", "num_bytes", "num_files"}} of `document_nats`, the language with most bytes first."""
-    languages = np.array([language_of(source) for source in split.sources])
+    languages = np.array([language or UNKNOWN for language in split.languages])
     found: dict[str, dict[str, float]] = {}
     for language in sorted(set(languages.tolist())):
         chosen = languages == language

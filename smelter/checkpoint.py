@@ -263,6 +263,12 @@ def _previous_good(path: Path) -> Path | None:
     return None
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint in its place, else the checkpoint's own folder."""
+    checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint of the highest step in a run folder, unread; None where there is none."""
     return next((path for _, path in _steps(run_dir / "checkpoints")), None)

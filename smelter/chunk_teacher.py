@@ -30,11 +30,6 @@ READ, NOT_SPELT, NOT_TEXT = 1, 2, 3
 AGAIN = "run `smelter teach --method chunks` again with another --out"
 
 
-def shards_hash(shards: ShardSet) -> str:
-    """sha256 of the index, which holds that of every other file."""
-    return file_sha256(shards.path / "index.json")
-
-
 class ChunkTeacher:
     """A finished folder, open for reading. From `ChunkTeacher.open`."""
 
@@ -63,7 +58,7 @@ class ChunkTeacher:
             raise DataError(f"{file}: not what `smelter teach --method chunks` of this version wrote: {AGAIN}")
         for name, there, here in (
             ("tokenizer", index["tokenizer"], shards.tokenizer.hash),
-            ("shards", index["shards"], shards_hash(shards)),
+            ("shards", index["shards"], shards.hash),
         ):
             if there != here:
                 raise ConfigError(

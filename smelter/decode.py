@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from smelter.generate import FimOrder, fim_prompt, generate
-from smelter.healing import Healing, take_back
+from smelter.generate import FimOrder, generate, make_prompt
+from smelter.healing import Healing
+from smelter.infill import InfillCase, choose_cases
 from smelter.model import Model
 from smelter.tokenizer import Tokenizer
 
+LINE_BREAK = re.compile(rb"\n")
 END_OF_LINE = re.compile(rb"(?<=[^\s])[^\S\n]*\n")
 """The first line break after something that is no space."""
 SCORES_AT_ONCE = 2**23
@@ -57,12 +59,6 @@ class _Stops:
         return bytes(self._written[row][self._skip[row] : match.start() if match else None]).decode("utf-8", "replace")
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: Prompt, order: FimOrder, budget: int) -> list[int]:
-    if prompt.suffix is not None:
-        return fim_prompt(tokenizer, prompt.prefix, prompt.suffix, order=order, budget=budget)
-    return tokenizer.encode(prompt.prefix)[-budget:]
-
-
 def complete_many(
     model: Model,
     tokenizer: Tokenizer,
@@ -83,19 +79,21 @@ def complete_many(
     `progress` with the number that is.
     """
     context = model.config.max_seq_len
-    budget = max(context - max_tokens, context // 2)
-    ids = [_prompt_ids(tokenizer, prompt, order, budget) for prompt in prompts]
-    longest = max(map(len, ids), default=1)
-    batch_size = max(1, min(MAX_BATCH_SIZE, SCORES_AT_ONCE // max(longest, 1) ** 2))
+    asked = [
+        make_prompt(tokenizer, context, prompt.prefix, prompt.suffix, max_tokens=max_tokens, order=order)
+        for prompt in prompts
+    ]
+    longest = max((len(each.ids) for each in asked), default=1)
+    batch_size = max(1, min(MAX_BATCH_SIZE, SCORES_AT_ONCE // longest**2))
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        healed = [take_back(tokenizer, row) for row in ids[start : start + batch_size]]
-        pending = [spelt for _, spelt in healed]
+        batch = asked[start : start + batch_size]
+        pending = [each.pending for each in batch]
         patterns = [prompt.stop for prompt in prompts[start : start + batch_size]]
         stops = _Stops(tokenizer, patterns, [len(spelt) for spelt in pending])
         generate(
             model,
-            [row or [tokenizer.eos_id] for row, _ in healed],  # nothing: as at the beginning of a document
+            [each.ids for each in batch],
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -104,10 +102,52 @@ def complete_many(
             healing=Healing(tokenizer, pending),
             until=stops,
         )
-        for row in range(len(healed)):
+        for row in range(len(batch)):
             texts.append(stops.text(row))
             if each is not None:
                 each(start + row, texts[-1])
         if progress is not None:
             progress(len(texts))
     return texts
+
+
+def infill_lines(
+    model: Model,
+    tokenizer: Tokenizer,
+    cases: Sequence[InfillCase],
+    *,
+    order: FimOrder = "spm",
+    max_tokens: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy line for every case: up to its end of text or the first line break."""
+    prompts = [Prompt(case.prefix, case.suffix, LINE_BREAK) for case in cases]
+    return complete_many(model, tokenizer, prompts, max_tokens=max_tokens, order=order, progress=progress)
+
+
+def samples(
+    model: Model,
+    tokenizer: Tokenizer,
+    num_docs: int,
+    doc: Callable[[int], Sequence[int]],
+    *,
+    num_samples: int = 4,
+    max_tokens: int = 48,
+    context_characters: int = 400,
+    seed: int = 0,
+) -> list[dict[str, str]]:
+    """What the model writes into the same few held-out lines, as {prefix, suffix, completion, expected}.
+
+    `doc(i)` is held-out document i as token ids (`split.num_docs, split.doc`). Prefix and suffix are shortened
+    to `context_characters` each, in the prompt too, so that samples stay cheap and readable.
+    """
+    found = choose_cases(num_docs, lambda i: tokenizer.decode([int(t) for t in doc(i)]), num_samples, seed)
+    cases = [
+        InfillCase(case.doc, case.prefix[-context_characters:], case.middle, case.suffix[:context_characters])
+        for case in found
+    ]
+    lines = infill_lines(model, tokenizer, cases, max_tokens=max_tokens)
+    return [
+        {"prefix": case.prefix, "suffix": case.suffix, "completion": line, "expected": case.middle}
+        for case, line in zip(cases, lines, strict=True)
+    ]

@@ -19,12 +19,13 @@ import torch
 import tyro
 
 from smelter.bitnet import bit_linears
-from smelter.bpb import bits_per_byte, by_language, compressor_baselines, document_nats, language_of, validation_loss
+from smelter.bpb import UNKNOWN, bits_per_byte, by_language, compressor_baselines, document_nats, validation_loss
+from smelter.checkpoint import run_folder
 from smelter.cli import parse
 from smelter.compare import Measured, comparison
-from smelter.decode import Prompt, complete_many
+from smelter.decode import Prompt, complete_many, infill_lines
 from smelter.errors import CheckpointError, DataError, UserError
-from smelter.generate import infill_lines, load_model, pick_device
+from smelter.generate import load_model, pick_device
 from smelter.infill import InfillCase, InfillKind, choose_cases, edit_similarity, exact_match, is_exact
 from smelter.model import Model
 from smelter.pass_at_k import Attempt, attempt, summary
@@ -130,12 +131,6 @@ class EvaluateOptions:
         if found[0] < 1 or found[-1] > self.num_completions:
             raise UserError(f"--k {self.k}: must lie between 1 and --num-completions, which is {self.num_completions}")
         return found
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint in its place, else the checkpoint's own folder."""
-    checkpoint = checkpoint.resolve()
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def open_shards(path: Path, tokenizer: Tokenizer) -> ShardSet:
@@ -284,7 +279,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
         {
             "measure": "bits_per_byte",
             "case": f"{i}/{hashes[i]}",
-            "language": language_of(split.sources[i]),
+            "language": split.languages[i] or UNKNOWN,
             "nats": float(nats[i]),
             "num_bytes": int(split.doc_num_bytes[i]),
         }

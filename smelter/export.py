@@ -18,10 +18,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from smelter.checkpoint import Checkpoint
+from smelter.checkpoint import Checkpoint, run_folder
 from smelter.cli import parse
 from smelter.errors import UserError
-from smelter.evaluate import run_folder
 from smelter.export_check import (
     CapReport,
     check_gguf_logits,

@@ -21,7 +21,7 @@ from smelter.cache import KVCache
 from smelter.checkpoint import Checkpoint, load_checkpoint
 from smelter.errors import CheckpointError, ConfigError, UserError
 from smelter.healing import Healing, take_back
-from smelter.infill import InfillCase, choose_cases, fit_context
+from smelter.infill import fit_context
 from smelter.model import Model
 from smelter.packed import is_packed, load_packed
 from smelter.tokenizer import Tokenizer
@@ -262,7 +262,7 @@ def _prompt_budget(context: int, max_tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """A prompt's tokens, and the bytes that the first new ones spell again; `num_dropped` tokens did not fit."""
 
     ids: list[int]
@@ -273,7 +273,7 @@ class Prompt:
 
 def make_prompt(
     tokenizer: Tokenizer, context: int, prompt: str, suffix: str | None, *, max_tokens: int, order: FimOrder = "spm"
-) -> Prompt:
+) -> EncodedPrompt:
     """How to ask for what follows `prompt`, or where a suffix (even "") is given, for what stands between the two.
 
     A context longer than the model's `context` is cut to what is nearest to the place of writing. The cursor may stand
@@ -288,7 +288,7 @@ def make_prompt(
         used = fim_prompt(tokenizer, prompt, suffix, order=order, budget=budget) if len(whole) > budget else whole
     ids, pending = take_back(tokenizer, used)
     # Nothing: as at the beginning of a document.
-    return Prompt(ids or [tokenizer.eos_id], pending, len(used), len(whole) - len(used))
+    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), len(whole) - len(used))
 
 
 def complete_text(
@@ -311,72 +311,3 @@ def complete_text(
     (result,) = generate(model, [asked.ids], max_tokens=max_tokens, stop_ids=stop_ids, healing=healing, **sampling)
     text = tokenizer.decode_bytes(result.ids)[len(asked.pending) :].decode("utf-8", "replace")
     return Completion(text, result.finish, asked.num_tokens, asked.num_dropped)
-
-
-def infill_lines(
-    model: Model,
-    tokenizer: Tokenizer,
-    cases: Sequence[InfillCase],
-    *,
-    order: FimOrder = "spm",
-    max_tokens: int = 64,
-    batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """The model's greedy line for every case: up to its end of text or the first line break.
-
-    `progress` is called with the number of cases done after each batch.
-    """
-    line_breaks = [i for i in range(tokenizer.vocab_size) if b"\n" in tokenizer.decode_bytes([i])]
-    context = model.config.max_seq_len
-    budget = _prompt_budget(context, max_tokens)
-    # The scores of a prefill are [B, H, T, T]: hold them below a few hundred megabytes.
-    batch_size = batch_size or max(1, min(32, 2**23 // context**2))
-    lines: list[str] = []
-    for start in range(0, len(cases), batch_size):
-        batch = cases[start : start + batch_size]
-        prompts = [fim_prompt(tokenizer, case.prefix, case.suffix, order=order, budget=budget) for case in batch]
-        healed = [take_back(tokenizer, prompt) for prompt in prompts]
-        results = generate(
-            model,
-            [ids for ids, _ in healed],
-            max_tokens=max_tokens,
-            stop_ids=[tokenizer.eos_id, *line_breaks],
-            healing=Healing(tokenizer, [pending for _, pending in healed]),
-        )
-        for result, (_, pending) in zip(results, healed, strict=True):
-            # The token that ends the line may hold its last characters too, as in ")\n".
-            ids = result.ids + ([] if result.stop_id in (None, tokenizer.eos_id) else [result.stop_id])
-            written = tokenizer.decode_bytes([i for i in ids if i is not None])[len(pending) :]
-            lines.append(written.decode("utf-8", "replace").split("\n")[0])
-        if progress is not None:
-            progress(len(lines))
-    return lines
-
-
-def samples(
-    model: Model,
-    tokenizer: Tokenizer,
-    num_docs: int,
-    doc: Callable[[int], Sequence[int]],
-    *,
-    num_samples: int = 4,
-    max_tokens: int = 48,
-    context_characters: int = 400,
-    seed: int = 0,
-) -> list[dict[str, str]]:
-    """What the model writes into the same few held-out lines, as {prefix, suffix, completion, expected}.
-
-    `doc(i)` is held-out document i as token ids (`split.num_docs, split.doc`). Prefix and suffix are shortened
-    to `context_characters` each, in the prompt too, so that samples stay cheap and readable.
-    """
-    found = choose_cases(num_docs, lambda i: tokenizer.decode([int(t) for t in doc(i)]), num_samples, seed)
-    cases = [
-        InfillCase(case.doc, case.prefix[-context_characters:], case.middle, case.suffix[:context_characters])
-        for case in found
-    ]
-    lines = infill_lines(model, tokenizer, cases, max_tokens=max_tokens)
-    return [
-        {"prefix": case.prefix, "suffix": case.suffix, "completion": line, "expected": case.middle}
-        for case, line in zip(cases, lines, strict=True)
-    ]

@@ -59,6 +59,8 @@ class Document:
     """Weight in the loss, above 0."""
     license: str = ""
     """The record's licence, "" where it names none."""
+    language: str = ""
+    """The record's language, "" where it names none."""
     teacher: str = ""
     """Who answered, where this is a teacher's answer."""
     prompt: str = ""
@@ -254,7 +256,10 @@ def _parse(line: bytes) -> tuple[bytes, list[Document]]:
     prompt = values.get("prompt") or ""
     responses = [(values["text"], 1.0, "")] if kind == "text" else [_response(each) for each in values["responses"]]
     licence = values.get("license", "")
-    documents = [Document(text, "", split, weight, licence, teacher, prompt) for text, weight, teacher in responses]
+    language = values.get("language", "")
+    documents = [
+        Document(text, "", split, weight, licence, language, teacher, prompt) for text, weight, teacher in responses
+    ]
     name = values.get("id") or _digest("\0".join(document.content for document in documents))
     # Two records of one prompt must not stand on both sides of the split.
     source = values.get("source") or (f"prompt {_digest(prompt)}" if prompt else name)

@@ -6,7 +6,7 @@ for fill-in-the-middle and packing happen when batches are made (`smelter.data`)
 rate and every context length. A conversation (`smelter.chat`) is a document whose leading tokens, the prompt, are no
 targets. `smelter.write_shards` writes shards; this file reads them and checks what it reads.
 
-Version 1 knew no conversations; it is still read.
+Version 1 knew neither conversations nor languages; it is still read.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ SPLITS = ("train", "val")
 _TABLES = {
     1: [("num_tokens", "<i8"), ("num_bytes", "<i8"), ("source", "<i8"), ("weight", "<f4"), ("sha256", "u1", (32,))]
 }
-_TABLES[2] = [*_TABLES[1], ("num_prompt", "<i8")]
+_TABLES[2] = [*_TABLES[1], ("num_prompt", "<i8"), ("language", "<i4")]
 DOCUMENT_TABLE = np.dtype(_TABLES[VERSION])
 """A row per document: tokens with eos, bytes of text, index into the sources, loss weight, hash of the text, and how
-many leading tokens are a conversation's prompt (0: a plain document). Bytes of a conversation are its answer's, the
-hash is of prompt, line break and answer."""
+many leading tokens are a conversation's prompt (0: a plain document), index into the split's languages. Bytes of a
+conversation are its answer's, the hash is of prompt, line break and answer."""
 
 AGAIN = "run `smelter tokenize` again"
 
@@ -124,6 +124,14 @@ class Split:
         except (OSError, ValueError, IndexError) as error:
             raise DataError(f"{path}: not readable: {error}: {AGAIN}") from None
 
+    @cached_property
+    def languages(self) -> list[str]:
+        """Language of every document, [num_docs]; "" where its record named none."""
+        if "languages" not in self._entry:
+            return [""] * self.num_docs
+        names = self._entry["languages"]
+        return [names[i] for i in self._table["language"]]
+
     def doc_hash(self, index: int) -> str:
         """sha256 of a document's text, hexadecimal."""
         return bytes(self._table["sha256"][index]).hex()
@@ -171,6 +179,11 @@ class ShardSet:
             if file_sha256(path / entry["name"]) != entry["sha256"]:
                 raise DataError(f"{path / entry['name']}: contents have changed: {AGAIN}")
         return shards
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the index, which holds that of every other file."""
+        return file_sha256(self.path / "index.json")
 
     def split(self, name: str) -> Split:
         """The documents of "train" or "val"."""

@@ -21,19 +21,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smelter import teach_chunks
-from smelter.checkpoint import find_checkpoint, load_checkpoint
+from smelter.checkpoint import load_checkpoint
 from smelter.cli import parse
 from smelter.config import Config, DataConfig, load_config
 from smelter.data import Batch, BatchStream, philox, prefetch
 from smelter.errors import ConfigError, DataError
-from smelter.generate import default_dtype, pick_device
+from smelter.generate import pick_device
 from smelter.kernels import reference
 from smelter.metrics import short_duration, short_number
 from smelter.shards import ShardSet
 from smelter.signals import StopSignal
 from smelter.sparse import Entries, count_draws, draw, entropy, likeliest
-from smelter.teacher_cache import FORMAT, VERSION, Arrangement, Method, TeacherCache, row_format, shards_hash
-from smelter.teacher_model import TeacherModel, is_hf_folder, load_teacher, weights_hash
+from smelter.teacher_cache import FORMAT, VERSION, Arrangement, Method, TeacherCache, row_format
+from smelter.teacher_model import (
+    Precision,
+    TeacherModel,
+    is_hf_folder,
+    load_teacher,
+    teacher_dtype,
+    teacher_name,
+    weights_hash,
+)
 from smelter.write_teacher import CacheWriter, Resume, begin, free_bytes
 
 FLUSH_SECONDS = 5.0
@@ -87,7 +95,7 @@ class TeachOptions:
     """Rows per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Matrix products' precision. auto: fp32 on a CPU, on CUDA bf16 or, where there is none, fp16."""
     resume: Resume = "auto"
     """auto: go on with what --out holds of the same cache. must: fail without. never: fail if there is any."""
@@ -148,7 +156,7 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
         fim_suffix_token=special.fim_suffix,
     )
     arrangement = Arrangement(
-        shards=shards_hash(shards),
+        shards=shards.hash,
         tokenizer=shards.tokenizer.hash,
         seq_len=seq_len,
         fim_rate=data.fim_rate,
@@ -167,16 +175,13 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
             f"model.vocab_size = {vocab_size} is smaller than the tokenizer of {shards.path} "
             f"({shards.tokenizer.vocab_size}): use a teacher and a recipe that fit the shards"
         )
-    return Plan(arrangement, data, temperature, vocab_size, options.out or shards.path / "teachers" / _name(options))
-
-
-def _name(options: TeachOptions) -> str:
-    """The teacher's name: of the run, where it is one of ours."""
-    path = options.teacher.resolve()
-    if not is_hf_folder(path):
-        path = find_checkpoint(path)
-        path = path.parent.parent if path.parent.name == "checkpoints" else path
-    return path.name
+    return Plan(
+        arrangement,
+        data,
+        temperature,
+        vocab_size,
+        options.out or shards.path / "teachers" / teacher_name(options.teacher),
+    )
 
 
 class Reader:
@@ -288,10 +293,7 @@ def teach(options: TeachOptions) -> int:
     shards = ShardSet.open(options.shards)
     made = plan(options, shards)
     device = pick_device(options.device)
-    if options.precision == "fp16" and device.type == "cpu":
-        raise ConfigError('--precision fp16 needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = named.get(options.precision, default_dtype(device))
+    dtype = teacher_dtype(options.precision, device)
     teacher = load_teacher(
         options.teacher,
         shards.tokenizer,

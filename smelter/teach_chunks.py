@@ -14,13 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smelter.checkpoint import find_checkpoint
 from smelter.chunk_alignment import Ids, Spelling, TeacherTokenizer, check_vocabulary, chunk_log_probs, student_ends
 from smelter.chunk_loss import target_log_probs
 from smelter.chunk_teacher import (
@@ -35,15 +34,23 @@ from smelter.chunk_teacher import (
     VALUES,
     VERSION,
     ChunkTeacher,
-    shards_hash,
 )
 from smelter.cli import parse
 from smelter.errors import ConfigError, DataError
-from smelter.generate import default_dtype, load_model, pick_device
+from smelter.generate import load_model, pick_device
 from smelter.metrics import short_duration, short_number
 from smelter.shards import ShardSet, Split, file_sha256
 from smelter.signals import StopSignal
-from smelter.teacher_model import CheckpointTeacher, FolderTeacher, TeacherModel, is_hf_folder, weights_hash
+from smelter.teacher_model import (
+    CheckpointTeacher,
+    FolderTeacher,
+    Precision,
+    TeacherModel,
+    is_hf_folder,
+    teacher_dtype,
+    teacher_name,
+    weights_hash,
+)
 from smelter.write_teacher import Resume, free_bytes, fsync_folder, state_of, write_json
 
 BLOCK = 64
@@ -73,7 +80,7 @@ class TeachChunksOptions:
     """Windows per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Matrix products' precision. auto: fp32 on a CPU, on CUDA bf16 or, where there is none, fp16."""
     resume: Resume = "auto"
     """auto: go on with what --out holds of the same. must: fail without. never: fail if there is any."""
@@ -170,10 +177,7 @@ class Reader:
 def _load(options: TeachChunksOptions) -> Reader:
     """The teacher. Raises UserError for one that cannot be used."""
     device = pick_device(options.device)
-    if options.precision == "fp16" and device.type == "cpu":
-        raise ConfigError('--precision fp16 needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = named.get(options.precision, default_dtype(device))
+    dtype = teacher_dtype(options.precision, device)
     if is_hf_folder(options.teacher):
         tokenizer = TeacherTokenizer(options.teacher)
         folder = FolderTeacher(options.teacher, None, 2**31, device, dtype)
@@ -187,14 +191,6 @@ def _load(options: TeachChunksOptions) -> Reader:
     model, own, checkpoint = load_model(options.teacher, device=device, dtype=dtype)
     teacher = CheckpointTeacher(checkpoint.path, model)
     return Reader(teacher, TeacherTokenizer(checkpoint.tokenizer_file), own.eos_id, options.context, options.batch_size)
-
-
-def _name(teacher: Path) -> str:
-    path = teacher.resolve()
-    if not is_hf_folder(path):
-        path = find_checkpoint(path)
-        path = path.parent.parent if path.parent.name == "checkpoints" else path
-    return f"{path.name}-chunks"
 
 
 class _Writer:
@@ -270,7 +266,7 @@ def teach_chunks(options: TeachChunksOptions) -> int:
     settings = {
         "format": FORMAT,
         "version": VERSION,
-        "shards": shards_hash(shards),
+        "shards": shards.hash,
         "tokenizer": shards.tokenizer.hash,
         "teacher": {
             "path": str(reader.teacher.path),
@@ -280,7 +276,7 @@ def teach_chunks(options: TeachChunksOptions) -> int:
         "context": reader.context,
         "first_id": reader.first_id,
     }
-    out = options.out or shards.path / "teachers" / _name(options.teacher)
+    out = options.out or shards.path / "teachers" / f"{teacher_name(options.teacher)}-chunks"
     if state_of(out, settings, options.resume) == "complete":
         print(f"{out}: complete already")
         return 0

@@ -69,11 +69,6 @@ class Arrangement:
     """Share of the rows that are conversations; negative: as they come."""
 
 
-def shards_hash(shards: ShardSet) -> str:
-    """sha256 of the index, which holds that of every other file."""
-    return file_sha256(shards.path / "index.json")
-
-
 @dataclass(frozen=True)
 class RowFormat:
     """How a row's record is laid out."""
@@ -259,7 +254,7 @@ def open_caches(config: Config, shards: ShardSet) -> list[TeacherCache]:
 def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: TeacherCache) -> None:
     made, data = cache.arrangement, config.data
     wanted = Arrangement(
-        shards=shards_hash(shards),
+        shards=shards.hash,
         tokenizer=shards.tokenizer.hash,
         seq_len=config.model.max_seq_len,
         fim_rate=data.fim_rate,

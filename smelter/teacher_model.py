@@ -11,15 +11,15 @@ that is done in `smelter.teach_chunks`, for which their ids are their own affair
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.checkpoint import CONFIG_FILE
+from smelter.checkpoint import CONFIG_FILE, find_checkpoint, run_folder
 from smelter.errors import CheckpointError, ConfigError, DataError
-from smelter.generate import load_model
+from smelter.generate import default_dtype, load_model
 from smelter.kernels import reference
 from smelter.model import Model
 from smelter.shards import file_sha256
@@ -33,6 +33,9 @@ PROBE_TEXTS = (
     "SELECT name, COUNT(*) FROM users WHERE id != 42 GROUP BY name;",
 )
 """Texts that both tokenizers must give the same ids."""
+
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class TeacherModel(Protocol):
@@ -244,3 +247,16 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
         raise DataError(f"{path}: cannot load the model: {' '.join(str(error).split())[:300]}") from None
     return model.requires_grad_(False).eval().to(device)
+
+
+def teacher_name(path: Path) -> str:
+    """What a teacher is called: of one of ours the run's name, else the folder's."""
+    return path.resolve().name if is_hf_folder(path) else run_folder(find_checkpoint(path)).name
+
+
+def teacher_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """What a teacher computes in. ConfigError for fp16 on a CPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError('--precision fp16 needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named.get(precision, default_dtype(device))

@@ -29,9 +29,9 @@ from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_d
 from smelter.chunk_teacher import ChunkTeacher
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
+from smelter.decode import samples
 from smelter.distributed import print0
 from smelter.errors import ConfigError, UserError
-from smelter.generate import samples
 from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
 from smelter.model import Model
 from smelter.muon import MuonAdamW

@@ -102,6 +102,7 @@ class _SplitWriter:
         self._lengths, self._bytes, self._sources = array("q"), array("q"), array("q")
         self._weights, self._prompts, self._hashes = array("f"), array("q"), bytearray()
         self._source_index: dict[str, int] = {}
+        self._languages, self._language_index = array("l"), dict[str, int]()
         self._licenses: Counter[str] = Counter()
         self._teachers: Counter[str] = Counter()
 
@@ -123,6 +124,7 @@ class _SplitWriter:
         self._bytes.append(num_bytes)
         self._prompts.append(num_prompt)
         self._sources.append(self._source_index.setdefault(document.source, len(self._source_index)))
+        self._languages.append(self._language_index.setdefault(document.language, len(self._language_index)))
         self._weights.append(document.weight)
         self._hashes += hashlib.sha256(raw).digest()
         self._licenses[document.license] += len(raw)
@@ -142,7 +144,8 @@ class _SplitWriter:
         self.close()
         table = np.zeros(len(self._lengths), dtype=DOCUMENT_TABLE)
         columns = {"num_tokens": self._lengths, "num_bytes": self._bytes, "source": self._sources}
-        for key, values in {**columns, "num_prompt": self._prompts, "weight": self._weights}.items():
+        columns |= {"num_prompt": self._prompts, "language": self._languages}
+        for key, values in {**columns, "weight": self._weights}.items():
             table[key] = values
         table["sha256"] = np.frombuffer(self._hashes, dtype=np.uint8).reshape(-1, 32)
         documents, sources = f"{self.name}_documents.npy", f"{self.name}_sources.json"
@@ -157,6 +160,7 @@ class _SplitWriter:
             # Bytes of text by licence ("" where a record names none) and, of teachers' answers, by teacher.
             "licenses": dict(sorted(self._licenses.items())),
             "teachers": dict(sorted(self._teachers.items())),
+            "languages": list(self._language_index),
             "files": self._files,
             "documents": {"name": documents, "sha256": file_sha256(self.folder / documents)},
             "sources": {"name": sources, "sha256": file_sha256(self.folder / sources)},

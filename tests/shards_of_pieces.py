@@ -8,15 +8,16 @@ import tiny
 from smelter.__main__ import main
 
 PIECES = [tiny.CODE[i : i + size] for i, size in ((0, 900), (4_000, 60), (5_000, 400), (6_000, 700), (9_000, 8_000))]
-SOURCES = ["piece/0", "piece/1.py", "piece/2", "piece/3.cc", "piece/4"]
+LANGUAGES = ["", "python", "", "c++", ""]
 
 
 def make_shards(folder: Path) -> Path:
     """Write records, a tokenizer and the shards made of both; the folder of the shards."""
     with (folder / "corpus.jsonl").open("w") as file:
-        for i, (text, source) in enumerate(zip(PIECES, SOURCES, strict=True)):
+        for i, (text, language) in enumerate(zip(PIECES, LANGUAGES, strict=True)):
             split = "train" if i == 4 else "val"
-            file.write(json.dumps({"kind": "text", "text": text, "source": source, "split": split}) + "\n")
+            record = {"kind": "text", "text": text, "source": f"piece/{i}", "split": split, "language": language}
+            file.write(json.dumps(record) + "\n")
     tiny.tokenizer().save(folder / "tokenizer.json")
     arguments = [str(folder / "corpus.jsonl"), "--out", str(folder / "shards")]
     assert main(["tokenize", *arguments, "--tokenizer", str(folder / "tokenizer.json")]) == 0

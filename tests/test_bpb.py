@@ -14,15 +14,12 @@ import tiny
 import torch
 from shards_of_pieces import PIECES, make_shards
 
-from foundry.corpus import LANGUAGES as FOUNDRY_LANGUAGES
 from smelter import bpb as module
 from smelter.bpb import (
-    LANGUAGES,
     bits_per_byte,
     by_language,
     compressor_baselines,
     document_nats,
-    language_of,
     nll_rows,
     spread_windows,
     validation_loss,
@@ -70,7 +67,7 @@ def test_every_document_has_its_own_nats(shards: Path, batch_size: int) -> None:
 
 
 def test_languages_add_up(shards: Path) -> None:
-    """Of four documents two have a source that tells their language."""
+    """Of four documents two have a record that names their language."""
     model, split = tiny.model(max_seq_len=32), ShardSet.open(shards).split("val")
     nats = document_nats(model, split, stride=32)
     found = by_language(nats, split)
@@ -78,28 +75,11 @@ def test_languages_add_up(shards: Path) -> None:
     assert sum(item["num_bytes"] for item in found.values()) == split.num_bytes
     bits = sum(item["bpb"] * item["num_bytes"] for item in found.values())
     assert bits / split.num_bytes == pytest.approx(bits_per_byte(model, split, stride=32))
-    (number,) = [i for i, source in enumerate(split.sources) if source.endswith(".py")]
+    (number,) = [i for i, language in enumerate(split.languages) if language == "python"]
     assert found["python"]["bpb"] == pytest.approx(nats[number] / math.log(2) / split.doc_num_bytes[number])
     assert [item["num_bytes"] for item in found.values()] == sorted(
         (item["num_bytes"] for item in found.values()), reverse=True
     )
-
-
-@pytest.mark.parametrize(
-    ("source", "language"),
-    [
-        ("stdlib/json/tool.py", "python"),
-        ("repo/a.b/main.rs", "rust"),
-        ("seeds.jsonl:12", "unknown"),
-        ("LICENSE", "unknown"),
-    ],
-)
-def test_language_of_a_source(source: str, language: str) -> None:
-    assert language_of(source) == language
-
-
-def test_both_packages_know_the_same_extensions() -> None:
-    assert LANGUAGES == FOUNDRY_LANGUAGES
 
 
 def test_progress_counts_tokens(shards: Path) -> None:

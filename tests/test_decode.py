@@ -1,13 +1,11 @@
 """Many completions at once are those of one at a time, and end where their pattern says."""
 
-import re
-
 import pytest
 import tiny
 
 from smelter import decode
-from smelter.decode import END_OF_LINE, Prompt, complete_many, stop_pattern
-from smelter.generate import complete_text, infill_lines
+from smelter.decode import END_OF_LINE, Prompt, complete_many, infill_lines, samples, stop_pattern
+from smelter.generate import FimOrder, complete_text
 from smelter.infill import InfillCase
 
 PROMPTS = [
@@ -59,14 +57,29 @@ def test_a_pattern_ends_a_row_and_is_cut_off() -> None:
     assert cut == free[: free.index(stop)]
 
 
-def test_a_line_that_ends_is_that_of_infill_lines() -> None:
-    """Two ways to the same lines: stop tokens there, a pattern here, where nothing but spaces comes first."""
+@pytest.mark.parametrize("order", ["spm", "psm"])
+def test_a_line_is_the_beginning_of_the_completion(order: FimOrder) -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
-    cases = [InfillCase(0, tiny.CODE[: 900 + 40 * i], "", tiny.CODE[1_000 + 40 * i : 1_500]) for i in range(6)]
-    lines = infill_lines(model, tokenizer, cases, max_tokens=24)
-    stop = re.compile(rb"\n")
-    prompts = [Prompt(case.prefix, case.suffix, stop) for case in cases]
-    assert complete_many(model, tokenizer, prompts, max_tokens=24) == lines
+    cases = [InfillCase(0, tiny.CODE[: 900 + 40 * i], "", tiny.CODE[1_000 + 40 * i : 1_500]) for i in range(12)]
+    done: list[int] = []
+    lines = infill_lines(model, tokenizer, cases, order=order, max_tokens=40, progress=done.append)
+    whole = [
+        complete_text(model, tokenizer, case.prefix, case.suffix, max_tokens=40, order=order).text for case in cases
+    ]
+    assert lines == [text.split("\n")[0] for text in whole]
+    assert lines != whole, "no line ended"
+    assert done[-1] == len(cases)
+
+
+def test_samples_are_json_and_repeat() -> None:
+    tokens = tiny.tokenizer()
+    docs = [tokens.encode(tiny.CODE[i : i + 3_000]) for i in (0, 5_000, 9_000)]
+    made = samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
+    assert made == samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
+    assert len(made) == 2
+    for row in made:
+        assert list(row) == ["prefix", "suffix", "completion", "expected"]
+        assert row["prefix"] + row["expected"] + row["suffix"] in tiny.CODE
 
 
 @pytest.mark.parametrize(

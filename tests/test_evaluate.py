@@ -12,7 +12,8 @@ from shards_of_pieces import PIECES, make_shards
 from smelter import evaluate as module
 from smelter.__main__ import main
 from smelter.bpb import compressor_baselines
-from smelter.evaluate import bits_per_byte, open_shards, run_folder, trit_counts, untrained
+from smelter.checkpoint import run_folder
+from smelter.evaluate import bits_per_byte, open_shards, trit_counts, untrained
 from smelter.model import Model
 from smelter.problems import OWN_PROBLEMS
 from smelter.results import read_results

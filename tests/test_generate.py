@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smelter import generate as module
 from smelter.__main__ import main
 from smelter.cache import KVCache
 from smelter.errors import CheckpointError, ConfigError, UserError
@@ -18,13 +16,11 @@ from smelter.generate import (
     complete_text,
     fim_prompt,
     generate,
-    infill_lines,
     load_model,
     pick_device,
     sample,
-    samples,
 )
-from smelter.infill import InfillCase, candidate_lines, choose_cases, fit_context
+from smelter.infill import candidate_lines, choose_cases, fit_context
 from smelter.model import Model
 
 PROMPTS = [[5, 9, 300], [17], list(range(40, 75)), [3, 3, 3, 8, 1, 0, 2]]
@@ -253,49 +249,6 @@ def test_cases_are_the_same_each_time_and_spread_over_documents() -> None:
     read.clear()
     choose_cases(1_000, text, 2)
     assert len(read) <= 3, "only the documents that are needed are read"
-
-
-def test_infill_stops_at_the_end_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = tiny.tokenizer()
-    written = {"a": "x = 1)", "b": "y = 2\nz = 3", "c": ""}
-
-    def fake(_: Model, prompts: list[list[int]], *, stop_ids: list[int], **options: Any) -> list[module.Generation]:
-        results = []
-        for prompt in prompts:
-            ids = [*tokens.encode(written[tokens.decode(prompt)]), tokens.eos_id]
-            stop = next(i for i, token in enumerate(ids) if token in stop_ids)
-            results.append(module.Generation(ids[:stop], [0.0] * stop, "stop", ids[stop]))
-        return results
-
-    monkeypatch.setattr(module, "generate", fake)
-    cases = [InfillCase(0, name, "", "") for name in "abc"]
-    done: list[int] = []
-    lines = infill_lines(tiny.model(), tokens, cases, order="psm", batch_size=2, progress=done.append)
-    assert lines == ["x = 1)", "y = 2", ""]
-    assert done == [2, 3]
-
-
-def test_a_token_that_ends_the_line_gives_its_characters_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = tiny.tokenizer()
-    mixed = next(i for i in range(tokens.vocab_size) if tokens.decode_bytes([i]) == b":\n")
-
-    def fake(_: Model, prompts: list[list[int]], *, stop_ids: list[int], **options: Any) -> list[module.Generation]:
-        assert mixed in stop_ids
-        return [module.Generation(tokens.encode("else"), [0.0] * 4, "stop", mixed) for _ in prompts]
-
-    monkeypatch.setattr(module, "generate", fake)
-    assert infill_lines(tiny.model(), tokens, [InfillCase(0, "", "", "")]) == ["else:"]
-
-
-def test_samples_are_json_and_repeat() -> None:
-    tokens = tiny.tokenizer()
-    docs = [tokens.encode(tiny.CODE[i : i + 3_000]) for i in (0, 5_000, 9_000)]
-    made = samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
-    assert made == samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
-    assert len(made) == 2
-    for row in made:
-        assert list(row) == ["prefix", "suffix", "completion", "expected"]
-        assert row["prefix"] + row["expected"] + row["suffix"] in tiny.CODE
 
 
 def test_generation_leaves_compiled_blocks_alone() -> None:

@@ -67,7 +67,7 @@ SMELTER = {
     "packed": f"{BASE} tokenizer bitnet model checkpoint",
     "generate": f"{BASE} tokenizer bitnet model cache healing infill checkpoint packed",
     "complete": f"{BASE} tokenizer chat model generate",
-    "decode": f"{BASE} tokenizer model healing generate",
+    "decode": f"{BASE} tokenizer model healing infill generate",
     "intervals": "",
     "bpb": f"{BASE} tokenizer model shards data",
     "problems": f"{BASE} decode",
@@ -85,7 +85,7 @@ SMELTER = {
     "objective": f"{BASE} distributed tokenizer model loss chunk_loss shards bpb teacher_cache teacher_model",
     "train": (
         f"{BASE} tokenizer distributed kernels bitnet model infill muon shards data checkpoint metrics "
-        "schedule hardware plan generate bpb signals teacher_cache objective warm_start chunk_teacher"
+        "schedule hardware plan decode bpb signals teacher_cache objective warm_start chunk_teacher"
     ),
     "teach_chunks": (
         f"{BASE} shards checkpoint metrics generate signals chunk_alignment chunk_loss chunk_teacher write_teacher "

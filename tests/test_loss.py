@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,21 +112,10 @@ def test_parts_divided_by_one_normalizer_add_up() -> None:
 
 
 def test_the_logits_never_exist_whole() -> None:
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     hidden, head = torch.randn(4_096, 8).requires_grad_(), torch.randn(1_000, 8).requires_grad_()
-    with Watch():  # type: ignore[no-untyped-call]
+    with Largest() as seen:  # type: ignore[no-untyped-call]
         chunked_loss(hidden, head, torch.zeros(4_096, dtype=torch.long), LossConfig(), chunk_size=64).total.backward()
-    assert largest <= 64 * 1_000
+    assert seen.numel <= 64 * 1_000
 
 
 def test_temperature_softens_both_and_is_squared() -> None:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from smelter.errors import ConfigError
 from smelter.loss import Direction, Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss, dense_loss
@@ -378,23 +378,12 @@ def test_another_temperature_is_refused(function: Callable[..., Loss]) -> None:
 def test_nothing_is_larger_than_a_chunk_of_logits(kinds: str) -> None:
     """Also not with three teachers; and the whole memory does not grow with the number of tokens."""
     tokens, vocab, chunk = 1_024, 500, 64
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     hidden, head, targets, _ = inputs(0, tokens, vocab)
     teachers = make(kinds, tokens=tokens, vocab=vocab)
     config = LossConfig(kl_weight=0.5, use_confidence=True)
-    with Watch():  # type: ignore[no-untyped-call]
+    with Largest() as seen:  # type: ignore[no-untyped-call]
         chunked_loss(hidden, head, targets, config, teachers=teachers, chunk_size=chunk).total.backward()
-    assert largest <= chunk * vocab
+    assert seen.numel <= chunk * vocab
 
 
 @pytest.mark.slow

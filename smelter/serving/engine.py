@@ -83,7 +83,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue and how; `ids` and `pending` as in `generate.Prompt`.
+    """What to continue and how; `ids` and `pending` as in `generate.EncodedPrompt`.
 
     `num_top` likeliest tokens are told with each. `max_seconds` counts from the first token. `max_tokens` may be 0
     where `prompt_logprobs` are asked for.

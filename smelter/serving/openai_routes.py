@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -132,12 +132,7 @@ def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
 
 def spread(asked: Sequence[Asked], n: int) -> list[Request]:
     """`n` requests for each, which differ in their seeds as the rows of `generate` do."""
-    return [replace_seed(each.request, each.request.seed + i) for each in asked for i in range(n)]
-
-
-def replace_seed(request: Request, seed: int) -> Request:
-    """The request with another seed."""
-    return Request(**{**vars(request), "seed": seed})
+    return [replace(each.request, seed=each.request.seed + i) for each in asked for i in range(n)]
 
 
 def usage(asked: Sequence[Asked], ends: Sequence[End]) -> dict[str, Any]:
