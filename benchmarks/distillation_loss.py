@@ -12,13 +12,11 @@ gradients are from those of the dense loss in float32 on 256 of the tokens, rela
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 import torch
-from loss_memory import CHUNK, DTYPE, HIDDEN, VOCAB, peak_mib
+from loss_memory import CHUNK, DTYPE, HIDDEN, VOCAB, Result, distance, measure_apart, peak_mib
 from torch import Tensor
 
 from smelter import hardware
@@ -43,8 +41,6 @@ METHODS: dict[str, tuple[str, Direction]] = {
     "teacher beside, skew": ("head", "skew"),
     "teacher beside, js": ("head", "js"),
 }
-
-Result = dict[str, float]
 
 
 def teacher_of(kind: str, tokens: int, width: int, device: torch.device) -> list[Teacher]:
@@ -116,32 +112,7 @@ def measure(name: str, tokens: int, width: int, use_compile: bool) -> Result:
     result = {"peak_mib": peak, "milliseconds": min(times) * 1e3}
     exact = [tensor.detach().float().requires_grad_() for tensor in (hidden[:CHECKED], head)]
     dense_loss(exact[0], exact[1], targets[:CHECKED], config, teachers=first_rows(teachers, CHECKED)).total.backward()
-    differences, norms = 0.0, 0.0
-    for found, tensor in zip(run(CHECKED), exact, strict=True):
-        assert tensor.grad is not None
-        differences += float((found.float() - tensor.grad).square().sum())
-        norms += float(tensor.grad.square().sum())
-    return {**result, "grad_error": (differences / norms) ** 0.5}
-
-
-def measure_apart(name: str, tokens: int, width: int, use_compile: bool) -> Result:
-    """`measure` in a new process."""
-    command = [
-        sys.executable,
-        __file__,
-        "--only",
-        name,
-        "--tokens",
-        str(tokens),
-        "--width",
-        str(width),
-        *["--compile"] * use_compile,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
-    found: Result = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return {**result, "grad_error": distance(run(CHECKED), exact)}
 
 
 def main() -> None:
@@ -165,9 +136,10 @@ def main() -> None:
     way = "compiled" if options.compile else "eager"
     print(f"{tokens:,} tokens, hidden {width}, vocabulary {VOCAB:,}, {PLACES} entries, bf16, {way}, {device}")
     print(f"{'':26} {'peak MiB':>9} {'ms':>8} {'gradient error':>15}")
+    words = ["--tokens", str(tokens), "--width", str(width), *["--compile"] * options.compile]
     results = {}
     for name in METHODS:
-        result = results[name] = measure_apart(name, tokens, width, options.compile)
+        result = results[name] = measure_apart(__file__, name, *words)
         print(f"{name:26} {result['peak_mib']:9,.0f} {result['milliseconds']:8,.0f} {result['grad_error']:15.2e}")
     worst = max(result["grad_error"] for result in results.values())
     if worst > MAX_ERROR:

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -99,18 +99,23 @@ def grad_error(name: str, hidden: Tensor, head: Tensor, targets: Tensor) -> floa
         dense_loss(exact[0], exact[1], targets, CAP_AND_Z).total.backward()
     else:
         torch_dense(exact[0], exact[1], targets).backward()
+    return distance([tensor.grad for tensor in (hidden, head)], exact)
+
+
+def distance(found: Sequence[Tensor | None], exact: Sequence[Tensor]) -> float:
+    """Of gradients to those of `exact`, relative to the norm of the latter."""
     differences, norms = 0.0, 0.0
-    for tensor, reference in zip((hidden, head), exact, strict=True):
+    for got, tensor in zip(found, exact, strict=True):
+        assert got is not None
         assert tensor.grad is not None
-        assert reference.grad is not None
-        differences += float((tensor.grad.float() - reference.grad).square().sum())
-        norms += float(reference.grad.square().sum())
+        differences += float((got.float() - tensor.grad).square().sum())
+        norms += float(tensor.grad.square().sum())
     return (differences / norms) ** 0.5
 
 
-def measure_apart(name: str, tokens: int) -> Result:
-    """`measure` in a new process."""
-    command = [sys.executable, __file__, "--only", name, "--tokens", str(tokens)]
+def measure_apart(file: str, name: str, *options: str) -> Result:
+    """`measure` of a benchmark's file in a new process."""
+    command = [sys.executable, file, "--only", name, *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
@@ -131,7 +136,7 @@ def main() -> None:
         print(json.dumps(measure(options.only, tokens)))
         return
     names = [name for name in METHODS if name != "torch linear_cross_entropy" or hasattr(F, "linear_cross_entropy")]
-    results = {name: measure_apart(name, tokens) for name in names}
+    results = {name: measure_apart(__file__, name, "--tokens", str(tokens)) for name in names}
     worst = max(result["grad_error"] for name, result in results.items() if "smelter" in name)
     if worst > 0.01:
         raise SystemExit(f"our gradients are off by {worst:.1%}: no figure counts")

@@ -128,7 +128,6 @@ class TeacherCache:
         self.method: Method = index["method"]
         self.temperature: float = index["temperature"]
         self.vocab_size: int = index["vocab_size"]
-        self.mean_entropy: float = index["mean_entropy"]
         self.num_draws: int = index["draws"]
         self.format = row_format(index)
         lengths = np.fromfile(path / LENGTHS, dtype=LENGTH_DTYPE).astype(np.int64)

@@ -161,7 +161,6 @@ class CacheWriter:
         self.close()
         with self._full_disk_is_said():
             index = self.settings | {
-                "mean_entropy": 0.0,
                 "files": [entry | {"sha256": file_sha256(self.folder / entry["name"])} for entry in self.files],
                 "row_bytes": {"name": LENGTHS, "sha256": file_sha256(self.folder / LENGTHS)},
             }

@@ -244,7 +244,9 @@ def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int)
         """Whether llama-server runs."""
         if server.process.poll() is not None:
             raise ApiError(503, "llama-server has ended")
-        return {"status": "ok", "active": upstream.num_open, "slots": server.num_slots, "waiting": 0}
+        active = min(upstream.num_open, server.num_slots)
+        waiting = upstream.num_open - active
+        return {"status": "ok", "active": active, "slots": server.num_slots, "waiting": waiting}
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
