@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick_form
 
 from smelter.bpb import validation_loss
@@ -37,8 +38,10 @@ from smelter.config import Config, config_from_dict, config_to_dict, config_to_t
 from smelter.decode import infill_lines
 from smelter.errors import UserError
 from smelter.evaluate import open_shards
-from smelter.generate import load_model
-from smelter.infill import choose_cases, exact_match
+from smelter.generate import load_model, make_prompt
+from smelter.infill import InfillCase, choose_cases, exact_match
+from smelter.model import Model
+from smelter.tokenizer import Tokenizer
 
 EVAL_TOKENS = 65_536
 
@@ -111,8 +114,11 @@ class Runner:
             code = self._train(recipe)
             measured = self._measure(folder, config, diverged=code != 0)
             measured["wall_seconds"] = time.monotonic() - start
-        if measured["val_loss"] is not None and arm.infill and "infill" not in measured:
-            measured["infill"] = self._infill(folder, config, arm.infill)
+        if measured["val_loss"] is not None:  # another study may have measured less
+            for name in self.study.held_out.keys() - measured["held_out"].keys():
+                measured["held_out"][name] = self._loss(folder, self.study.held_out[name])[0]
+        if measured["val_loss"] is not None and arm.infill and "line_bpb" not in measured:
+            measured |= self._infill(folder, config, arm.infill)
         folder.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(measured, indent=1) + "\n")
         value = measured["val_loss"]
@@ -148,31 +154,51 @@ class Runner:
         return replace(config, distillation=replace(config.distillation, cached=(str(cache),)))
 
     def _measure(self, folder: Path, config: Config, *, diverged: bool) -> dict[str, Any]:
-        """Held-out loss of the final checkpoint on the run's shards and on the study's others."""
+        """Held-out loss of the final checkpoint, and what the training took."""
         if diverged:
             return {"val_loss": None, "val_bpb": None, "held_out": {}}
-        model, tokenizer, checkpoint = load_model(folder, with_state=True)
-        state = checkpoint.state or {}
-
-        def loss(shards: Path) -> tuple[float, float]:
-            split = open_shards(shards, tokenizer).split("val")
-            return validation_loss(model, split, EVAL_TOKENS, tokenizer=tokenizer, batch_size=16)
-
-        val_loss, val_bpb = loss(Path(config.data.shards))
+        state = load_model(folder, with_state=True)[2].state or {}
+        val_loss, val_bpb = self._loss(folder, Path(config.data.shards))
         return {
             "val_loss": val_loss,
             "val_bpb": val_bpb,
-            "held_out": {name: loss(path)[0] for name, path in self.study.held_out.items()},
+            "held_out": {},
             "train_tokens": state.get("tokens"),
             "train_seconds": state.get("elapsed_seconds"),
         }
 
-    def _infill(self, folder: Path, config: Config, num_cases: int) -> float:
-        """Share of held-out lines filled in exactly."""
+    def _loss(self, folder: Path, shards: Path) -> tuple[float, float]:
+        """Held-out nats per token and bits per byte of the final checkpoint."""
+        model, tokenizer, _ = load_model(folder)
+        split = open_shards(shards, tokenizer).split("val")
+        return validation_loss(model, split, EVAL_TOKENS, tokenizer=tokenizer, batch_size=16)
+
+    def _infill(self, folder: Path, config: Config, num_cases: int) -> dict[str, Any]:
+        """Share of held-out lines filled in exactly, and their bits per byte after the prefix and between both."""
         model, tokenizer, _ = load_model(folder)
         split = open_shards(Path(config.data.shards), tokenizer).split("val")
         cases = choose_cases(split.num_docs, lambda i: tokenizer.decode(split.doc(i).tolist()), num_cases)
-        return exact_match(infill_lines(model, tokenizer, cases), cases)
+        return {
+            "infill": exact_match(infill_lines(model, tokenizer, cases), cases),
+            "prefix_bpb": line_bpb(model, tokenizer, cases, show_suffix=False),
+            "line_bpb": line_bpb(model, tokenizer, cases, show_suffix=True),
+        }
+
+
+@torch.inference_mode()
+def line_bpb(model: Model, tokenizer: Tokenizer, cases: Sequence[InfillCase], *, show_suffix: bool) -> float:
+    """Bits per byte of the lines taken out, asked for as an editor would; what healing takes back is part of a line."""
+    bits, num_bytes = 0.0, 0
+    for case in cases:
+        suffix = case.suffix if show_suffix else None
+        context = model.config.max_seq_len
+        asked = make_prompt(tokenizer, context, case.prefix, suffix, max_tokens=64)
+        line = asked.pending.decode("utf-8", "replace") + case.middle
+        ids = tokenizer.encode(line)[: context - len(asked.ids)]
+        logits = model.logits(model(torch.tensor([asked.ids + ids]))[0, len(asked.ids) - 1 : -1]).float()
+        bits += torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum").item() / math.log(2)
+        num_bytes += len(tokenizer.decode_bytes(ids))
+    return bits / num_bytes
 
 
 def identity(config: Config) -> str:
@@ -223,7 +249,10 @@ def summarise(runner: Runner) -> dict[str, Any]:
             "val_bpb": spread([run.measured["val_bpb"] or math.inf for run in runs]),
             "difference": spread(differences),
             "held_out": {name: spread([run.measured["held_out"][name] for run in runs]) for name in study.held_out},
-            "infill": spread([run.measured["infill"] for run in runs]) if arm.infill else None,
+            **{
+                name: spread([run.measured[name] for run in runs]) if arm.infill else None
+                for name in ("infill", "prefix_bpb", "line_bpb")
+            },
             "train_seconds": statistics.fmean([run.measured.get("train_seconds") or 0.0 for run in runs]),
         }
     reach: dict[str, float | None] = {}
@@ -240,7 +269,10 @@ def summarise(runner: Runner) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> Iterator[str]:
     """The result as aligned lines of Markdown."""
     names = list(next(iter(summary["arms"].values()))["held_out"])
-    head = ["arm", "best", "seeds", "Mtok", "nats/token", "bits/byte", "to the first", *names, "lines filled in"]
+    head = ["arm", "best", "seeds", "Mtok", "nats/token", "bits/byte", "to the first", *names]
+    infill = {"infill": "lines filled in", "prefix_bpb": "bits/byte of lines", "line_bpb": "the same, suffix seen"}
+    has_infill = any(arm["infill"] for arm in summary["arms"].values())
+    head += infill.values() if has_infill else []
     rows = [head]
     for name, arm in summary["arms"].items():
         best = ", ".join(
@@ -250,7 +282,8 @@ def table(summary: dict[str, Any]) -> Iterator[str]:
         rows.append([
             name, best or "-", str(arm["seeds"]), f"{(arm['steps'] or math.nan) / 1e6:.2f}", both(arm["val_loss"]),
             both(arm["val_bpb"]), both(arm["difference"], sign="+"),
-            *(both(arm["held_out"][each]) for each in names), both(arm["infill"], digits=3) if arm["infill"] else "-",
+            *(both(arm["held_out"][each]) for each in names),
+            *((both(arm[each], digits=3) if arm[each] else "-" for each in infill) if has_infill else ()),
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for number, row in enumerate(rows):

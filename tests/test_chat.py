@@ -214,14 +214,14 @@ def test_teacher_weights_are_checked(pairs: tuple[str, ...]) -> None:
 
 
 def test_shards_of_version_1_are_read(tmp_path: Path) -> None:
-    """They lack the column of prompts: conversations were plain documents."""
+    """They lack the columns of prompts and languages: conversations were plain documents."""
     made = shards_of(tmp_path, [{"kind": "text", "text": f"y = {i}\n", "split": "train"} for i in range(5)])
     expected = [made.split("train").doc(i).tolist() for i in range(5)]
     index = json.loads((tmp_path / "s/index.json").read_text())
     for name in ("train", "val"):
         file = tmp_path / f"s/{name}_documents.npy"
         table = np.load(file)
-        names = [column for column in table.dtype.names if column != "num_prompt"]
+        names = [column for column in table.dtype.names if column not in ("num_prompt", "language")]
         old = np.empty(len(table), dtype=[(column, table.dtype[column]) for column in names])
         for column in names:
             old[column] = table[column]
@@ -230,7 +230,7 @@ def test_shards_of_version_1_are_read(tmp_path: Path) -> None:
     split = ShardSet.open(tmp_path / "s").split("train")
     assert [split.doc(i).tolist() for i in range(5)] == expected
     assert split.num_prompt is None
-    (tmp_path / "s/index.json").write_text(json.dumps(index))  # version 2 without the column
+    (tmp_path / "s/index.json").write_text(json.dumps(index))  # version 2 without its columns
     with pytest.raises(DataError, match="not the table of"):
         ShardSet.open(tmp_path / "s")
 
