@@ -69,7 +69,7 @@ def peak_mib(device: torch.device) -> float:
     return int(line.split()[1]) / 2**10
 
 
-def measure(name: str, tokens: int) -> Result:
+def measure(name: str, tokens: int, repeats: int = 3) -> Result:
     """Run one method in this process: peak MiB above the inputs, milliseconds, and the error of its gradients."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def measure(name: str, tokens: int) -> Result:
     torch.randn(256, HIDDEN, device=device).to(DTYPE) @ head.detach().T  # the libraries' own buffers
     before = peak_mib(device)
     times = []
-    for _ in range(3):
+    for _ in range(repeats):
         hidden.grad = head.grad = None
         start = time.perf_counter()
         loss = METHODS[name](hidden, head, targets)
@@ -126,17 +126,18 @@ def measure_apart(file: str, name: str, *options: str) -> Result:
 def main() -> None:
     """Measure every method, check that they agree, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="512 tokens instead of 16,384")
+    parser.add_argument("--quick", action="store_true", help="128 tokens instead of 16,384, once")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--tokens", type=int, default=0, help="tokens per step (overrides --quick)")
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tokens = options.tokens or (512 if options.quick else 16_384)
+    tokens = options.tokens or (128 if options.quick else 16_384)
     if options.only:
-        print(json.dumps(measure(options.only, tokens)))
+        print(json.dumps(measure(options.only, tokens, 1 if options.quick else 3)))
         return
     names = [name for name in METHODS if name != "torch linear_cross_entropy" or hasattr(F, "linear_cross_entropy")]
-    results = {name: measure_apart(__file__, name, "--tokens", str(tokens)) for name in names}
+    given = ["--tokens", str(tokens), *(["--quick"] if options.quick else [])]
+    results = {name: measure_apart(__file__, name, *given) for name in names}
     worst = max(result["grad_error"] for name, result in results.items() if "smelter" in name)
     if worst > 0.01:
         raise SystemExit(f"our gradients are off by {worst:.1%}: no figure counts")

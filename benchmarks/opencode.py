@@ -134,10 +134,10 @@ def measure(requests: int = 3_000) -> Figures:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="300 requests instead of 3,000")
+    parser.add_argument("--quick", action="store_true", help="60 requests instead of 3,000")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
-    requests = 300 if options.quick else 3_000
+    requests = 60 if options.quick else 3_000
     figures = measure(requests)
     if figures["opencode_per_s"] is None:
         print("not measured: OpenCode is not installed (scripts/start_server.sh installs it)")

@@ -1,5 +1,6 @@
 """What every test gets: one thread, no network beyond this machine, GPU tests only where a GPU is."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests are no garbage: looking through them takes 0.3 s whenever somebody collects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

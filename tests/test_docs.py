@@ -1,5 +1,8 @@
 """The documentation: builds as a site without network, its links lead somewhere, its commands know their options."""
 
+import contextlib
+import importlib
+import io
 import re
 import subprocess
 import sys
@@ -18,11 +21,10 @@ ELSEWHERE = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']
 
 @lru_cache(maxsize=32)
 def help_of(program: str, command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", program, command, "--help"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{program} {command}: {done.stderr}"
-    return done.stdout
+    main = importlib.import_module(f"{program}.__main__").main
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        assert main([command, "--help"]) == 0, f"{program} {command}"
+    return out.getvalue()
 
 
 def commands(path: Path) -> list[tuple[str, str, str]]:

@@ -6,9 +6,9 @@ wide product in each direction. The forward product is one of small integers: wh
 backward pass, whose products are those of `reference.ternary_linear`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,22 @@ MIN_INT8_ROWS = 32
 """Below this many tokens reading the weights is what takes the time, not multiplying them."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _constant(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would load the compiler, a second, for who compiles nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def int8_product(device: torch.device) -> Int8Product:
     """How this device multiplies int8; a constant to the compiler."""
     return capability(device).int8_product
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def uses_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on this device; a constant to the compiler."""
     return capability(device).use_triton
