@@ -118,18 +118,19 @@ def quantize_weights(module: nn.Module, dtype: torch.dtype) -> None:
         layer.quantize(dtype)
 
 
-def freeze(groups: Iterable[Sequence[BitLinear]]) -> None:
+def freeze(groups: Iterable[Sequence[BitLinear]], compute_dtype: torch.dtype) -> None:
     """Make layers that are read and no longer trained quick, each group being applied together.
 
     Their trits are stacked once, and kept in int8 where the device multiplies that: a quarter of float32's bytes, which
     are what takes the time when few tokens are read at once. The results stay the same numbers.
     """
     for layers in groups:
-        if not layers[0].use_ternary or layers[0].activation_quant != "token":
+        if not layers[0].use_ternary:
             continue
         use_int8 = int8_product(layers[0].trits.device) == "cpu"
         dtype = torch.int8 if use_int8 else layers[0].trits.dtype
-        stacked = Stacked.of([layer.trits.to(dtype) for layer in layers], [layer.scale for layer in layers])
+        trits, scales = [layer.trits.to(dtype) for layer in layers], [layer.scale for layer in layers]
+        stacked = Stacked.of(trits, scales, layers[0].activation_quant, compute_dtype)
         for layer, part in zip(layers, stacked.parts(), strict=True):
             layer.trits = part
         layers[0].stacked = stacked

@@ -29,6 +29,8 @@ from smelter.tokenizer import Tokenizer
 FimOrder = Literal["spm", "psm"]
 
 MIN_TEMPERATURE = 1e-5
+NUCLEUS_TOKENS = 256
+"""The likeliest tokens that top_p looks at first; where they do not reach it, all are sorted, for 20 times as long."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,35 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top
     """
     if temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
-    probs, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    probs = (logits / temperature).softmax(dim=-1)
+    if not top_k and top_p >= 1:  # nothing is left out, so nothing need be sorted
+        return _inverse(probs.cumsum(dim=-1, dtype=torch.double), uniforms)
+    count = min(top_k or NUCLEUS_TOKENS, probs.shape[-1])
+    kept, ids = probs.topk(count)
+    chosen = _from_sorted(kept, ids, uniforms, top_p, whole=bool(top_k))
+    if not top_k and count < probs.shape[-1]:
+        flat = (kept.sum(dim=-1, dtype=torch.double) < top_p).nonzero().flatten()
+        if len(flat):
+            ordered = probs[flat].sort(dim=-1, descending=True)
+            chosen[flat] = _from_sorted(*ordered, uniforms[flat], top_p, whole=False)
+    return chosen
+
+
+def _from_sorted(probs: Tensor, ids: Tensor, uniforms: Tensor, top_p: float, *, whole: bool) -> Tensor:
+    """One of `ids` [B, K] by falling probabilities [B, K], whose sum counts as 1 if they are the `whole`."""
     probs = probs.double()
-    if top_k:
-        probs, ids = probs[:, :top_k], ids[:, :top_k]
-    probs = probs / probs.sum(dim=-1, keepdim=True)
+    if whole:
+        probs = probs / probs.sum(dim=-1, keepdim=True)
     before = probs.cumsum(dim=-1) - probs  # share of all likelier tokens
-    probs = probs.masked_fill(before >= top_p, 0.0)
-    cumulative = probs.cumsum(dim=-1)
-    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    choice = (cumulative <= threshold).sum(dim=-1, keepdim=True)
-    choice = choice.clamp(max=(probs > 0).sum(dim=-1, keepdim=True) - 1)
-    return ids.gather(-1, choice).squeeze(-1)
+    kept = probs.masked_fill(before >= top_p, 0.0)
+    return ids.gather(-1, _inverse(kept.cumsum(dim=-1), uniforms)[:, None]).squeeze(-1)
+
+
+def _inverse(cumulative: Tensor, uniforms: Tensor) -> Tensor:
+    """Where each row [B, K] of sums, divided by the last, exceeds its uniform number [B]: [B]."""
+    total = cumulative[:, -1:].contiguous()
+    index = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
+    return index.minimum(torch.searchsorted(cumulative, total)).squeeze(-1)
 
 
 def _check_options(prompts: Sequence[Sequence[int]], context: int, sampling: dict[str, float]) -> None:

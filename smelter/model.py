@@ -185,7 +185,8 @@ class Model(nn.Module):
                     [attention.o_proj],
                     [mlp.gate_proj, mlp.up_proj],
                     [mlp.down_proj],
-                ]
+                ],
+                self.compute_dtype,
             )
 
     @property

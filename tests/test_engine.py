@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from smelter.cache import KVCache
 from smelter.generate import complete_text, generate, make_prompt
 from smelter.serving import engine as engine_module
-from smelter.serving.engine import Answer, Engine, EngineBusy, EngineStopped, Piece, Request
+from smelter.serving.engine import Engine, EngineBusy, EngineStopped
+from smelter.serving.request import Answer, Piece, Request
 from smelter.serving.text import TextStream
 
 CONTEXT = tiny.TINY.max_seq_len
@@ -296,11 +297,54 @@ def test_a_defect_reaches_who_waits(engine: Engine, monkeypatch: pytest.MonkeyPa
     def broken(_rows: list[Answer], _logits: torch.Tensor) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(engine, "_choose", broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_choose", broken)
+        assert Asked(engine, Request([5], max_tokens=3)).all().finish == "error"
+        assert "a defect" in capfd.readouterr().err
+    # It was of that request: the next ones are served, in every slot.
+    asked = [Asked(engine, Request([5, i], max_tokens=9)) for i in range(4)]
+    assert [each.all().ids for each in asked] == [alone_ids([5, i], max_tokens=9) for i in range(4)]
+
+
+def test_a_defect_of_no_request_stops_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(engine, "_drop_cancelled", broken)
+    monkeypatch.setattr(engine, "_fits", lambda _: False)
+    with engine._changed:
+        engine._changed.notify_all()
     assert Asked(engine, Request([5], max_tokens=3)).all().finish == "error"
     assert "a defect" in capfd.readouterr().err
     with pytest.raises(EngineStopped, match="a defect"):
         engine.submit([Request([5])], [print])
+
+
+def test_short_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of unequal lengths, some cancelled, one for its log-probabilities: every answer as alone."""
+    engine = Engine(tiny.model(), tiny.tokenizer(), num_slots=6)  # not started: all wait
+    prompts = random_prompts(9, seed=2)
+    prompts = [prompt[: 1 + 5 * index] for index, prompt in enumerate(prompts)]
+    requests = [Request(prompt, max_tokens=12) for prompt in prompts]
+    requests[4] = Request(prompts[4], max_tokens=0, prompt_logprobs=True)
+    asked = [Asked(engine, request) for request in requests]
+    engine.cancel([asked[2].answer])
+    read: list[int] = []
+    forward = engine.model.forward
+
+    def counted(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        read.append(tokens.numel())
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    engine.start()
+    for index, each in enumerate(asked):
+        expected = [] if index in (2, 4) else alone_ids(prompts[index], max_tokens=12)
+        assert each.all().ids == expected
+    assert asked[2].finish == "cancelled"
+    assert [token.id for token in asked[4].pieces[0].prompt] == prompts[4]
+    assert read[0] > 3 * len(prompts[3])
+    engine.stop()
 
 
 # --- text as it may be shown -----------------------------------------------------------------------

@@ -105,17 +105,18 @@ SMELTER = {
     ),
     "serving": "",
     "serving.text": "",
-    "serving.engine": f"{BASE} tokenizer model cache healing generate serving.text",
+    "serving.request": "serving.text",
+    "serving.engine": f"{BASE} tokenizer model cache healing generate serving.text serving.request",
     "serving.schema": "",
     "serving.errors": "",
-    "serving.stats": "serving.engine",
+    "serving.stats": "serving.engine serving.request",
     "serving.gate": "serving.errors serving.stats",
-    "serving.asking": "tokenizer serving.engine serving.errors serving.stats",
+    "serving.asking": "tokenizer serving.request serving.engine serving.errors serving.stats",
     "serving.openai_routes": (
-        "errors tokenizer chat generate serving.engine serving.errors serving.schema serving.asking"
+        "errors tokenizer chat generate serving.request serving.errors serving.schema serving.asking"
     ),
     "serving.llama_routes": (
-        "tokenizer generate serving.engine serving.errors serving.schema serving.asking serving.openai_routes"
+        "tokenizer generate serving.request serving.errors serving.schema serving.asking serving.openai_routes"
     ),
     "serving.app": (
         "serving serving.errors serving.schema serving.stats serving.gate serving.asking serving.openai_routes "

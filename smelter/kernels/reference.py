@@ -41,9 +41,13 @@ def quantize_activations(x: Tensor, block_size: int | None = None) -> tuple[Tens
     return (q.flatten(-2) if block_size is not None else q), scale
 
 
-def _dequantize_blocks(q: Tensor, scale: Tensor) -> Tensor:
+def quantized(x: Tensor, activation_quant: str) -> Tensor:
+    """What the product sees of activations x [..., K] in "block256": integers times their block's scale; "none": x."""
+    if activation_quant == "none":
+        return x
+    q, scale = quantize_activations(x, BLOCK)
     blocks: Tensor = q.unflatten(-1, (-1, BLOCK)) * scale
-    return blocks.flatten(-2)
+    return blocks.flatten(-2).to(x.dtype)
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -61,9 +65,7 @@ class _TernaryLinear(torch.autograd.Function):
             operand = (q * x_scale).to(x.dtype)
         else:
             # Every compute dtype holds scale * trit, and these sums cannot overflow before the result does.
-            operand = x
-            if activation_quant == "block256":
-                operand = _dequantize_blocks(*quantize_activations(x, BLOCK)).to(x.dtype)
+            operand = quantized(x, activation_quant)
             y = F.linear(operand, dequantized)
         ctx.save_for_backward(operand, dequantized)
         ctx.weight_dtype = weight.dtype

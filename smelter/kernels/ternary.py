@@ -81,7 +81,10 @@ def _columns(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def _quantize(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers [M, K] and scales [M, 1] of x [M, K], normalised first where there is a `norm` [K]; 1 / its rms."""
+    """Integers [M, K] and scales [M, 1] of x [M, K], normalised first where there is a `norm` [K].
+
+    Also 1 / the rms [M, 1], from a kernel that makes it on the way.
+    """
     if x.device.type == "cuda" and uses_triton(x.device):
         from smelter.kernels import triton_ops
 
@@ -89,10 +92,7 @@ def _quantize(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tenso
             return *triton_ops.quantize_rows(x), None
         q, row_scale, rstd = triton_ops.rms_norm_quantize(x, norm, eps)
         return q, row_scale, rstd
-    if norm is None:
-        return *reference.quantize_activations(x), None
-    q, row_scale = reference.quantize_activations(reference.rms_norm(x, norm, eps))
-    return q, row_scale, torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
+    return *reference.quantize_activations(x if norm is None else reference.rms_norm(x, norm, eps)), None
 
 
 class _TernaryLinears(torch.autograd.Function):
@@ -104,6 +104,8 @@ class _TernaryLinears(torch.autograd.Function):
         weights, trits, scales = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
         q, row_scale, rstd = _quantize(flat, norm, eps)
+        if norm is not None and rstd is None:
+            rstd = torch.rsqrt(flat.float().square().mean(dim=-1, keepdim=True) + eps)
         columns = _columns(scales, [part.shape[0] for part in trits])
         y = _product(q, row_scale, torch.cat(trits), columns, how, x.dtype)
         normed = (flat, norm, rstd) if norm is not None else ()
@@ -169,18 +171,23 @@ def ternary_linears(
 class Stacked:
     """The trits [N, K] of layers that read the same input, one below the other, and each output's scale [N].
 
-    Training stacks them anew in each step, since they change; a trained model need not.
+    Training stacks them anew in each step, since they change; a trained model need not. Where activations are not
+    quantised per token, `weights` [N, K] are scale * trit in the compute dtype.
     """
 
     trits: Tensor
     columns: Tensor
     sizes: tuple[int, ...]
+    activation_quant: str = "token"
+    weights: Tensor | None = None
 
     @classmethod
-    def of(cls, trits: Sequence[Tensor], scales: Sequence[Tensor]) -> "Stacked":
-        """Stack the trits [N_i, K] and scales (scalars) of several layers."""
+    def of(cls, trits: Sequence[Tensor], scales: Sequence[Tensor], activation_quant: str, dtype: Any) -> "Stacked":
+        """Stack the trits [N_i, K] and scales (scalars) of several layers that compute in `dtype`."""
         sizes = [part.shape[0] for part in trits]
-        return cls(torch.cat(list(trits)), _columns(scales, sizes), tuple(sizes))
+        stacked, columns = torch.cat(list(trits)), _columns(scales, sizes)
+        weights = None if activation_quant == "token" else (stacked.float() * columns[:, None]).to(dtype)
+        return cls(stacked, columns, tuple(sizes), activation_quant, weights)
 
     def parts(self) -> Sequence[Tensor]:
         """Each layer's trits, as views."""
@@ -188,10 +195,15 @@ class Stacked:
         return parts
 
     def apply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Sequence[Tensor]:
-        """The numbers of `ternary_linears` with activations quantised per token; keeps nothing for a backward pass."""
+        """The numbers of `ternary_linears`; keeps nothing for a backward pass."""
+        if self.weights is not None:
+            x = x if norm is None else reference.rms_norm(x, norm, eps)
+            together = F.linear(reference.quantized(x, self.activation_quant), self.weights)
+            outputs: Sequence[Tensor] = together.split(self.sizes, dim=-1)
+            return outputs
         flat = x.reshape(-1, x.shape[-1])
         how = pick_product(flat.shape[0], flat.shape[1], sum(self.sizes), x.device, self.trits.dtype)
         q, row_scale, _ = _quantize(flat, norm, eps)
         y = _product(q, row_scale, self.trits, self.columns, how, x.dtype).view(*x.shape[:-1], -1)
-        outputs: Sequence[Tensor] = y.split(self.sizes, dim=-1)
+        outputs = y.split(self.sizes, dim=-1)
         return outputs

@@ -10,8 +10,9 @@ from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from smelter.serving.engine import Answer, End, Engine, EngineBusy, EngineStopped, Piece, Request, Token
+from smelter.serving.engine import Engine, EngineBusy, EngineStopped
 from smelter.serving.errors import ApiError
+from smelter.serving.request import Answer, End, Piece, Request, Token
 from smelter.serving.stats import Stats
 from smelter.tokenizer import Tokenizer
 

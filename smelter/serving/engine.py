@@ -2,9 +2,9 @@
 
 As in Orca (Yu et al., OSDI 2022), every step decodes one token for each request in work, whatever its age. A new
 request's prompt is read in pieces between the steps, so that nobody waits long. All keys live in one cache, a slot for
-each request; those in work stand first, without holes, so that a step reads views and no copies. What a request
-leaves behind is kept until its slot is needed: a prompt that begins like an earlier one, as it does while somebody
-types, is read from where they differ.
+each request; those in work stand first, without holes, so that a step reads views and no copies, and short prompts
+that wait together are read together. What a request leaves behind is kept until its slot is needed: a prompt that
+begins like an earlier one, as it does while somebody types, is read from where they differ.
 
 One thread does it all and calls each request's `deliver`. Every row has its own sampling parameters, and random numbers
 that come from its seed alone: the answer is the one of `smelter.generate`, whoever else is being served.
@@ -15,8 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,15 +24,14 @@ from smelter.cache import KVCache
 from smelter.generate import sample, uniforms_of
 from smelter.healing import Healing
 from smelter.model import Model
+from smelter.serving.request import Answer, End, Finish, Piece, Request, Token
 from smelter.serving.text import TextStream
 from smelter.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 256
-"""Tokens of a prompt that are read between two steps of the others."""
+"""Tokens of prompts that are read between two steps of the others."""
 MIN_SHARED_TOKENS = 16
 """From how many equal tokens on an earlier prompt's keys are used again."""
-
-Finish = Literal["stop", "length", "time", "cancelled", "error"]
 
 
 class EngineBusy(Exception):
@@ -42,89 +40,6 @@ class EngineBusy(Exception):
 
 class EngineStopped(Exception):
     """The engine takes no more requests: it is being shut down, or it failed."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of the answer: the bytes that it adds to the text, its log-probability, and the likeliest instead."""
-
-    id: int
-    raw: bytes
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class End:
-    """Why an answer ended, and what it took. Times in seconds; `num_cached` prompt tokens needed no reading."""
-
-    finish: Finish
-    stop: str | None = None
-    num_prompt: int = 0
-    num_cached: int = 0
-    num_tokens: int = 0
-    wait_seconds: float = 0.0
-    prompt_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What comes of an answer: text, the tokens that it completes, and at last the end.
-
-    `prompt` holds the prompt's tokens, where the request asked for their log-probabilities.
-    """
-
-    text: str
-    tokens: tuple[Token, ...] = ()
-    end: End | None = None
-    prompt: tuple[Token, ...] = ()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue and how; `ids` and `pending` as in `generate.EncodedPrompt`.
-
-    `num_top` likeliest tokens are told with each. `max_seconds` counts from the first token. `max_tokens` may be 0
-    where `prompt_logprobs` are asked for.
-    """
-
-    ids: Sequence[int]
-    pending: bytes = b""
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stops: Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
-    num_top: int = 0
-    prompt_logprobs: bool = False
-    max_seconds: float | None = None
-
-
-@dataclass(eq=False)
-class Answer:
-    """A request on its way through the engine."""
-
-    request: Request
-    deliver: Callable[[Piece], None]
-    text: TextStream
-    uniforms: Tensor
-    limit: int
-    submitted: float = field(default_factory=time.monotonic)
-    started: float = 0.0
-    first: float = 0.0
-    slot: int = -1
-    lane: int = -1
-    num_read: int = 0
-    num_cached: int = 0
-    num_tokens: int = 0
-    next_id: int = 0
-    num_bytes: int = 0
-    held: list[tuple[Token, int]] = field(default_factory=list)
-    prompt: list[Token] = field(default_factory=list)
-    is_cancelled: bool = False
 
 
 @dataclass
@@ -157,7 +72,7 @@ class Engine:
         self._used = [0] * num_slots  # when, in steps
         self._lanes = list(range(num_slots))
         self._rows: list[Answer] = []  # in work; rows[i] has slot i
-        self._reading: Answer | None = None
+        self._reading: list[Answer] = []  # read together, in slots side by side
         self._waiting: deque[Answer] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -177,7 +92,7 @@ class Engine:
     @property
     def num_active(self) -> int:
         """Requests in work."""
-        return len(self._rows) + (self._reading is not None)
+        return len(self._rows) + len(self._reading)
 
     @property
     def num_waiting(self) -> int:
@@ -220,19 +135,31 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        try:
-            while self._wait_for_work():
+        while self._wait_for_work():
+            try:
                 self._drop_cancelled()
-                if self._reading is not None:
-                    self._read_prompt(self._reading)
+                if self._reading:
+                    self._read_prompts()
                 if self._rows:
                     self._decode()
-        except Exception as error:  # a defect: whoever waits must hear of it
-            traceback.print_exc()
-            with self._changed:
-                self.failure = f"{type(error).__name__}: {error}"
-        for answer in [*self._rows, *([self._reading] if self._reading else []), *self._waiting]:
+            except Exception as error:  # a defect: whoever waits must hear of it, and the others are served on
+                traceback.print_exc()
+                if not self._give_up():
+                    with self._changed:
+                        self.failure = f"{type(error).__name__}: {error}"
+                    break
+        for answer in [*self._rows, *self._reading, *self._waiting]:
             self._finish(answer, "error" if self.failure else "cancelled")
+
+    def _give_up(self) -> bool:
+        """End all that is in work, whose state cannot be trusted; False if it is none of theirs that is broken."""
+        broken = [*self._rows, *self._reading]
+        self._rows, self._reading, self._lanes = [], [], list(range(self.num_slots))
+        self._stored = [[] for _ in range(self.num_slots)]
+        for answer in broken:
+            answer.lane = -1
+            self._finish(answer, "error")
+        return bool(broken)
 
     def _wait_for_work(self) -> bool:
         """Until there is some; False to end. Takes the next request out of the queue if it can be begun."""
@@ -241,22 +168,40 @@ class Engine:
             for answer in [answer for answer in self._waiting if answer.is_cancelled]:
                 self._waiting.remove(answer)
                 self._finish(answer, "cancelled")
-            if self._waiting and self._reading is None and len(self._rows) < self.num_slots:
-                self._reading = self._waiting.popleft()
-                self._place(self._reading)
+            if not self._reading:
+                while self._waiting and self.num_active < self.num_slots and self._fits(self._waiting[0].request.ids):
+                    self._place(self._waiting.popleft())
             return not self._stopping
 
+    def _fits(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt can be read with those chosen: padded to the longest, in one piece, inside the context.
+
+        One that begins like one of them waits for it, and need not read that again.
+        """
+        longest = max([len(ids), *(len(answer.request.ids) for answer in self._reading)])
+        return not self._reading or (
+            longest * (len(self._reading) + 1) <= PREFILL_TOKENS
+            and 2 * longest <= self.context
+            and all(_num_shared(answer.request.ids, ids) < MIN_SHARED_TOKENS for answer in self._reading)
+        )
+
     def _place(self, answer: Answer) -> None:
-        """Give a request its slot: one that holds the beginning of its prompt, or the one unused for longest."""
+        """Give a request its slot: one that holds the beginning of its prompt, or the one unused for longest.
+
+        It is brought beside those of the prompts that are read with it.
+        """
         ids = list(answer.request.ids)
         shared = [0 if answer.request.prompt_logprobs else _num_shared(stored, ids) for stored in self._stored]
         source = max(range(self.num_slots), key=shared.__getitem__)
         length = shared[source] if shared[source] >= MIN_SHARED_TOKENS else 0
-        free = range(len(self._rows), self.num_slots)
-        answer.slot = source if length and source in free else min(free, key=self._used.__getitem__)
-        if length and answer.slot != source:
-            self._cache.copy(source, answer.slot, length)
-        self._stored[answer.slot] = ids[:length]
+        free = range(self.num_active, self.num_slots)
+        slot = source if length and source in free else min(free, key=self._used.__getitem__)
+        if length and slot != source:
+            self._cache.copy(source, slot, length)
+        self._stored[slot] = ids[:length]
+        answer.slot = free[0]
+        self._swap(slot, answer.slot)
+        self._reading.append(answer)
         answer.num_read = answer.num_cached = length
         answer.lane = self._lanes.pop()
         answer.started = time.monotonic()
@@ -264,33 +209,45 @@ class Engine:
         self.counts.requests += 1
         self.counts.cached_tokens += length
 
-    def _read_prompt(self, answer: Answer) -> None:
-        """The next piece of a prompt; after the last its first token is chosen, and it joins the others."""
+    def _read_prompts(self) -> None:
+        """The next piece of the prompts; whose prompt has ended gets its first token and joins the others."""
         started = time.monotonic()
-        ids, start = answer.request.ids, answer.num_read
-        end = min(start + PREFILL_TOKENS, len(ids))
-        tokens = torch.tensor([list(ids[start:end])], device=self._device)
-        positions = torch.arange(start, end, device=self._device)[None]
-        mask = self._cache.advance(positions, end, first=answer.slot)
-        hidden = self.model(tokens, positions=positions, cache=self._cache, mask=mask)[0]  # [T, C]
-        self._stored[answer.slot] += ids[start:end]
-        self.counts.prompt_tokens += end - start
-        if answer.request.prompt_logprobs:
-            self._note_prompt(answer, hidden, start)
-        answer.num_read = end
-        if end == len(ids):
-            self._reading = None
+        reading = list(self._reading)
+        starts, size = [answer.num_read for answer in reading], PREFILL_TOKENS // len(reading)
+        pieces = [list(answer.request.ids[start : start + size]) for answer, start in zip(reading, starts, strict=True)]
+        width = max(map(len, pieces))
+        # What pads a shorter piece is overwritten before anybody sees it.
+        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=self._device)
+        positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(width, device=self._device)
+        mask = self._cache.advance(positions, max(starts) + width, first=reading[0].slot)
+        hidden = self.model(tokens, positions=positions, cache=self._cache, mask=mask)  # [B, T, C]
+        for answer, piece, states in zip(reading, pieces, hidden, strict=True):
+            self._stored[answer.slot] += piece
+            self.counts.prompt_tokens += len(piece)
+            if answer.request.prompt_logprobs:
+                self._note_prompt(answer, states[: len(piece)], answer.num_read)
+            answer.num_read += len(piece)
+        done = [index for index, answer in enumerate(reading) if answer.num_read == len(answer.request.ids)]
+        if done:
+            self._join([reading[index] for index in done], hidden[done, [len(pieces[index]) - 1 for index in done]])
+        self.counts.prompt_seconds += time.monotonic() - started
+
+    def _join(self, answers: list[Answer], hidden: Tensor) -> None:
+        """Answers whose prompts are read, with the last hidden states [B, C], join those in work."""
+        for answer in answers:
+            self._reading.remove(answer)
             self._swap(answer.slot, len(self._rows))
             answer.slot = len(self._rows)
             self._rows.append(answer)
             if answer.prompt:
                 answer.deliver(Piece("", prompt=tuple(answer.prompt)))
             answer.first = time.monotonic()
-            if answer.limit:
-                self._choose([answer], self._logits(hidden[-1:]))
-            else:
+        writing = [index for index, answer in enumerate(answers) if answer.limit]
+        if writing:
+            self._choose([answers[index] for index in writing], self._logits(hidden[writing]))
+        for answer in answers:
+            if not answer.limit:
                 self._finish(answer, "length")
-        self.counts.prompt_seconds += time.monotonic() - started
 
     def _note_prompt(self, answer: Answer, hidden: Tensor, start: int) -> None:
         """Log-probabilities of a prompt's tokens: hidden [T, C] at `start` and after tell those of the next tokens."""
@@ -334,13 +291,14 @@ class Engine:
             uniforms = torch.stack([rows[index].uniforms[rows[index].num_tokens] for index in indices])
             picked = possible if len(indices) == len(rows) else possible[indices]
             chosen[indices] = sample(picked, uniforms.to(self._device), temperature, top_k, top_p)
-        logprobs = logits.log_softmax(dim=-1)
-        values = logprobs.gather(-1, chosen[:, None]).squeeze(-1).tolist()
+        total = logits.logsumexp(dim=-1)
+        values = (logits.gather(-1, chosen[:, None]).squeeze(-1) - total).tolist()
         for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            self._take(row, token, values[index], logprobs[index])
+            top = _likeliest(logits[index] - total[index], row.request) if row.request.num_top else ()
+            self._take(row, token, values[index], top)
 
-    def _take(self, row: Answer, token: int, logprob: float, logprobs: Tensor) -> None:
-        """Row `row` wrote `token`."""
+    def _take(self, row: Answer, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+        """Row `row` wrote `token`, where the likeliest were `top`."""
         request = row.request
         if self._healing.is_pending(row.lane):
             self._healing.advance(row.lane, token)
@@ -354,7 +312,7 @@ class Engine:
         added = raw[row.text.skip :]
         text = row.text.push(raw)
         if added:
-            row.held.append((Token(token, added, logprob, _likeliest(logprobs, request)), row.num_bytes))
+            row.held.append((Token(token, added, logprob, top), row.num_bytes))
             row.num_bytes += len(added)
         if row.text.stop is not None:
             self._finish(row, "stop", text)
@@ -397,14 +355,13 @@ class Engine:
             self._lanes.append(answer.lane)
             self._used[answer.slot] = self.counts.steps
             answer.lane = -1
-        if answer is self._reading:
-            self._reading = None
-        elif answer in self._rows:
-            last = len(self._rows) - 1
-            self._swap(answer.slot, last)
-            self._rows[answer.slot] = self._rows[last]
-            self._rows[answer.slot].slot = answer.slot
-            self._rows.pop()
+        for group in (self._rows, self._reading):
+            if answer in group:
+                last = group[-1]
+                self._swap(answer.slot, last.slot)
+                group[group.index(answer)] = last
+                last.slot = answer.slot
+                group.pop()
         answer.deliver(Piece(text, self._shown(answer), end))
 
     def _swap(self, a: int, b: int) -> None:
@@ -414,7 +371,7 @@ class Engine:
             self._used[a], self._used[b] = self._used[b], self._used[a]
 
     def _drop_cancelled(self) -> None:
-        for answer in [*self._rows, *([self._reading] if self._reading else [])]:
+        for answer in [*self._rows, *self._reading]:
             if answer.is_cancelled:
                 self._finish(answer, "cancelled")
 

@@ -15,8 +15,8 @@ from smelter.chat import ChatFormat, stop_ids
 from smelter.errors import DataError
 from smelter.generate import make_prompt
 from smelter.serving.asking import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
-from smelter.serving.engine import End, Request, Token
 from smelter.serving.errors import ApiError
+from smelter.serving.request import End, Request, Token
 from smelter.serving.schema import (
     MAX_CHOICES,
     MAX_SEED,
