@@ -95,6 +95,17 @@ def test_who_goes_away_is_not_waited_for(url: str) -> None:
     wait_until(lambda: httpx.get(f"{url}/health").json()["active"] == 0)
 
 
+@pytest.mark.real
+@needs_program
+def test_killed_it_leaves_no_llama_server(run: Path, url: str) -> None:
+    """`url` made the file."""
+    with command(run, "--engine", "llama.cpp", "--llama-server", str(PROGRAM)) as (process, _):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (child,) = [Path(f"/proc/{pid}") for pid in children if "llama-server" in Path(f"/proc/{pid}/comm").read_text()]
+        process.kill()
+        wait_until(lambda: not child.exists() or "Z (zombie)" in (child / "status").read_text())
+
+
 def one_line(run: Path, capfd: pytest.CaptureFixture[str], *options: str) -> str:
     assert main(["serve", str(run), "--port", "0", "--engine", "llama.cpp", *options]) == 2
     err = capfd.readouterr().err

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -40,6 +41,18 @@ from smelter.serving.schema import (
 from smelter.serving.stats import Stats
 
 START_SECONDS = 120
+DIE_WITH_US = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("whoever started this is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Starts a program that the kernel ends when we die, even by SIGKILL: argv is our process id, the program, its options.
+
+In a process of its own, since code between fork and exec is no good where threads run (preexec_fn).
+"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ def start_llama_server(program: str, gguf: Path, *, context: int, num_slots: int
     with tempfile.TemporaryFile() as log:
         # The key goes by the environment: command lines are everybody's to read.
         environment = os.environ | {"LLAMA_API_KEY": key}
+        command = [sys.executable, "-c", DIE_WITH_US, str(os.getpid()), *command]
         # Ctrl+C is for us; we end it when what is in flight is done.
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + START_SECONDS
