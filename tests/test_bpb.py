@@ -47,23 +47,29 @@ def token_by_token(model: Model, ids: list[int], stride: int) -> float:
     return total
 
 
-def test_bits_per_byte_scores_every_token_once(shards: Path) -> None:
-    model = tiny.model(max_seq_len=32)
+@pytest.fixture(scope="module")
+def one_by_one(shards: Path) -> list[float]:
+    """Each held-out document's nats, token by token, at stride 16."""
     split = ShardSet.open(shards).split("val")
     documents = [[int(i) for i in split.doc(i)] for i in range(split.num_docs)]
     assert sorted(tiny.tokenizer().decode(ids) for ids in documents) == sorted(PIECES[:4])
-    expected = sum(token_by_token(model, ids, 16) for ids in documents) / math.log(2) / sum(map(len, PIECES[:4]))
+    return [token_by_token(tiny.model(max_seq_len=32), ids, 16) for ids in documents]
+
+
+def test_bits_per_byte_scores_every_token_once(shards: Path, one_by_one: list[float]) -> None:
+    model = tiny.model(max_seq_len=32)
+    split = ShardSet.open(shards).split("val")
+    expected = sum(one_by_one) / math.log(2) / sum(map(len, PIECES[:4]))
     for batch_size in (1, 7):
         assert bits_per_byte(model, split, stride=16, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_every_document_has_its_own_nats(shards: Path, batch_size: int) -> None:
+def test_every_document_has_its_own_nats(shards: Path, batch_size: int, one_by_one: list[float]) -> None:
     model = tiny.model(max_seq_len=32)
     split = ShardSet.open(shards).split("val")
     nats = document_nats(model, split, stride=16, batch_size=batch_size)
-    expected = [token_by_token(model, [int(i) for i in split.doc(i)], 16) for i in range(split.num_docs)]
-    assert nats == pytest.approx(np.array(expected), rel=1e-4)
+    assert nats == pytest.approx(np.array(one_by_one), rel=1e-4)
 
 
 def test_languages_add_up(shards: Path) -> None:

@@ -146,6 +146,7 @@ def test_several_sources_keep_their_names(tmp_path: Path) -> None:
         find_trees(Options(source=(f"{tmp_path}/one/src", f"{tmp_path}/two/src")))
 
 
+@pytest.mark.slow
 def test_stdlib_is_the_running_pythons_own() -> None:
     records, summary = collect(Path(), Options(source=("stdlib",)))
     root = Path(sysconfig.get_path("stdlib"))

@@ -209,6 +209,7 @@ def test_a_teacher_in_the_same_process(shards: Path, tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_for_a_time_ends_in_time(shards: Path, tmp_path: Path) -> None:
     start = time.monotonic()
     assert main(command(shards, tmp_path / "r", "--train-minutes", "0.06")) == 0
