@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smelter.bitnet import BitLinear, RMSNorm, apply_together, freeze, quantize_weights
 from smelter.config import ModelConfig
-from smelter.kernels import Documents, documents, reference
+from smelter.kernels import Documents, ScreenedHead, documents, int8_product, reference
 from smelter.kernels import attention as run_attention
 
 
@@ -136,6 +136,8 @@ class Model(nn.Module):
         self.trit_dtype = compute_dtype
         """What trits are kept in: the compute dtype, ready for single tokens, or int8, half the size, for training."""
         self.use_gradient_checkpointing = False
+        self.screened: ScreenedHead | None = None
+        """Made by `freeze`, where it pays."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -188,6 +190,8 @@ class Model(nn.Module):
                 ],
                 self.compute_dtype,
             )
+        if self.compute_dtype == torch.float32 and int8_product(self.head.device) == "cpu":
+            self.screened = ScreenedHead.of(self.head)
 
     @property
     def head(self) -> Tensor:
@@ -229,3 +233,9 @@ class Model(nn.Module):
         """Soft-capped float32 logits [..., vocab_size] of hidden states [..., C]."""
         logits = F.linear(hidden, self.head.to(hidden.dtype)).float()
         return reference.soft_cap(logits, self.config.final_logit_soft_cap)
+
+    def likeliest(self, hidden: Tensor, count: int) -> Tensor:
+        """The token [B] of the largest logit for hidden states [B, C], of the first `count` tokens."""
+        if self.screened is None or torch.is_grad_enabled():
+            return self.logits(hidden)[:, :count].argmax(dim=-1)
+        return self.screened.argmax(hidden, count)  # the soft-cap changes no order

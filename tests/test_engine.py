@@ -4,6 +4,7 @@ import queue
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from smelter.cache import KVCache
 from smelter.generate import complete_text, generate, make_prompt
+from smelter.healing import Healing
+from smelter.kernels import screened
 from smelter.serving import engine as engine_module
 from smelter.serving.engine import Engine, EngineBusy, EngineStopped
 from smelter.serving.request import Answer, Piece, Request
@@ -88,7 +91,7 @@ def test_many_at_once_equal_one_at_a_time(engine: Engine, sampling: dict[str, An
     eos = tiny.tokenizer().eos_id
     prompts, lengths = random_prompts(10), [1, 3, 30, 7, 50, 2, 90, 5, 12, 20]
     requests = [
-        Request(prompt, max_tokens=length, seed=100 + i, stop_ids=[eos], **sampling)
+        Request(prompt, max_tokens=length, seed=100 + i, stop_ids=[eos], num_top=0, **sampling)
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
     asked = [Asked(engine, request) for request in requests]
@@ -103,6 +106,27 @@ def test_many_at_once_equal_one_at_a_time(engine: Engine, sampling: dict[str, An
         told = [token.logprob for piece in each.pieces for token in piece.tokens]
         expected = [p for i, p in zip(alone.ids, alone.logprobs, strict=True) if tiny.tokenizer().decode_bytes([i])]
         assert told == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_frozen_model_answers_as_it_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows get their token from the screened head, their neighbours from all logits."""
+    monkeypatch.setattr(screened, "MIN_PRODUCTS", 0)
+    model, prompts = tiny.model(), random_prompts(8, seed=4)
+    model.freeze()
+    engine = Engine(model, tiny.tokenizer(), num_slots=5)
+    settings: list[dict[str, Any]] = [{}, {}, {"temperature": 0.9}, {"num_top": 2}]
+    requests = [Request(ids, max_tokens=20, seed=i, **settings[i % 4]) for i, ids in enumerate(prompts)]
+    requests[1] = replace(requests[1], pending=b"de")
+    asked = [Asked(engine, request) for request in requests]
+    engine.start()
+    for each, request in zip(asked, requests, strict=True):
+        healing = Healing(tiny.tokenizer(), [request.pending])
+        options = {"temperature": request.temperature, "seed": request.seed, "max_tokens": 20, "healing": healing}
+        spelt = alone_ids(request.ids, **options)
+        assert [token.id for piece in each.all().pieces for token in piece.tokens][-len(spelt) + 1 :] == spelt[1:]
+        told = {token.logprob is not None for piece in each.pieces for token in piece.tokens}
+        assert told == {request.num_top is not None}
+    engine.stop()
 
 
 def test_mixed_sampling_in_one_batch(engine: Engine) -> None:

@@ -37,8 +37,12 @@ SMELTER = {
     "kernels.soft_cap": "",
     "kernels.blocked": "kernels.soft_cap",
     "kernels.cached": "kernels.reference",
+    "kernels.screened": "kernels.reference",
     "kernels.ternary": "kernels.reference kernels.capability kernels.triton_ops",
-    "kernels": "kernels.reference kernels.capability kernels.cached kernels.ternary kernels.blocked kernels.flex",
+    "kernels": (
+        "kernels.reference kernels.capability kernels.cached kernels.screened kernels.ternary kernels.blocked "
+        "kernels.flex"
+    ),
     "bitnet": f"{BASE} kernels kernels.reference kernels.triton_weights",
     "cache": BASE,
     "infill": BASE,

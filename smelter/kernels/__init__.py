@@ -13,6 +13,7 @@ from smelter.kernels import reference
 from smelter.kernels.blocked import capped_attention
 from smelter.kernels.cached import cached_attention
 from smelter.kernels.capability import capability as capability_of
+from smelter.kernels.screened import ScreenedHead
 from smelter.kernels.ternary import Stacked, int8_product, ternary_linears, uses_triton
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Documents",
+    "ScreenedHead",
     "Stacked",
     "attention",
     "documents",

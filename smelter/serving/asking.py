@@ -61,16 +61,24 @@ class Result:
 
 
 class Stream:
-    """The pieces of several answers as they come; made by `ask`."""
+    """The pieces of several answers, as they come or, where nobody reads them before the end, all at once then.
 
-    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
+    Each handing over interrupts the engine: two threads share one interpreter.
+    """
+
+    def __init__(self, service: Service, requests: Sequence[Request], *, at_end: bool = False) -> None:
         self._service, self._open = service, len(requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def deliver_to(index: int) -> Callable[[Piece], None]:
+            held: list[Piece] = []
+
             def deliver(piece: Piece) -> None:
-                loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+                held.append(piece)
+                if piece.end is not None or not at_end:
+                    loop.call_soon_threadsafe(self._put, index, tuple(held))
+                    held.clear()
 
             return deliver
 
@@ -81,6 +89,10 @@ class Stream:
             raise ApiError(429, f"the queue is full: {error}: try again later", headers=headers) from None
         except EngineStopped as error:
             raise ApiError(503, str(error), headers={"Retry-After": "5"}) from None
+
+    def _put(self, index: int, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            self._queue.put_nowait((index, piece))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         """(index of the request, piece), until each has ended. ApiError if the engine fails."""
@@ -123,7 +135,7 @@ async def unless_gone(receive: Receive, work: Awaitable[Any]) -> bool:
 
 async def collect(service: Service, http: HttpRequest, requests: Sequence[Request]) -> list[Result] | None:
     """Every answer whole; None where the client went away meanwhile."""
-    stream = Stream(service, requests)
+    stream = Stream(service, requests, at_end=True)
     results = [Result() for _ in requests]
 
     async def read() -> None:

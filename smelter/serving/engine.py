@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from smelter.cache import KVCache
-from smelter.generate import sample, uniforms_of
+from smelter.generate import MIN_TEMPERATURE, sample, uniforms_of
 from smelter.healing import Healing
 from smelter.model import Model
-from smelter.serving.request import Answer, End, Finish, Piece, Request, Token
+from smelter.serving.request import Answer, End, Finish, Piece, Request, Token, Top
 from smelter.serving.text import TextStream
 from smelter.tokenizer import Tokenizer
 
@@ -244,7 +244,7 @@ class Engine:
             answer.first = time.monotonic()
         writing = [index for index, answer in enumerate(answers) if answer.limit]
         if writing:
-            self._choose([answers[index] for index in writing], self._logits(hidden[writing]))
+            self._choose([answers[index] for index in writing], hidden[writing])
         for answer in answers:
             if not answer.limit:
                 self._finish(answer, "length")
@@ -272,15 +272,34 @@ class Engine:
         for stored, row in zip(self._stored, self._rows, strict=False):
             stored.append(row.next_id)
         self.counts.steps += 1
-        self._choose(list(self._rows), self._logits(hidden))
+        self._choose(list(self._rows), hidden)
         self.counts.decode_seconds += time.monotonic() - started
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., C] for the ids that are tokens: an embedding may have more rows."""
         return self.model.logits(hidden)[..., : self.tokenizer.vocab_size]
 
-    def _choose(self, rows: list[Answer], logits: Tensor) -> None:
-        """Choose the next token of each row by its logits [B, V], and tell what comes of it."""
+    def _choose(self, rows: list[Answer], hidden: Tensor) -> None:
+        """Choose the next token of each row by its hidden state [B, C], and tell what comes of it."""
+        is_greedy = [self._asks_for_the_likeliest(row) for row in rows]
+        greedy, others = ([index for index, each in enumerate(is_greedy) if each is kind] for kind in (True, False))
+        told: dict[int, tuple[int, float | None, Top]] = {}
+        if greedy:
+            chosen = self.model.likeliest(hidden if not others else hidden[greedy], self.tokenizer.vocab_size)
+            told |= {index: (token, None, ()) for index, token in zip(greedy, chosen.tolist(), strict=True)}
+        if others:
+            logits = self._logits(hidden if not greedy else hidden[others])
+            told |= zip(others, self._sample([rows[index] for index in others], logits), strict=True)
+        for index, row in enumerate(rows):
+            self._take(row, *told[index])
+
+    def _asks_for_the_likeliest(self, row: Answer) -> bool:
+        """And for no more: no chance, no log-probabilities, nothing to spell."""
+        asked = row.request
+        return asked.temperature < MIN_TEMPERATURE and asked.num_top is None and not self._healing.is_pending(row.lane)
+
+    def _sample(self, rows: list[Answer], logits: Tensor) -> list[tuple[int, float | None, Top]]:
+        """A token for each row by its logits [B, V]; with log-probabilities where they were asked for."""
         possible = self._healing.restrict(logits, [row.lane for row in rows])
         groups: dict[tuple[float, int, float], list[int]] = {}
         for index, row in enumerate(rows):
@@ -291,13 +310,14 @@ class Engine:
             uniforms = torch.stack([rows[index].uniforms[rows[index].num_tokens] for index in indices])
             picked = possible if len(indices) == len(rows) else possible[indices]
             chosen[indices] = sample(picked, uniforms.to(self._device), temperature, top_k, top_p)
-        total = logits.logsumexp(dim=-1)
-        values = (logits.gather(-1, chosen[:, None]).squeeze(-1) - total).tolist()
-        for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            top = _likeliest(logits[index] - total[index], row.request) if row.request.num_top else ()
-            self._take(row, token, values[index], top)
+        found: list[tuple[int, float | None, Top]] = [(token, None, ()) for token in chosen.tolist()]
+        for index, (row, (token, _, _)) in enumerate(zip(rows, found, strict=True)):
+            if row.request.num_top is not None:
+                logprobs = logits[index] - logits[index].logsumexp(dim=-1)
+                found[index] = token, float(logprobs[token]), _likeliest(logprobs, row.request)
+        return found
 
-    def _take(self, row: Answer, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+    def _take(self, row: Answer, token: int, logprob: float | None, top: Top) -> None:
         """Row `row` wrote `token`, where the likeliest were `top`."""
         request = row.request
         if self._healing.is_pending(row.lane):
@@ -382,7 +402,7 @@ def _num_shared(stored: Sequence[int], ids: Sequence[int]) -> int:
     return next((index for index in range(most) if stored[index] != ids[index]), most)
 
 
-def _likeliest(logprobs: Tensor, request: Request) -> tuple[tuple[int, float], ...]:
+def _likeliest(logprobs: Tensor, request: Request) -> Top:
     """The tokens that the model finds likeliest by `logprobs` [V], as many as were asked for."""
     if not request.num_top:
         return ()

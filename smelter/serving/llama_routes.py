@@ -30,7 +30,7 @@ def _request(
         seed=pick_seed(body.seed),
         stops=body.stop,
         stop_ids=[service.tokenizer.eos_id],
-        num_top=body.n_probs,
+        num_top=body.n_probs or None,
         max_seconds=body.t_max_predict_ms / 1_000 or None,
     )
 
@@ -109,7 +109,7 @@ def _final(service: Service, asked: Asked, content: str, text: str, end: End) ->
             "top_p": request.top_p,
             "n_predict": request.max_tokens,
             "stop": list(request.stops),
-            "n_probs": request.num_top,
+            "n_probs": request.num_top or 0,
         },
         "has_new_line": "\n" in text,
         "truncated": asked.num_dropped > 0,

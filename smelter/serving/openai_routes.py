@@ -90,8 +90,8 @@ def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     check_max_tokens(max_tokens, context)
     prompts = _prompts(body)
-    num_top = int(body.logprobs) if body.logprobs is not None else 0
-    prompt_logprobs = bool(body.echo) and body.logprobs is not None
+    num_top = None if body.logprobs is None or body.logprobs is False else int(body.logprobs)
+    prompt_logprobs = bool(body.echo) and num_top is not None
     if not prompts or len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"prompt: 1 to {MAX_CHOICES} prompts times n, and not {len(prompts) * (body.n or 1)}")
     if body.best_of not in (None, body.n or 1):
@@ -261,7 +261,7 @@ def _asked_chat(body: ChatRequest, service: Service) -> Asked:
         seed=pick_seed(body.seed),
         stops=body.stops(),
         stop_ids=stop_ids(tokenizer),
-        num_top=(body.top_logprobs or 0) if body.logprobs else 0,
+        num_top=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return Asked(request, "", len(ids))
 

@@ -10,16 +10,21 @@ from torch import Tensor
 from smelter.serving.text import TextStream
 
 Finish = Literal["stop", "length", "time", "cancelled", "error"]
+Top = tuple[tuple[int, float], ...]
+"""The likeliest tokens and their log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the answer: the bytes that it adds to the text, its log-probability, and the likeliest instead."""
+    """A token of the answer: the bytes that it adds to the text, its log-probability, and the likeliest instead.
+
+    The log-probability is None where nobody asked for it, and for a prompt's first token.
+    """
 
     id: int
     raw: bytes
     logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Piece:
 class Request:
     """What to continue and how; `ids` and `pending` as in `generate.EncodedPrompt`.
 
-    `num_top` likeliest tokens are told with each. `max_seconds` counts from the first token. `max_tokens` may be 0
-    where `prompt_logprobs` are asked for.
+    With each token its log-probability is told and the `num_top` likeliest tokens; None tells neither, which is
+    quicker. `max_seconds` counts from the first token. `max_tokens` may be 0 where `prompt_logprobs` are asked for.
     """
 
     ids: Sequence[int]
@@ -66,7 +71,7 @@ class Request:
     seed: int = 0
     stops: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
-    num_top: int = 0
+    num_top: int | None = None
     prompt_logprobs: bool = False
     max_seconds: float | None = None
 
