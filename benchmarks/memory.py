@@ -137,7 +137,11 @@ def main() -> None:
         for recompute in (False, True)
         for batch, length in (QUICK if options.quick else FULL)
     ]
-    results = [measure_apart(setting) for setting in settings]
+    results = []
+    for setting in settings:
+        results.append(measure_apart(setting))
+        said = ", ".join(f"{key} {value:.4g}" for key, value in results[-1].items())
+        print(f"{name(setting)}: {said}", file=sys.stderr, flush=True)  # a setting takes two minutes
     base = base_mib(settings[0], results[0])
     rows: dict[str, dict[str, Any]] = {}
     for setting, result in zip(settings, results, strict=True):
