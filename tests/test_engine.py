@@ -330,6 +330,17 @@ def test_a_defect_reaches_who_waits(engine: Engine, monkeypatch: pytest.MonkeyPa
     assert [each.all().ids for each in asked] == [alone_ids([5, i], max_tokens=9) for i in range(4)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_is_gone_takes_no_request(engine: Engine) -> None:
+    def broken(_: Piece) -> None:
+        raise ZeroDivisionError("nobody can be told")
+
+    engine.submit([Request([5], max_tokens=3)], [broken])
+    wait_until(lambda: not engine._thread.is_alive())
+    with pytest.raises(EngineStopped):
+        engine.submit([Request([5])], [print])
+
+
 def test_a_defect_of_no_request_stops_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     def broken() -> None:
         raise ZeroDivisionError("a defect")

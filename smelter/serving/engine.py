@@ -133,8 +133,15 @@ class Engine:
 
     # --- the engine's thread -----------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:  # however it ends: nobody may wait for a thread that is gone
+            with self._changed:
+                self._stopping = True
+
+    @torch.inference_mode()
+    def _work(self) -> None:
         while self._wait_for_work():
             try:
                 self._drop_cancelled()
@@ -162,7 +169,7 @@ class Engine:
         return bool(broken)
 
     def _wait_for_work(self) -> bool:
-        """Until there is some; False to end. Takes the next request out of the queue if it can be begun."""
+        """Until there is some; False to end. Takes out of the queue what can be begun."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._waiting or self._reading or self._rows)
             for answer in [answer for answer in self._waiting if answer.is_cancelled]:
