@@ -30,18 +30,20 @@ SMELTER = {
     "sandbox": BASE,
     "distributed": BASE,
     "kernels.reference": "",
-    "kernels.capability": "",
+    "kernels.native": "",
+    "kernels.capability": "kernels.native",
     "kernels.triton_ops": "",
     "kernels.triton_weights": "kernels.triton_ops",
     "kernels.flex": "",
     "kernels.soft_cap": "",
     "kernels.blocked": "kernels.soft_cap",
+    "kernels.tiled": "kernels.native kernels.soft_cap",
     "kernels.cached": "kernels.reference",
     "kernels.screened": "kernels.reference",
     "kernels.ternary": "kernels.reference kernels.capability kernels.triton_ops",
     "kernels": (
         "kernels.reference kernels.capability kernels.cached kernels.screened kernels.ternary kernels.blocked "
-        "kernels.flex"
+        "kernels.flex kernels.tiled"
     ),
     "bitnet": f"{BASE} kernels kernels.reference kernels.triton_weights",
     "cache": BASE,

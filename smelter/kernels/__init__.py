@@ -12,9 +12,12 @@ from torch import Tensor
 from smelter.kernels import reference
 from smelter.kernels.blocked import capped_attention
 from smelter.kernels.cached import cached_attention
+from smelter.kernels.capability import attends_in_tiles, int8_product, uses_triton
 from smelter.kernels.capability import capability as capability_of
 from smelter.kernels.screened import ScreenedHead
-from smelter.kernels.ternary import Stacked, int8_product, ternary_linears, uses_triton
+from smelter.kernels.ternary import Stacked, ternary_linears
+from smelter.kernels.tiled import takes as takes_tiles
+from smelter.kernels.tiled import tiled_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -55,6 +58,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float, *, mask: Tensor | Non
     if mask is not None:
         return cached_attention(q, k, v, mask, cap)
     if docs is None or isinstance(docs, Tensor):
+        if takes_tiles(q) and attends_in_tiles(q.device):
+            return tiled_attention(q, k, v, cap, docs)
         return capped_attention(q, k, v, cap, docs)
     from smelter.kernels.flex import flex_attention
 

@@ -9,13 +9,18 @@ it has AVX-512 VNNI or AMX.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from smelter.kernels import native
+
 Int8Product = Literal["cpu", "cublas", "triton", "none"]
-AttentionPath = Literal["blocked", "flex"]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+AttentionPath = Literal["blocked", "tiled", "flex"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Capability:
     or nobody ("none"): the integers are then multiplied as floats of `dtype`, which is as exact."""
 
     attention: AttentionPath
-    """Soft-capped attention in blocks of queries on batched products ("blocked") or by FlexAttention ("flex")."""
+    """Soft-capped attention in blocks of queries on batched products ("blocked"), by FlexAttention ("flex"), or by
+    the CPU's own kernel ("tiled"), which is for bf16 and leaves other dtypes and odd head sizes to the blocks."""
 
     use_triton: bool
     """Whether the element-wise and reduction kernels of `triton_ops` run here."""
@@ -47,18 +53,18 @@ class Capability:
             "triton": "int8 products by Triton",
             "none": f"products in {str(self.dtype).removeprefix('torch.')}",
         }[self.int8_product]
-        attention = {"blocked": "attention in blocks", "flex": "FlexAttention"}[self.attention]
+        attention = {"blocked": "attention in blocks", "tiled": "attention in tiles", "flex": "FlexAttention"}
         kernels = ", Triton kernels" if self.use_triton else ""
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}, {products}, {attention}{kernels}"
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}, {products}, {attention[self.attention]}{kernels}"
 
 
-def cpu_table(has_bf16: bool, has_int8: bool) -> Capability:
-    """The table's rows for CPUs, by whether bf16 and int8 products are native."""
+def cpu_table(has_bf16: bool, has_int8: bool, has_tiles: bool = False) -> Capability:
+    """The table's rows for CPUs, by whether bf16 and int8 products are native and our kernels are there."""
     return Capability(
         name="CPU with int8" if has_int8 else "CPU without int8",
         dtype=torch.bfloat16 if has_bf16 else torch.float32,
         int8_product="cpu" if has_int8 else "none",
-        attention="blocked",
+        attention="tiled" if has_tiles else "blocked",
         use_triton=False,
     )
 
@@ -95,12 +101,15 @@ def int8_mm_works(device: torch.device) -> bool:
 
 
 def _cpu_features() -> dict[str, bool]:
-    get_capabilities = getattr(torch.backends.cpu, "get_capabilities", None)
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is not None:
         return dict(get_capabilities())
+    has_amx = bool(torch.cpu._is_amx_tile_supported())
     return {
         "avx512_vnni": bool(torch.cpu._is_vnni_supported()),
         "avx512_bf16": bool(torch.cpu._is_avx512_bf16_supported()),
+        "amx_int8": has_amx,
+        "amx_bf16": has_amx,
     }
 
 
@@ -116,13 +125,43 @@ def cpu_has_bf16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def cpu_has_tiles() -> bool:
+    """Whether the CPU's own kernels run: AVX-512 BF16, and a compiler. With AMX the library's products are faster."""
+    found = _cpu_features()
+    return bool(found.get("avx512_bf16") and not found.get("amx_bf16")) and native.library() is not None
+
+
 @functools.cache
 def capability(device: torch.device) -> Capability:
     """The path of this device, decided at the first call. ValueError for devices other than CPU and CUDA."""
     if device.type == "cpu":
-        return cpu_table(cpu_has_bf16(), cpu_has_int8())
+        return cpu_table(cpu_has_bf16(), cpu_has_int8(), cpu_has_tiles())
     if device.type != "cuda":
         raise ValueError(f"no kernels for device {device}: use cpu or cuda")
     major, minor = torch.cuda.get_device_capability(device)
     has_triton = importlib.util.find_spec("triton") is not None
     return cuda_table(major, minor, has_triton, int8_mm_works(device))
+
+
+def _constant(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would load the compiler, a second, for who compiles nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def int8_product(device: torch.device) -> Int8Product:
+    """How this device multiplies int8; a constant to the compiler."""
+    return capability(device).int8_product
+
+
+@_constant
+def uses_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device; a constant to the compiler."""
+    return capability(device).use_triton
+
+
+@_constant
+def attends_in_tiles(device: torch.device) -> bool:
+    """Whether the CPU's own attention runs on this device; a constant to the compiler."""
+    return capability(device).attention == "tiled"

@@ -6,40 +6,19 @@ wide product in each direction. The forward product is one of small integers: wh
 backward pass, whose products are those of `reference.ternary_linear`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from smelter.kernels import reference
-from smelter.kernels.capability import Int8Product, capability
+from smelter.kernels.capability import Int8Product, int8_product, uses_triton
 
 MIN_INT8_ROWS = 32
 """Below this many tokens reading the weights is what takes the time, not multiplying them."""
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _constant(function: _Function) -> _Function:
-    """`torch.compiler.assume_constant_result`, which would load the compiler, a second, for who compiles nothing."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant
-def int8_product(device: torch.device) -> Int8Product:
-    """How this device multiplies int8; a constant to the compiler."""
-    return capability(device).int8_product
-
-
-@_constant
-def uses_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run on this device; a constant to the compiler."""
-    return capability(device).use_triton
 
 
 def pick_product(
