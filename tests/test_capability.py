@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from smelter.kernels import capability
+from smelter.kernels import capability, native
 from smelter.kernels.capability import Capability, cpu_table, cuda_table
 
 CUDA = [(7, 0), (7, 2), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 EVERY_ROW = [
     *(cpu_table(bf16, int8) for bf16 in (False, True) for int8 in (False, True)),
+    cpu_table(True, True, has_tiles=True),
     *(cuda_table(*version, triton, works) for version in CUDA for triton in (False, True) for works in (False, True)),
 ]
 
@@ -21,6 +22,7 @@ EVERY_ROW = [
     ("row", "dtype", "int8_product", "attention", "use_triton"),
     [
         (cpu_table(True, True), torch.bfloat16, "cpu", "blocked", False),
+        (cpu_table(True, True, has_tiles=True), torch.bfloat16, "cpu", "tiled", False),
         (cpu_table(False, False), torch.float32, "none", "blocked", False),
         (cpu_table(False, True), torch.float32, "cpu", "blocked", False),
         (cuda_table(7, 0, True, True), torch.float16, "none", "blocked", False),
@@ -58,7 +60,26 @@ def test_different_paths_are_described_differently() -> None:
 def test_this_cpu_is_looked_up_once() -> None:
     cpu = capability.capability(torch.device("cpu"))
     assert cpu is capability.capability(torch.device("cpu"))
-    assert cpu == cpu_table(capability.cpu_has_bf16(), capability.cpu_has_int8())
+    assert cpu == cpu_table(capability.cpu_has_bf16(), capability.cpu_has_int8(), capability.cpu_has_tiles())
+
+
+@pytest.mark.parametrize(
+    ("features", "int8", "bf16", "tiles"),
+    [
+        ({}, False, False, False),
+        ({"avx512_vnni": True}, True, False, False),
+        ({"avx512_vnni": True, "avx512_bf16": True}, True, True, True),
+        ({"avx512_vnni": True, "avx512_bf16": True, "amx_bf16": True, "amx_int8": True}, True, True, False),
+    ],
+)
+def test_what_a_cpu_has(
+    features: dict[str, bool], int8: bool, bf16: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    monkeypatch.setattr(native, "library", lambda: object())
+    assert (capability.cpu_has_int8(), capability.cpu_has_bf16(), capability.cpu_has_tiles()) == (int8, bf16, tiles)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not capability.cpu_has_tiles()
 
 
 def test_other_devices_are_refused() -> None:

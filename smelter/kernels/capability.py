@@ -55,7 +55,8 @@ class Capability:
         }[self.int8_product]
         attention = {"blocked": "attention in blocks", "tiled": "attention in tiles", "flex": "FlexAttention"}
         kernels = ", Triton kernels" if self.use_triton else ""
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}, {products}, {attention[self.attention]}{kernels}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}: {dtype}, {products}, {attention[self.attention]}{kernels}"
 
 
 def cpu_table(has_bf16: bool, has_int8: bool, has_tiles: bool = False) -> Capability:

@@ -45,9 +45,13 @@ def build(command: str, folder: Path) -> Path:
     Its name holds a hash of the sources, the flags and the compiler's version. OSError where the folder cannot be
     written; subprocess.SubprocessError where the compiler fails or does not end.
     """
-    version = subprocess.run([command, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
+
+    def run(*arguments: str) -> str:
+        line = [command, *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
+
     sources = sorted(SOURCES.iterdir())
-    parts = [version, " ".join(FLAGS).encode(), *(path.read_bytes() for path in sources)]
+    parts = [run("--version").encode(), " ".join(FLAGS).encode(), *(path.read_bytes() for path in sources)]
     library = folder / f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -55,10 +59,7 @@ def build(command: str, folder: Path) -> Path:
     # Under another name first: processes that start together each make one, and the last to finish replaces it.
     with tempfile.TemporaryDirectory(dir=folder) as room:
         made = Path(room) / library.name
-        units = [str(path) for path in sources if path.suffix == ".cpp"]
-        subprocess.run(
-            [command, *FLAGS, *units, "-o", str(made)], capture_output=True, text=True, check=True, timeout=TIMEOUT
-        )
+        run(*FLAGS, *(str(path) for path in sources if path.suffix == ".cpp"), "-o", str(made))
         made.replace(library)
     return library
 

@@ -30,6 +30,11 @@ const bf16* filled_up(const bf16* rows, int size, int dim, bf16* room) {
   return room;
 }
 
+// Adds up exponentials as they are multiplied, in bf16, so that weights sum to 1 whatever the rounding.
+inline void add_pairs(__m512& total, __m512bh pairs) {
+  total = _mm512_dpbf16_ps(total, pairs, (__m512bh)_mm512_set1_epi16(0x3f80));  // ones
+}
+
 // Turns the logits [64 keys, 64 queries] of a block into exponentials above the highest logit so far; what was summed
 // before is scaled to a new highest one.
 void exponentials_above(const float* logits, int dim, __m512 (&highest)[VECTORS], __m512 (&totals)[VECTORS],
@@ -50,8 +55,7 @@ void exponentials_above(const float* logits, int dim, __m512 (&highest)[VECTORS]
       const float* at = logits + key * BLOCK + n * LANES;
       const __m512 even = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(at), now));
       const __m512 odd = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(at + BLOCK), now));
-      totals[n] = _mm512_add_ps(totals[n], _mm512_add_ps(even, odd));
-      store_pairs(weights + key / 2 * PANEL_ROW + n * 2 * LANES, even, odd);
+      add_pairs(totals[n], store_pairs(weights + key / 2 * PANEL_ROW + n * 2 * LANES, even, odd));
     }
   }
 }
@@ -116,10 +120,11 @@ void forward(const bf16* q, const bf16* k, const bf16* v, const std::int32_t* do
                     _mm512_storeu_ps(logits + (row + r + i) * BLOCK + n * LANES, e[i]);
                   } else {
                     e[i] = _mm512_maskz_mov_ps(seen, exp2_of(logit));
-                    totals[n] = _mm512_add_ps(totals[n], e[i]);
                   }
                 }
-                if (!NEEDS_MAX) store_pairs(weights + (row + r) / 2 * PANEL_ROW + n * 2 * LANES, e[0], e[1]);
+                if (NEEDS_MAX) continue;
+                bf16* to = weights + (row + r) / 2 * PANEL_ROW + n * 2 * LANES;
+                add_pairs(totals[n], store_pairs(to, e[0], e[1]));
               }
             }
           }

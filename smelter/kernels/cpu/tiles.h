@@ -56,12 +56,14 @@ inline void store_bf16(bf16* to, __m512 values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// A row's part of a panel: to[2c] = even[c], to[2c + 1] = odd[c], 16 columns.
-inline void store_pairs(bf16* to, __m512 even, __m512 odd) {
+// A row's part of a panel, returned and stored: to[2c] = even[c], to[2c + 1] = odd[c], 16 columns.
+inline __m512bh store_pairs(bf16* to, __m512 even, __m512 odd) {
   alignas(64) static const std::uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+  const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+  _mm512_storeu_si512(to, pairs);
+  return (__m512bh)pairs;
 }
 
 inline void clear(Tile& tile) {

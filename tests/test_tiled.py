@@ -1,0 +1,255 @@
+"""The CPU's own attention gives what the specification gives, forward and backward, and says when it cannot be had."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_blocked import Heads, documents, heads, specified, with_gradients
+from torch import Tensor
+
+from smelter import kernels
+from smelter.kernels import native
+from smelter.kernels.capability import capability, cpu_has_tiles
+from smelter.kernels.tiled import BLOCK, takes, tiled_attention
+
+needs_tiles = pytest.mark.skipif(not cpu_has_tiles(), reason="no AVX-512 BF16, or no C++ compiler")
+
+
+def in_bf16(tensors: Heads, scale: float = 1.0) -> Heads:
+    q, k, v = tensors
+    return (q * scale).bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+def check(tensors: Heads, cap: float, docs: Tensor | None, more: float = 0.0) -> None:
+    """About as near to float32 as the specification in bf16 is, or `more`, relatively, from it.
+
+    The gradients of queries and keys are differences of larger terms: how large, those of the values tell.
+    """
+    q, k, v = tensors
+    exact = with_gradients(specified(cap, docs), (q.float(), k.float(), v.float()))
+    spec = with_gradients(specified(cap, docs), tensors)
+    got = with_gradients(lambda q, k, v: tiled_attention(q, k, v, cap, docs), tensors)
+    terms = max(truth.norm() for truth in exact)
+    for ours, theirs, truth in zip(got, spec, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ours.shape == truth.shape
+        allowed = 1.05 * (theirs.float() - truth).norm() + 2e-3 * terms + more * truth.norm() + 1e-6
+        assert (ours.float() - truth).norm() <= allowed
+
+
+@needs_tiles
+@pytest.mark.parametrize("cap", [0.0, 50.0])
+def test_is_nearer_to_float32_than_the_specification_in_bf16(cap: float) -> None:
+    tensors = in_bf16(heads(2, 6, 2, 300, 64), 3.0)
+    exact = with_gradients(specified(cap, None), tuple(tensor.float() for tensor in tensors))  # type: ignore[arg-type]
+    spec = with_gradients(specified(cap, None), tensors)
+    got = with_gradients(lambda q, k, v: tiled_attention(q, k, v, cap), tensors)
+    for ours, theirs, truth in zip(got, spec, exact, strict=True):
+        assert (ours.float() - truth).norm() < (theirs.float() - truth).norm() < 0.02 * truth.norm()
+
+
+@needs_tiles
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("cap", [0.0, 2.0, 50.0, 100.0])
+@pytest.mark.parametrize("in_documents", [False, True])
+def test_equals_the_specification(length: int, cap: float, in_documents: bool) -> None:
+    check(in_bf16(heads(2, 4, 2, length, 64)), cap, documents(2, length) if in_documents else None)
+
+
+@needs_tiles
+@given(
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    length=st.integers(1, 200),
+    blocks=st.integers(1, 3),
+    cap=st.sampled_from([0.0, 1.5, 60.0, 70.0]),
+    in_documents=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_shape(
+    batch: int, groups: int, per_group: int, length: int, blocks: int, cap: float, in_documents: bool
+) -> None:
+    tensors = in_bf16(heads(batch, groups * per_group, groups, length, BLOCK * blocks, length))
+    check(tensors, cap, documents(batch, length) if in_documents else None)
+
+
+@needs_tiles
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0, 1000.0])
+@pytest.mark.parametrize("cap", [0.0, 50.0, 61.0])
+def test_logits_of_any_size(scale: float, cap: float) -> None:
+    """Zeros, ties, and logits far into the cap's flat part or, without one, far beyond what exp can hold."""
+    # Where nearly every logit is at the cap, the slope is what tanh is off by.
+    check(in_bf16(heads(1, 2, 1, 140, 64), scale), cap, None, 0.02 if scale == 1000.0 else 0.0)
+
+
+@needs_tiles
+def test_documents_in_any_order() -> None:
+    """Blocks are left out by the numbers in them, which need not rise, or may return."""
+    docs = torch.tensor([3, 1, 3, 2, 1], dtype=torch.int32).repeat_interleave(50)[None]
+    check(in_bf16(heads(1, 2, 1, 250, 64)), 50.0, docs)
+
+
+@needs_tiles
+def test_what_is_hidden_has_no_effect() -> None:
+    q, k, v = in_bf16(heads(1, 2, 1, 200, 64))
+    first = tiled_attention(q, k, v, 50.0)
+    k[:, :, 150:], v[:, :, 150:] = 100.0, -100.0
+    assert torch.equal(tiled_attention(q, k, v, 50.0)[:, :, :150], first[:, :, :150])
+
+
+@needs_tiles
+@pytest.mark.parametrize("cap", [0.0, 50.0])
+def test_the_same_numbers_on_any_number_of_threads(cap: float) -> None:
+    tensors = in_bf16(heads(2, 6, 2, 200, 64))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(with_gradients(lambda q, k, v: tiled_attention(q, k, v, cap), tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for got in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
+
+
+@needs_tiles
+def test_is_a_well_formed_operation() -> None:
+    q, k, v = (tensor.contiguous().requires_grad_() for tensor in in_bf16(heads(1, 4, 2, 20, 64)))
+    torch.library.opcheck(torch.ops.smelter.tiled_attention.default, (q, k, v, None, 50.0))
+    torch.library.opcheck(torch.ops.smelter.tiled_attention.default, (q, k, v, documents(1, 20), 0.0))
+
+
+@needs_tiles
+def test_the_model_takes_it_for_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.dtype] = []
+
+    def counted(q: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(q.dtype)
+        return q
+
+    monkeypatch.setattr(kernels, "tiled_attention", counted)
+    tensors = heads(1, 2, 1, 10, 64)
+    assert "attention in tiles" in capability(torch.device("cpu")).describe()
+    for q, k, v in (tensors, in_bf16(tensors), in_bf16(heads(1, 2, 1, 10, 32))):
+        kernels.attention(q, k, v, 50.0, mask=None, docs=None)
+    assert calls == [torch.bfloat16]
+    assert not takes(torch.empty(1, 2, 0, 64, dtype=torch.bfloat16))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of compiled kernels, and `native.library` as if not called yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield tmp_path / "cache" / "smelter"
+    native.library.cache_clear()
+
+
+def failing(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'x.cpp:1: error: what is this' >&2; exit 1", ".*failed: x.cpp:1: error: what is this"),
+        (
+            "test \"$1\" = --version && exit 0; echo 'x.cpp:1: error: odd' >&2; exit 1",
+            "no C\\+\\+ kernels, slower ones instead: .*failed: x.cpp:1: error: odd",
+        ),
+        ("exit 0", "no C\\+\\+ kernels, .*: No such file"),  # says it has compiled, and has not
+    ],
+    ids=["no version", "does not compile", "makes nothing"],
+)
+def test_a_compiler_that_fails_is_no_end(
+    script: str,
+    said: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CXX", failing(tmp_path / "cxx", script))
+    assert native.library() is None
+    assert native.library() is None
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.match(said, lines[0])
+    assert not list(cache.glob("*.so"))
+
+
+def test_no_compiler_is_no_end(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert native.library() is None
+    assert "no C++ compiler found (g++ or clang++; CXX names another)" in capsys.readouterr().err
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+@needs_tiles
+def test_is_compiled_once(cache: Path) -> None:
+    command = native.compiler()
+    assert command
+    first = native.build(command, cache)
+    made = first.stat().st_mtime_ns
+    assert native.build(command, cache) == first
+    assert first.stat().st_mtime_ns == made
+    assert [path.name for path in cache.iterdir()] == [first.name]
+
+
+@pytest.mark.slow
+@needs_tiles
+def test_reads_and_writes_no_memory_but_its_own(tmp_path: Path) -> None:
+    """Odd lengths and head counts under the compiler's address sanitizer."""
+    command = native.compiler()
+    assert command
+    program = tmp_path / "check.cpp"
+    program.write_text(
+        """
+#include <cstdint>
+#include <vector>
+#include "attention.cpp"
+int main() {
+  for (int length : {1, 5, 63, 64, 65, 200}) {
+    for (float cap : {0.0f, 50.0f, 100.0f}) {
+      for (bool in_documents : {false, true}) {
+        const int batch = 2, heads = 4, kv_heads = 2, dim = 128;
+        const std::size_t of_q = std::size_t(batch) * heads * length * dim, of_k = of_q / 2;
+        std::vector<std::uint16_t> q(of_q, 0x3f80), k(of_k, 0x3f00), v(of_k, 0x3f80), out(of_q), grad(of_q, 0x3f80);
+        std::vector<std::uint16_t> grad_q(of_q), grad_k(of_k), grad_v(of_k);
+        std::vector<float> lse(batch * heads * length);
+        std::vector<std::int32_t> docs(batch * length);
+        for (std::size_t i = 0; i < docs.size(); ++i) docs[i] = int(i) / 50;
+        const std::int32_t* where = in_documents ? docs.data() : nullptr;
+        smelter_attention_forward(q.data(), k.data(), v.data(), where, out.data(), lse.data(), batch, heads, kv_heads,
+                                  length, dim, 2, 0.1f, cap, cap != 50.0f);
+        smelter_attention_backward(grad.data(), q.data(), k.data(), v.data(), out.data(), lse.data(), where,
+                                   grad_q.data(), grad_k.data(), grad_v.data(), batch, heads, kv_heads, length, dim, 2,
+                                   0.1f, cap);
+        for (auto x : out) if (x != 0x3f80) return 2;  // equal values, so their mean
+      }
+    }
+  }
+}
+"""
+    )
+    flags = [flag for flag in native.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
+    built = tmp_path / "check"
+    subprocess.run(
+        [command, *flags, *sanitize, f"-I{native.SOURCES}", str(program), "-o", str(built)], check=True, timeout=300
+    )
+    done = subprocess.run([str(built)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
