@@ -164,9 +164,9 @@ def failing(path: Path, script: str) -> str:
         ("echo 'x.cpp:1: error: what is this' >&2; exit 1", ".*failed: x.cpp:1: error: what is this"),
         (
             "test \"$1\" = --version && exit 0; echo 'x.cpp:1: error: odd' >&2; exit 1",
-            "no C\\+\\+ kernels, slower ones instead: .*failed: x.cpp:1: error: odd",
+            ".*failed: x.cpp:1: error: odd",
         ),
-        ("exit 0", "no C\\+\\+ kernels, .*: No such file"),  # says it has compiled, and has not
+        ("exit 0", "no C\\+\\+ kernels, .*No such file"),  # says it has compiled, and has not
     ],
     ids=["no version", "does not compile", "makes nothing"],
 )
