@@ -70,11 +70,14 @@ class Contestant(Protocol):
 class Smelter:
     """Ours as `smelter train` runs it: compiled blocks, soft-caps on, trits made once per optimizer step."""
 
-    def __init__(self, setting: Setting, *, use_ternary: bool = True, use_compile: bool = True) -> None:
+    def __init__(
+        self, setting: Setting, *, use_ternary: bool = True, use_compile: bool = True, int8_gradients: bool = False
+    ) -> None:
         config = replace(setting.model, use_ternary=use_ternary)
         self.model = Model(config, setting.torch_dtype).to(setting.device)
         self.model.trit_dtype = torch.int8
         self.model.use_gradient_checkpointing = setting.recompute
+        self.model.use_int8_gradients(int8_gradients)
         self.model.quantize_weights()
         self.use_compile = use_compile
         if use_compile:
@@ -183,6 +186,7 @@ def _onebitllms(setting: Setting, *, use_compile: bool) -> Contestant:
 CONTESTANTS: dict[str, Callable[[Setting], Contestant]] = {
     "smelter": Smelter,
     "smelter full precision": lambda setting: Smelter(setting, use_ternary=False),
+    "smelter int8 gradients": lambda setting: Smelter(setting, int8_gradients=True),
     "smelter reference": lambda setting: Smelter(setting, use_compile=False),
     "transformers bitnet": lambda setting: Foreign(setting, use_bitnet=True),
     "transformers bitnet eager": lambda setting: Foreign(setting, use_bitnet=True, use_compile=False),

@@ -22,7 +22,7 @@ from contestants import Result, Setting, Worker, missing_package
 
 OURS, PEER = "smelter", "transformers bitnet"
 FULL_PRECISION = "smelter full precision"
-SHORT = [FULL_PRECISION, "transformers full precision", "torchao bitnet"]
+SHORT = [FULL_PRECISION, "smelter int8 gradients", "transformers full precision", "torchao bitnet"]
 """Measured for a few micro-steps only: they have no figure for whole steps."""
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}

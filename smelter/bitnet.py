@@ -30,6 +30,8 @@ class BitLinear(nn.Module):
         super().__init__()
         self.use_ternary = False
         self.activation_quant = activation_quant
+        self.int8_gradients = False
+        """Whether the gradient of the input is made of int8, where the activations are quantised per token."""
         self.stacked: Stacked | None = None
         """In the first of several layers that read the same input, made by `freeze`: all their trits."""
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -92,6 +94,7 @@ def apply_together(x: Tensor, layers: Sequence[BitLinear], norm: RMSNorm | None 
         layers[0].activation_quant,
         norm=None if norm is None else norm.weight,
         eps=0.0 if norm is None else norm.eps,
+        int8_gradients=layers[0].int8_gradients,
     )
 
 

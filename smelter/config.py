@@ -200,6 +200,11 @@ class Config:
             f"training.ternary_start_step = {start} needs model.use_ternary = true: the model would stay in full "
             "precision",
         )
+        require(
+            not self.training.int8_gradients or (self.model.use_ternary and self.model.activation_quant == "token"),
+            "training.int8_gradients needs ternary weights and activations quantised per token: set "
+            'model.use_ternary = true and model.activation_quant = "token", or leave it off',
+        )
 
     def at_step(self, step: int) -> "Config":
         """What the model is after `step` steps: before ternary_start_step a full-precision one that knows no other.
@@ -212,7 +217,7 @@ class Config:
         return replace(
             self,
             model=replace(self.model, use_ternary=False),
-            training=replace(self.training, ternary_start_step=0, ternary_warmup_steps=0),
+            training=replace(self.training, ternary_start_step=0, ternary_warmup_steps=0, int8_gradients=False),
         )
 
     def micro_steps(self, world_size: int = 1) -> int:

@@ -168,6 +168,12 @@ class Model(nn.Module):
         """Make every trit from its latent weight; call after each change of the weights."""
         quantize_weights(self, self.trit_dtype)
 
+    def use_int8_gradients(self, use: bool) -> None:
+        """Whether the ternary layers' gradients to their inputs are rounded to int8, per token."""
+        for module in self.modules():
+            if isinstance(module, BitLinear):
+                module.int8_gradients = use
+
     def make_ternary(self) -> None:
         """Turn a full-precision model into the ternary model of the same latent weights."""
         self.config = replace(self.config, use_ternary=True)

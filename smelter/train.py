@@ -75,6 +75,7 @@ class Trainer:
         self.model = Model(config.at_step(0).model, self.dtype).to(self.device)
         self.model.trit_dtype = torch.int8
         self.model.use_gradient_checkpointing = training.use_gradient_checkpointing
+        self.model.use_int8_gradients(training.int8_gradients)
         self.optimizer = MuonAdamW(
             self.model,
             use_muon=training.optimizer == "muon",

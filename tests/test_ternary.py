@@ -118,3 +118,44 @@ def test_one_layer_is_a_bit_linear() -> None:
         layer.weight.data.normal_()
     for together, layer in zip(bitnet.apply_together(x, full), full, strict=True):
         assert torch.equal(together, x @ layer.weight.T)
+
+
+@pytest.mark.parametrize("use_int8", [False, True])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-9, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_gradients_are_rounded_per_token_and_the_weights_gradients_are_not(
+    use_int8: bool, magnitude: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ternary, "int8_product", lambda device: "cpu" if use_int8 else "none")
+    x, weights, trits, scales = case((2, 33), (16, 8, 8), 256, dtype)
+    generator = torch.Generator().manual_seed(1)
+    grads = [magnitude * torch.randn(2, 33, n, generator=generator).to(dtype) for n in (16, 8, 8)]
+    grads[0][0, 0], grads[1][0, 0], grads[2][0, 0] = 0.0, 0.0, 0.0  # a token without any
+
+    def gradients(int8_gradients: bool) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
+        outputs = ternary.ternary_linears(leaves[0], leaves[1:], trits, scales, "token", int8_gradients=int8_gradients)
+        return torch.autograd.grad(list(outputs), leaves, grads)
+
+    rounded, plain = gradients(True), gradients(False)
+    scaled = torch.cat([grad.float() * scale for grad, scale in zip(grads, scales, strict=True)], dim=-1)
+    q, row_scale = reference.quantize_gradients(scaled)
+    assert q.abs().amax(dim=-1).flatten()[1:].eq(127).all()
+    want = ((q @ torch.cat(trits).float()) * row_scale).to(dtype)  # sums of integers, exact
+    torch.testing.assert_close(rounded[0], want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0.0)
+    assert 0 < (rounded[0].float() - plain[0].float()).norm() < 0.01 * plain[0].float().norm()
+    assert all(torch.equal(a, b) for a, b in zip(rounded[1:], plain[1:], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_int8_gradients_compile() -> None:
+    x, weights, trits, scales = case((64,), (16, 8), 256, torch.bfloat16)
+    x.requires_grad_()
+
+    def grad_x(compiled: bool) -> Tensor:
+        call = torch.compile(ternary.ternary_linears) if compiled else ternary.ternary_linears
+        first, second = call(x, weights, [t.to(torch.int8) for t in trits], scales, "token", int8_gradients=True)
+        return torch.autograd.grad((first.float() ** 2).sum() + second.float().sum(), x)[0]
+
+    torch.testing.assert_close(grad_x(True), grad_x(False), rtol=2e-2, atol=1e-3)

@@ -82,6 +82,14 @@ def test_gradient_checkpointing_changes_no_bit(shards: Path, plain: list[float],
     assert losses(tmp_path / "r") == plain
 
 
+def test_int8_gradients_train(shards: Path, plain: list[float], tmp_path: Path) -> None:
+    assert main(command(shards, tmp_path / "r", "--int8-gradients")) == 0
+    found = losses(tmp_path / "r")
+    assert found[0] == pytest.approx(plain[0], rel=1e-5)
+    assert found != plain
+    assert found[-1] == pytest.approx(plain[-1], abs=0.1)
+
+
 def test_trits_are_made_once_a_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from smelter.kernels import reference
 

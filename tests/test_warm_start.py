@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,19 @@ def test_a_step_decides_what_the_model_is() -> None:
         Config(model=ModelConfig(use_ternary=False), training=TrainingConfig(ternary_start_step=5))
     assert "full precision" in progress_line({"step": 1, "is_ternary": 0.0})
     assert "| ternary" in progress_line({"step": 1, "is_ternary": 1.0})
+
+
+def test_int8_gradients_need_ternary_layers_that_quantise_per_token() -> None:
+    training = TrainingConfig(int8_gradients=True)
+    for model in (ModelConfig(use_ternary=False), ModelConfig(activation_quant="none")):
+        with pytest.raises(
+            ConfigError, match=r"training\.int8_gradients needs ternary weights and activations quantised"
+        ):
+            Config(model=model, training=training)
+    # Before it turns ternary, the model is trained as if it were off.
+    config = Config(training=replace(training, ternary_start_step=5))
+    assert not config.at_step(5).training.int8_gradients
+    assert config.at_step(6).training.int8_gradients
 
 
 @pytest.mark.slow

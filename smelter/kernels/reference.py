@@ -41,6 +41,16 @@ def quantize_activations(x: Tensor, block_size: int | None = None) -> tuple[Tens
     return (q.flatten(-2) if block_size is not None else q), scale
 
 
+def quantize_gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmax int8 quantisation of gradients [..., N] per token, as (q, scale) of `quantize_activations`.
+
+    Without its floor: gradients of 1e-9 are as good as any. Source: SwitchBack (arXiv 2304.13013).
+    """
+    values = grad.float()
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * 128) / 127
+    return (values / scale).round(), scale
+
+
 def quantized(x: Tensor, activation_quant: str) -> Tensor:
     """What the product sees of activations x [..., K] in "block256": integers times their block's scale; "none": x."""
     if activation_quant == "none":

@@ -78,7 +78,9 @@ class _TernaryLinears(torch.autograd.Function):
     """y = quantised(norm(x)) @ w'^T, quantised per token, w' [N, K] all layers' scale * trits stacked."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor | None, eps: float, how: Int8Product, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor | None, eps: float, how: Int8Product, int8_gradients: bool, *tensors: Tensor
+    ) -> Tensor:
         count = len(tensors) // 3
         weights, trits, scales = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
@@ -90,6 +92,7 @@ class _TernaryLinears(torch.autograd.Function):
         normed = (flat, norm, rstd) if norm is not None else ()
         ctx.save_for_backward(q.to(torch.int8), row_scale, *trits, *scales, *normed)
         ctx.weight_dtypes = [weight.dtype for weight in weights]
+        ctx.int8_gradients = int8_gradients
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -98,16 +101,32 @@ class _TernaryLinears(torch.autograd.Function):
         q, row_scale, *saved = ctx.saved_tensors
         count = len(ctx.weight_dtypes)
         trits, scales, normed = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        weight = torch.cat([part * scale for part, scale in zip(trits, scales, strict=True)])
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = flat @ weight.to(grad.dtype)
+        if ctx.int8_gradients:
+            grad_x = _int8_grad_input(flat, trits, scales)
+        else:
+            weight = torch.cat([part * scale for part, scale in zip(trits, scales, strict=True)])
+            grad_x = flat @ weight.to(grad.dtype)
         grad_weight = flat.T @ (q * row_scale).to(grad.dtype)
         parts = grad_weight.split([part.shape[0] for part in trits])
         grad_weights = [part.to(dtype) for part, dtype in zip(parts, ctx.weight_dtypes, strict=True)]
         grad_norm = None
         if normed:
             grad_x, grad_norm = _rms_norm_backward(grad_x, *normed)
-        return grad_x.view(*grad.shape[:-1], -1), grad_norm, None, None, *grad_weights, *(None,) * (2 * count)
+        return grad_x.view(*grad.shape[:-1], -1), grad_norm, None, None, None, *grad_weights, *(None,) * (2 * count)
+
+
+def _int8_grad_input(grad: Tensor, trits: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """grad [M, N] times the layers' stacked weights [N, K] as a product of int8: each token's gradient is rounded.
+
+    The scales of the weights go into the gradient first, so that one of its own is left for each token.
+    """
+    stacked = torch.cat(list(trits))
+    q, row_scale = reference.quantize_gradients(grad.float() * _columns(scales, [part.shape[0] for part in trits]))
+    how = pick_product(grad.shape[0], stacked.shape[0], stacked.shape[1], grad.device, stacked.dtype)
+    # cuBLAS and Triton read weights along the sum; the CPU's product turns the view back.
+    transposed = stacked.T if how == "cpu" else stacked.T.contiguous()
+    return _product(q, row_scale, transposed, row_scale.new_ones(stacked.shape[1]), how, grad.dtype)
 
 
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,11 +146,13 @@ def ternary_linears(
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    int8_gradients: bool = False,
 ) -> Sequence[Tensor]:
     """`reference.ternary_linear` of x [..., K] with each weight [N_i, K]; returns [..., N_i] for each.
 
     With a gain `norm` [K], x goes through `reference.rms_norm` first. The trits may be kept in any dtype that holds
-    them.
+    them. With `int8_gradients` (and activations quantised per token) the gradient of x is made of int8, too; those of
+    the weights are not.
     """
     rows = x.numel() // max(1, x.shape[-1])
     if activation_quant != "token" or not rows:
@@ -141,7 +162,7 @@ def ternary_linears(
         return [reference.ternary_linear(x, weight, t.to(x.dtype), s, activation_quant) for weight, t, s in triples]
     sizes = [part.shape[0] for part in trits]
     how = pick_product(rows, x.shape[-1], sum(sizes), x.device, trits[0].dtype)
-    y: Tensor = _TernaryLinears.apply(x, norm, eps, how, *weights, *trits, *scales)  # type: ignore[no-untyped-call]
+    y: Tensor = _TernaryLinears.apply(x, norm, eps, how, int8_gradients, *weights, *trits, *scales)  # type: ignore[no-untyped-call]
     outputs: Sequence[Tensor] = y.split(sizes, dim=-1)
     return outputs
 
