@@ -44,7 +44,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first `length` slots of two rows."""

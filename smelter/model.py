@@ -19,12 +19,26 @@ from torch.utils.checkpoint import checkpoint
 
 from smelter.bitnet import BitLinear, RMSNorm, apply_together, freeze, quantize_weights
 from smelter.config import ModelConfig
-from smelter.kernels import Documents, ScreenedHead, documents, int8_product, reference
+from smelter.kernels import (
+    Decoder,
+    Documents,
+    LayerWeights,
+    ScreenedHead,
+    Stacked,
+    decodes_natively,
+    documents,
+    int8_product,
+    reference,
+)
 from smelter.kernels import attention as run_attention
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens, kept by the decoder."""
+    """Keys and values [layers, B, G, S, D] of earlier tokens, kept by the decoder; `first` is a batch's first row."""
+
+    keys: Tensor
+    values: Tensor
+    first: int
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, G, T, D] of the current tokens; return all of them [B, G, S, D]."""
@@ -35,6 +49,12 @@ def _linear(config: ModelConfig, in_features: int, out_features: int) -> BitLine
     return BitLinear(
         in_features, out_features, use_ternary=config.use_ternary, activation_quant=config.activation_quant
     )
+
+
+def _frozen(first: BitLinear) -> Stacked:
+    """What `freeze` made of the layers of which this is the first."""
+    assert first.stacked is not None
+    return first.stacked
 
 
 class Attention(nn.Module):
@@ -122,6 +142,23 @@ class Block(nn.Module):
         y: Tensor = x + self.mlp(x, self.post_attention_layernorm)
         return y
 
+    def weights(self) -> LayerWeights:
+        """A frozen ternary block's weights."""
+        attention, mlp = self.self_attn, self.mlp
+        has_norms, has_sub_norms = attention.config.use_qk_norm, attention.config.use_sub_norm
+        return LayerWeights(
+            qkv=_frozen(attention.q_proj),
+            out=_frozen(attention.o_proj),
+            gate_up=_frozen(mlp.gate_proj),
+            down=_frozen(mlp.down_proj),
+            attention_norm=self.input_layernorm.weight,
+            query_norm=attention.q_norm.weight if has_norms else None,
+            key_norm=attention.k_norm.weight if has_norms else None,
+            attention_sub_norm=attention.sub_norm.weight if has_sub_norms else None,
+            mlp_norm=self.post_attention_layernorm.weight,
+            mlp_sub_norm=None if mlp.sub_norm is None else mlp.sub_norm.weight,
+        )
+
 
 class Model(nn.Module):
     """Token ids in, normalised hidden states out; `logits` applies the head."""
@@ -137,7 +174,8 @@ class Model(nn.Module):
         """What trits are kept in: the compute dtype, ready for single tokens, or int8, half the size, for training."""
         self.use_gradient_checkpointing = False
         self.screened: ScreenedHead | None = None
-        """Made by `freeze`, where it pays."""
+        self.decoder: Decoder | None = None
+        """Both made by `freeze`, where they pay."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -198,6 +236,20 @@ class Model(nn.Module):
             )
         if self.compute_dtype == torch.float32 and int8_product(self.head.device) == "cpu":
             self.screened = ScreenedHead.of(self.head)
+        config, device = self.config, self.head.device
+        can_decode = config.use_ternary and config.activation_quant != "none" and self.compute_dtype == torch.float32
+        if can_decode and decodes_natively(device, config.hidden_size, config.intermediate_size, config.head_dim):
+            self.decoder = Decoder(
+                [block.weights() for block in self.layers if isinstance(block, Block)],
+                embedding=self.embed_tokens.weight,
+                norm=self.norm.weight,
+                cos=self.cos,
+                sin=self.sin,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                eps=config.rms_norm_eps,
+                cap=config.attn_logit_soft_cap,
+            )
 
     @property
     def head(self) -> Tensor:
@@ -221,6 +273,8 @@ class Model(nn.Module):
         """
         if positions is None and tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens: the model's context is {self.config.max_seq_len}")
+        if self.decoder is not None and cache is not None and positions is not None and not torch.is_grad_enabled():
+            return self.decoder(tokens, positions, cache)
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         if positions is None:
             cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]  # [T, D]

@@ -41,9 +41,10 @@ SMELTER = {
     "kernels.cached": "kernels.reference",
     "kernels.screened": "kernels.reference",
     "kernels.ternary": "kernels.reference kernels.capability kernels.triton_ops",
+    "kernels.decode": "kernels.native kernels.ternary",
     "kernels": (
         "kernels.reference kernels.capability kernels.cached kernels.screened kernels.ternary kernels.blocked "
-        "kernels.flex kernels.tiled"
+        "kernels.flex kernels.tiled kernels.decode"
     ),
     "bitnet": f"{BASE} kernels kernels.reference kernels.triton_weights",
     "cache": BASE,

@@ -1,9 +1,4 @@
-"""The CPU's own attention gives what the specification gives, forward and backward, and says when it cannot be had."""
-
-import re
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+"""The CPU's own attention gives what the specification gives, forward and backward."""
 
 import pytest
 import torch
@@ -13,7 +8,6 @@ from test_blocked import Heads, documents, heads, specified, with_gradients
 from torch import Tensor
 
 from smelter import kernels
-from smelter.kernels import native
 from smelter.kernels.capability import capability, cpu_has_tiles
 from smelter.kernels.tiled import BLOCK, takes, tiled_attention
 
@@ -141,115 +135,3 @@ def test_the_model_takes_it_for_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> N
         kernels.attention(q, k, v, 50.0, mask=None, docs=None)
     assert calls == [torch.bfloat16]
     assert not takes(torch.empty(1, 2, 0, 64, dtype=torch.bfloat16))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of compiled kernels, and `native.library` as if not called yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native.library.cache_clear()
-    yield tmp_path / "cache" / "smelter"
-    native.library.cache_clear()
-
-
-def failing(path: Path, script: str) -> str:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("script", "said"),
-    [
-        ("echo 'x.cpp:1: error: what is this' >&2; exit 1", ".*failed: x.cpp:1: error: what is this"),
-        (
-            "test \"$1\" = --version && exit 0; echo 'x.cpp:1: error: odd' >&2; exit 1",
-            ".*failed: x.cpp:1: error: odd",
-        ),
-        ("exit 0", "no C\\+\\+ kernels, .*No such file"),  # says it has compiled, and has not
-    ],
-    ids=["no version", "does not compile", "makes nothing"],
-)
-def test_a_compiler_that_fails_is_no_end(
-    script: str,
-    said: str,
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("CXX", failing(tmp_path / "cxx", script))
-    assert native.library() is None
-    assert native.library() is None
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert re.match(said, lines[0])
-    assert not list(cache.glob("*.so"))
-
-
-def test_no_compiler_is_no_end(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert native.library() is None
-    assert "no C++ compiler found (g++ or clang++; CXX names another)" in capsys.readouterr().err
-    assert not cache.exists()
-
-
-@pytest.mark.slow
-@needs_tiles
-def test_is_compiled_once(cache: Path) -> None:
-    command = native.compiler()
-    assert command
-    first = native.build(command, cache)
-    made = first.stat().st_mtime_ns
-    assert native.build(command, cache) == first
-    assert first.stat().st_mtime_ns == made
-    assert [path.name for path in cache.iterdir()] == [first.name]
-
-
-@pytest.mark.slow
-@needs_tiles
-def test_reads_and_writes_no_memory_but_its_own(tmp_path: Path) -> None:
-    """Odd lengths and head counts under the compiler's address sanitizer."""
-    command = native.compiler()
-    assert command
-    program = tmp_path / "check.cpp"
-    program.write_text(
-        """
-#include <cstdint>
-#include <vector>
-#include "attention.cpp"
-int main() {
-  for (int length : {1, 5, 63, 64, 65, 200}) {
-    for (float cap : {0.0f, 50.0f, 100.0f}) {
-      for (bool in_documents : {false, true}) {
-        const int batch = 2, heads = 4, kv_heads = 2, dim = 128;
-        const std::size_t of_q = std::size_t(batch) * heads * length * dim, of_k = of_q / 2;
-        std::vector<std::uint16_t> q(of_q, 0x3f80), k(of_k, 0x3f00), v(of_k, 0x3f80), out(of_q), grad(of_q, 0x3f80);
-        std::vector<std::uint16_t> grad_q(of_q), grad_k(of_k), grad_v(of_k);
-        std::vector<float> lse(batch * heads * length);
-        std::vector<std::int32_t> docs(batch * length);
-        for (std::size_t i = 0; i < docs.size(); ++i) docs[i] = int(i) / 50;
-        const std::int32_t* where = in_documents ? docs.data() : nullptr;
-        smelter_attention_forward(q.data(), k.data(), v.data(), where, out.data(), lse.data(), batch, heads, kv_heads,
-                                  length, dim, 2, 0.1f, cap, cap != 50.0f);
-        smelter_attention_backward(grad.data(), q.data(), k.data(), v.data(), out.data(), lse.data(), where,
-                                   grad_q.data(), grad_k.data(), grad_v.data(), batch, heads, kv_heads, length, dim, 2,
-                                   0.1f, cap);
-        for (auto x : out) if (x != 0x3f80) return 2;  // equal values, so their mean
-      }
-    }
-  }
-}
-"""
-    )
-    flags = [flag for flag in native.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
-    built = tmp_path / "check"
-    subprocess.run(
-        [command, *flags, *sanitize, f"-I{native.SOURCES}", str(program), "-o", str(built)], check=True, timeout=300
-    )
-    done = subprocess.run([str(built)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr

@@ -12,8 +12,10 @@ from torch import Tensor
 from smelter.kernels import reference
 from smelter.kernels.blocked import capped_attention
 from smelter.kernels.cached import cached_attention
-from smelter.kernels.capability import attends_in_tiles, int8_product, uses_triton
+from smelter.kernels.capability import attends_in_tiles, cpu_has_kernels, int8_product, uses_triton
 from smelter.kernels.capability import capability as capability_of
+from smelter.kernels.decode import Decoder, LayerWeights
+from smelter.kernels.decode import takes as takes_sizes
 from smelter.kernels.screened import ScreenedHead
 from smelter.kernels.ternary import Stacked, ternary_linears
 from smelter.kernels.tiled import takes as takes_tiles
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = [
+    "Decoder",
     "Documents",
+    "LayerWeights",
     "ScreenedHead",
     "Stacked",
     "attention",
+    "decodes_natively",
     "documents",
     "int8_product",
     "reference",
@@ -64,3 +69,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float, *, mask: Tensor | Non
     from smelter.kernels.flex import flex_attention
 
     return flex_attention(q, k, v, docs, cap)
+
+
+def decodes_natively(device: torch.device, size: int, inner: int, dim: int) -> bool:
+    """Whether `Decoder` computes a model of these sizes on this device: hidden, intermediate and head size."""
+    return device.type == "cpu" and takes_sizes(size, inner, dim) and cpu_has_kernels()

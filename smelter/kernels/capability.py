@@ -126,10 +126,15 @@ def cpu_has_bf16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def cpu_has_tiles() -> bool:
-    """Whether the CPU's own kernels run: AVX-512 BF16, and a compiler. With AMX the library's products are faster."""
+def cpu_has_kernels() -> bool:
+    """Whether the C++ kernels run: AVX-512 with BF16 and VNNI, and a compiler."""
     found = _cpu_features()
-    return bool(found.get("avx512_bf16") and not found.get("amx_bf16")) and native.library() is not None
+    return bool(found.get("avx512_bf16") and found.get("avx512_vnni")) and native.library() is not None
+
+
+def cpu_has_tiles() -> bool:
+    """Whether attention runs in tiles on this CPU: not with AMX, where the library's products are faster."""
+    return not _cpu_features().get("amx_bf16") and cpu_has_kernels()
 
 
 @functools.cache
