@@ -33,9 +33,9 @@ CONFIG = ModelConfig(
     vocab_size=256,
     hidden_size=128,
     num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
     intermediate_size=384,
     max_seq_len=128,
 )

@@ -56,6 +56,8 @@ def build(command: str, folder: Path) -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    if sys.stderr.isatty():
+        print("compiling the C++ kernels, once, some seconds", file=sys.stderr)
     # Under another name first: processes that start together each make one, and the last to finish replaces it.
     with tempfile.TemporaryDirectory(dir=folder) as room:
         made = Path(room) / library.name

@@ -239,8 +239,9 @@ void backward(const bf16* grad, const bf16* q, const bf16* k, const bf16* v, con
   {
     Scratch own((4 * sizeof(bf16) + sizeof(float)) * padded + 3 * sizeof(bf16) * BLOCK * (dim + BLOCK) +
                 sizeof(bf16) * BLOCK * BLOCK + sizeof(float) * BLOCK * (2 * blocks + ROWS));
-    const QueryHead of{own.take<bf16>(padded),          own.take<bf16>(padded),          own.take<bf16>(padded),
-                       own.take<bf16>(padded),          own.take<float>(blocks * BLOCK), own.take<float>(blocks * BLOCK)};
+    const QueryHead of{own.take<bf16>(padded),          own.take<bf16>(padded),
+                       own.take<bf16>(padded),          own.take<bf16>(padded),
+                       own.take<float>(blocks * BLOCK), own.take<float>(blocks * BLOCK)};
     const Weights made{own.take<bf16>(BLOCK * BLOCK), own.take<bf16>(BLOCK * BLOCK), own.take<bf16>(BLOCK * BLOCK),
                        own.take<float>(ROWS * BLOCK)};
     float* sums_q = own.take<float>(padded);  // [block, D, 64 queries]
@@ -270,7 +271,8 @@ void backward(const bf16* grad, const bf16* q, const bf16* k, const bf16* v, con
             multiply_add(sum_v + d, dim, BLOCK, made.weights, BLOCK, of.grad_rows + rows, BLOCK / 2);
             multiply_add(sum_k + d, dim, BLOCK, made.grads, BLOCK, of.query_rows + rows, BLOCK / 2);
           }
-          multiply_add(sums_q + std::size_t(start) * dim, BLOCK, dim, keys_transposed, BLOCK, made.grad_pairs, BLOCK / 2);
+          float* sum_q = sums_q + std::size_t(start) * dim;
+          multiply_add(sum_q, BLOCK, dim, keys_transposed, BLOCK, made.grad_pairs, BLOCK / 2);
         }
       }
       for (int block = 0; block < blocks; ++block) {

@@ -9,24 +9,13 @@
 #include <atomic>
 #include <cmath>
 #include <thread>
+#include <utility>
+#include <vector>
 
-#include "tiles.h"
+#include "cached.h"
+#include "packed.h"
 
 namespace smelter {
-namespace {
-
-constexpr int CHUNK = 256;  // inputs in 64 bytes of packed weights
-constexpr int OUTPUTS = 4;  // computed together
-constexpr int TOGETHER = 4;  // rows computed together
-
-}  // namespace
-
-// Layers that read the same input, one below the other.
-struct Linear {
-  const std::uint8_t* packed;  // [outputs, rounded up to 4][chunks][64]: byte j has inputs j, 64 + j, ... as trit + 1
-  const float* scales;         // of each output
-  std::int64_t outputs, inputs;
-};
 
 struct DecoderLayer {
   Linear qkv, out, gate_up, down;
@@ -41,8 +30,6 @@ struct Decoder {
 };
 
 namespace {
-
-int chunks_of(std::int64_t inputs) { return int((inputs + CHUNK - 1) / CHUNK); }
 
 // Where the threads of a team wait for one another, a hundred times a token. OpenMP's own barriers put threads to sleep
 // as soon as a process has more of them than cores, and waking one takes longer than most steps.
@@ -68,28 +55,6 @@ class Barrier {
   std::atomic<int> arrived_{0}, turn_{0};
 };
 
-// e to the x, relative error 2e-7; 0 far below.
-inline __m512 exp_of(__m512 x) {
-  const __m512 y = _mm512_mul_ps(_mm512_max_ps(x, all(-100.0f)), all(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(y, 0);
-  const __m512 part = _mm512_sub_ps(y, whole);
-  __m512 p = all(1.54035304e-4f);
-  for (const float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) {
-    p = _mm512_fmadd_ps(p, part, all(c));
-  }
-  return _mm512_scalef_ps(p, whole);
-}
-
-// The numbers a row has for a product: integers, their scales and sums, of the row or of each chunk.
-struct Activations {
-  std::int8_t* q;      // [rows, chunks * 256]
-  float* scales;       // [rows, chunks]
-  std::int32_t* sums;  // [rows, chunks]
-  int stride;          // chunks that a row has room for
-
-  std::int8_t* of(int row) const { return q + std::size_t(row) * stride * CHUNK; }
-};
-
 // x [size] over its root mean square, times a gain.
 void rms_norm(float* x, const float* gain, int size, float eps) {
   __m512 sum = all(0.0f);
@@ -104,124 +69,6 @@ void rms_norm(float* x, const float* gain, int size, float eps) {
   }
 }
 
-// x [size] as int8, one scale for all or one for each chunk.
-void quantize(const float* x, int size, bool in_blocks, const Activations& to, int row) {
-  const int chunks = chunks_of(size), step = in_blocks ? CHUNK : chunks * CHUNK;
-  std::int8_t* q = to.of(row);
-  std::memset(q + size, 0, std::size_t(chunks) * CHUNK - size);
-  for (int start = 0, index = 0; start < size; start += step, ++index) {
-    const int end = std::min(start + step, size);
-    __m512 largest = all(0.0f);
-    for (int i = start; i < end; i += LANES) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-    const float scale = std::max(_mm512_reduce_max_ps(largest), 1e-5f) / 127.0f;
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = start; i < end; i += LANES) {
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + i), all(scale)));
-      sum = _mm512_add_epi32(sum, whole);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(whole));
-    }
-    to.scales[row * to.stride + index] = scale;
-    to.sums[row * to.stride + index] = _mm512_reduce_add_epi32(sum);
-  }
-}
-
-// Products of 4 outputs with COUNT rows. Weights count as trit + 1, so the sum of the activations is taken off.
-template <bool IN_BLOCKS, int COUNT>
-void multiply_tile(const Linear& linear, int output, const Activations& x, int row, float (&y)[OUTPUTS][TOGETHER]) {
-  const int chunks = chunks_of(linear.inputs);
-  const std::uint8_t* weights = linear.packed + std::size_t(output) * chunks * 64;
-  const __m512i low = _mm512_set1_epi8(3);
-  // Outputs in turns of two where each chunk has a scale: there are float32 sums besides.
-  constexpr int TURN = IN_BLOCKS ? 2 : OUTPUTS;
-  for (int first = 0; first < OUTPUTS; first += TURN) {
-    __m512i sums[TURN][COUNT];
-    __m512 scaled[TURN][COUNT];
-#pragma GCC unroll 4
-    for (int o = 0; o < TURN; ++o) {
-#pragma GCC unroll 4
-      for (int r = 0; r < COUNT; ++r) sums[o][r] = _mm512_setzero_si512(), scaled[o][r] = all(0.0f);
-    }
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      __m512i packed[TURN];
-#pragma GCC unroll 4
-      for (int o = 0; o < TURN; ++o) {
-        packed[o] = _mm512_loadu_si512(weights + (std::size_t(first + o) * chunks + chunk) * 64);
-      }
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; ++part) {
-        __m512i q[COUNT];
-#pragma GCC unroll 4
-        for (int r = 0; r < COUNT; ++r) q[r] = _mm512_loadu_si512(x.of(row + r) + chunk * CHUNK + part * 64);
-#pragma GCC unroll 4
-        for (int o = 0; o < TURN; ++o) {
-          const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(packed[o], 2 * part), low);
-#pragma GCC unroll 4
-          for (int r = 0; r < COUNT; ++r) sums[o][r] = _mm512_dpbusd_epi32(sums[o][r], codes, q[r]);
-        }
-      }
-      if (IN_BLOCKS) {
-#pragma GCC unroll 4
-        for (int o = 0; o < TURN; ++o) {
-#pragma GCC unroll 4
-          for (int r = 0; r < COUNT; ++r) {
-            const __m512 scale = all(x.scales[(row + r) * x.stride + chunk]);
-            scaled[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[o][r]), scale, scaled[o][r]);
-            sums[o][r] = _mm512_setzero_si512();
-          }
-        }
-      }
-    }
-    for (int r = 0; r < COUNT; ++r) {
-      const float* scales = x.scales + (row + r) * x.stride;
-      const std::int32_t* taken = x.sums + (row + r) * x.stride;
-      float off = 0.0f;
-      if (IN_BLOCKS) {
-        for (int chunk = 0; chunk < chunks; ++chunk) off += scales[chunk] * float(taken[chunk]);
-      }
-      for (int o = 0; o < TURN; ++o) {
-        const float scale = linear.scales[output + first + o];
-        y[first + o][r] = IN_BLOCKS ? (_mm512_reduce_add_ps(scaled[o][r]) - off) * scale
-                                    : float(_mm512_reduce_add_epi32(sums[o][r]) - taken[0]) * (scales[0] * scale);
-      }
-    }
-  }
-}
-
-template <bool IN_BLOCKS>
-void multiply_rows(const Linear& linear, int output, const Activations& x, int row, int count,
-                   float (&y)[OUTPUTS][TOGETHER]) {
-  switch (count) {
-    case 1: return multiply_tile<IN_BLOCKS, 1>(linear, output, x, row, y);
-    case 2: return multiply_tile<IN_BLOCKS, 2>(linear, output, x, row, y);
-    case 3: return multiply_tile<IN_BLOCKS, 3>(linear, output, x, row, y);
-    default: return multiply_tile<IN_BLOCKS, 4>(linear, output, x, row, y);
-  }
-}
-
-// y [rows, outputs] = (ADD: +=) x times the weights. Called by every thread of a team, which does not wait at the end.
-template <bool ADD>
-void multiply(const Linear& linear, const Activations& x, int rows, bool in_blocks, float* y) {
-  const int outputs = int(linear.outputs);
-#pragma omp for schedule(static) nowait
-  for (int output = 0; output < outputs; output += OUTPUTS) {
-    for (int row = 0; row < rows; row += TOGETHER) {
-      const int count = std::min(TOGETHER, rows - row);
-      float made[OUTPUTS][TOGETHER];
-      if (in_blocks) {
-        multiply_rows<true>(linear, output, x, row, count, made);
-      } else {
-        multiply_rows<false>(linear, output, x, row, count, made);
-      }
-      for (int r = 0; r < count; ++r) {
-        for (int o = 0; o < std::min(OUTPUTS, outputs - output); ++o) {
-          float& to = y[std::size_t(row + r) * outputs + output + o];
-          to = ADD ? to + made[o][r] : made[o][r];
-        }
-      }
-    }
-  }
-}
-
 // RoPE in the half-split layout.
 void rotate(float* x, const float* cos, const float* sin, int dim) {
   for (int i = 0; i < dim / 2; i += LANES) {
@@ -229,50 +76,6 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
     const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
     _mm512_storeu_ps(x + i, _mm512_fnmadd_ps(right, s, _mm512_mul_ps(left, c)));
     _mm512_storeu_ps(x + dim / 2 + i, _mm512_fmadd_ps(left, s, _mm512_mul_ps(right, c)));
-  }
-}
-
-// One query's attention to keys and values [length, D]: out [D]. `weights`: room for `length`, rounded up to 16.
-void attend(const float* query, const float* keys, const float* values, int length, int dim, float cap, float* weights,
-            float* out) {
-  const float scale = 1.0f / std::sqrt(float(dim));
-  for (int key = 0; key < length; ++key) {
-    __m512 sum = all(0.0f);
-    for (int d = 0; d < dim; d += LANES) {
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), _mm512_loadu_ps(keys + std::size_t(key) * dim + d), sum);
-    }
-    weights[key] = _mm512_reduce_add_ps(sum);
-  }
-  const int rounded = (length + LANES - 1) / LANES * LANES;
-  for (int key = length; key < rounded; ++key) weights[key] = 0.0f;
-  __m512 highest = all(-INFINITY);
-  for (int key = 0; key < rounded; key += LANES) {
-    __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(weights + key), all(scale));
-    if (cap != 0.0f) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-      const __m512 e = exp_of(_mm512_min_ps(_mm512_mul_ps(logit, all(2.0f / cap)), all(40.0f)));
-      const __m512 tanh = _mm512_sub_ps(all(1.0f), _mm512_div_ps(all(2.0f), _mm512_add_ps(e, all(1.0f))));
-      logit = _mm512_mul_ps(tanh, all(cap));
-    }
-    const int left = length - key;
-    if (left < LANES) logit = _mm512_mask_mov_ps(all(-INFINITY), __mmask16((1u << left) - 1), logit);
-    _mm512_storeu_ps(weights + key, logit);
-    highest = _mm512_max_ps(highest, logit);
-  }
-  const __m512 most = all(_mm512_reduce_max_ps(highest));
-  __m512 total = all(0.0f);
-  for (int key = 0; key < rounded; key += LANES) {
-    const __mmask16 there = length - key < LANES ? __mmask16((1u << (length - key)) - 1) : __mmask16(0xffff);
-    const __m512 e = _mm512_maskz_mov_ps(there, exp_of(_mm512_sub_ps(_mm512_loadu_ps(weights + key), most)));
-    _mm512_storeu_ps(weights + key, e);
-    total = _mm512_add_ps(total, e);
-  }
-  const __m512 inverse = all(1.0f / _mm512_reduce_add_ps(total));
-  for (int d = 0; d < dim; d += LANES) {
-    __m512 sum = all(0.0f);
-    for (int key = 0; key < length; ++key) {
-      sum = _mm512_fmadd_ps(all(weights[key]), _mm512_loadu_ps(values + std::size_t(key) * dim + d), sum);
-    }
-    _mm512_storeu_ps(out + d, _mm512_mul_ps(sum, inverse));
   }
 }
 
@@ -312,12 +115,23 @@ void smelter_decode(const smelter::Decoder* decoder, const std::int64_t* tokens,
                       shared.take<std::int32_t>(std::size_t(rows) * chunks), chunks};
   float *made = shared.take<float>(wide), *between = shared.take<float>(narrow);
   Barrier barrier;
+  std::vector<std::pair<int, int>> groups;  // first and number of up to four neighbouring rows of one slot
+  for (int row = 0; row < rows; ++row) {
+    const bool goes_on = row > 0 && slots[row] == slots[row - 1] && groups.back().second < 4;
+    if (goes_on) {
+      ++groups.back().second;
+    } else {
+      groups.push_back({row, 1});
+    }
+  }
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads();
     const auto wait = [&barrier, team] { barrier.wait(team); };
-    Scratch own(sizeof(float) * (max_len + LANES));
-    float* weights = own.take<float>(max_len + LANES);
+    const int stride = int(max_len) + LANES;
+    Scratch own(4 * sizeof(float) * stride);
+    float* weights = own.take<float>(4 * stride);
+    const Attention attention{made, positions, between, width, heads, sharing, dim, stride, model.cap, weights};
 #pragma omp for schedule(static) nowait
     for (int row = 0; row < rows; ++row) {  // each by the thread that goes on with it
       std::memcpy(hidden + std::size_t(row) * size, model.embedding + tokens[row] * size, sizeof(float) * size);
@@ -352,13 +166,11 @@ void smelter_decode(const smelter::Decoder* decoder, const std::int64_t* tokens,
       }
       wait();
 #pragma omp for collapse(2) schedule(static, 1) nowait
-      for (int row = 0; row < rows; ++row) {
+      for (std::size_t group = 0; group < groups.size(); ++group) {
         for (int head = 0; head < kv_heads; ++head) {
+          const auto [row, count] = groups[group];
           const std::size_t at = slots[row] * of_kv + head * max_len * dim;
-          for (int query = head * sharing; query < (head + 1) * sharing; ++query) {
-            attend(made + std::size_t(row) * width + query * dim, layer_keys + at, layer_values + at,
-                   int(positions[row]) + 1, dim, model.cap, weights, between + (std::size_t(row) * heads + query) * dim);
-          }
+          attention.of(row, count, head, layer_keys + at, layer_values + at);
         }
       }
       wait();

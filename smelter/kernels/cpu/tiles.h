@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -30,7 +31,11 @@ using Tile = __m512[ROWS][VECTORS];
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes)
-      : memory_(std::aligned_alloc(64, rounded(bytes)), &std::free), next_(static_cast<char*>(memory_.get())) {}
+      : memory_(std::aligned_alloc(64, rounded(bytes)), &std::free), next_(static_cast<char*>(memory_.get())) {
+    if (next_ != nullptr) return;
+    std::fprintf(stderr, "smelter: out of memory: %zu bytes\n", bytes);
+    std::abort();  // no exception may leave a parallel region
+  }
 
   template <class T>
   T* take(std::size_t count) {
