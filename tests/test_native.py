@@ -58,6 +58,15 @@ def test_a_compiler_that_fails_is_no_end(
     assert not list(cache.glob("*.so"))
 
 
+def test_a_folder_that_cannot_be_written_is_no_end(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("CXX", failing(tmp_path / "cxx", "exit 0"))
+    assert native.library() is None
+    assert "XDG_CACHE_HOME names another folder" in capsys.readouterr().err
+
+
 def test_no_compiler_is_no_end(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

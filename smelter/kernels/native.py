@@ -76,8 +76,10 @@ def library() -> ctypes.CDLL | None:
         except subprocess.CalledProcessError as error:
             lines = str(error.stderr or error).strip().splitlines()
             reason = f"{command} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
-        except (OSError, subprocess.SubprocessError) as error:
+        except subprocess.SubprocessError as error:
             reason = str(error)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+            reason = f"{error} (XDG_CACHE_HOME names another folder to keep them in)"
     print(f"no C++ kernels, slower ones instead: {reason}", file=sys.stderr)
     return None
 
