@@ -133,7 +133,7 @@ def cpu_has_kernels() -> bool:
 
 
 def cpu_has_tiles() -> bool:
-    """Whether attention runs in tiles on this CPU: not with AMX, where the library's products are faster."""
+    """Whether attention runs in tiles on this CPU: not with AMX, which the library's products use and ours do not."""
     return not _cpu_features().get("amx_bf16") and cpu_has_kernels()
 
 
