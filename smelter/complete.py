@@ -41,6 +41,7 @@ def answer_messages(
         top_p=top_p,
         seed=seed,
         stop_ids=stop_ids(tokenizer),
+        with_logprobs=False,
     )
     return Completion(tokenizer.decode(result.ids), result.finish, len(prompt), 0)
 

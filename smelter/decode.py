@@ -101,6 +101,7 @@ def complete_many(
             stop_ids=[tokenizer.eos_id],
             healing=Healing(tokenizer, pending),
             until=stops,
+            with_logprobs=False,
         )
         for row in range(len(batch)):
             texts.append(stops.text(row))

@@ -35,7 +35,7 @@ NUCLEUS_TOKENS = 256
 
 @dataclass(frozen=True)
 class Generation:
-    """What one row wrote: token ids without the stop token, and their log-probabilities under the model.
+    """What one row wrote: token ids without the stop token, and their log-probabilities where they were asked for.
 
     `finish` is "stop" where one of the stop ids (`stop_id`) ended it, "length" where max_tokens or the end of
     the context did.
@@ -180,13 +180,14 @@ def generate(
     stop_ids: Sequence[int] = (),
     healing: Healing | None = None,
     until: Callable[[int, int], bool] | None = None,
+    with_logprobs: bool = True,
 ) -> list[Generation]:
     """Continue every prompt (token ids, of any lengths) in one batch; results in the prompts' order.
 
     `healing` holds what the rows must spell first; it is used up. `until(row, token)` is asked after each token;
     true ends the row, with finish "stop". Each row ends at the first of: a stop id, `until`, `max_tokens` new
-    tokens, the end of the model's context. Raises
-    UserError for an empty prompt, one that leaves no room, or options out of range.
+    tokens, the end of the model's context. Without log-probabilities greedy decoding need not compute all logits.
+    Raises UserError for an empty prompt, one that leaves no room, or options out of range.
     """
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     context = model.config.max_seq_len
@@ -212,11 +213,15 @@ def generate(
         hidden = model(tokens, positions=positions, cache=cache, mask=cache.advance(positions, longest))
         hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # [B, C]
         for step in range(max(limits)):
-            logits = model.logits(hidden)
-            possible = logits if healing is None else healing.restrict(logits, rows)
-            chosen = sample(possible, uniforms[:, step], temperature, top_k, top_p)  # [B]
-            chosen_logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
-            for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
+            is_spelling = healing is not None and any(healing.is_pending(row) for row in rows)
+            if temperature < MIN_TEMPERATURE and not with_logprobs and not is_spelling:
+                chosen, told = model.likeliest(hidden, model.config.vocab_size), [0.0] * len(rows)
+            else:
+                logits = model.logits(hidden)
+                possible = logits if healing is None else healing.restrict(logits, rows)
+                chosen = sample(possible, uniforms[:, step], temperature, top_k, top_p)  # [B]
+                told = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1).tolist()
+            for row, token, logprob in zip(rows, chosen.tolist(), told, strict=True):
                 if row in done:
                     continue
                 if healing is not None and healing.is_pending(row):
@@ -245,12 +250,12 @@ def generate(
             positions = torch.tensor(where, device=device)[:, None]
             mask = cache.advance(positions, max(where) + 1)
             hidden = model(chosen[:, None], positions=positions, cache=cache, mask=mask)[:, 0]
-    return [
-        Generation(
-            new[row], logprobs[row], "length" if stopped[row] is None and row not in ended else "stop", stopped[row]
-        )
-        for row in range(len(prompts))
+    finishes: list[Literal["stop", "length"]] = [
+        "length" if stopped[row] is None and row not in ended else "stop" for row in range(len(prompts))
     ]
+    if not with_logprobs:
+        logprobs = [[] for _ in prompts]
+    return [Generation(*each) for each in zip(new, logprobs, finishes, stopped, strict=True)]
 
 
 def uniforms_of(seed: int, count: int) -> Tensor:
@@ -326,7 +331,14 @@ def complete_text(
     """Continue `prompt`, or fill in between `prompt` and `suffix`: see `make_prompt`."""
     asked = make_prompt(tokenizer, model.config.max_seq_len, prompt, suffix, max_tokens=max_tokens, order=order)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    stop_ids, healing = [tokenizer.eos_id], Healing(tokenizer, [asked.pending])
-    (result,) = generate(model, [asked.ids], max_tokens=max_tokens, stop_ids=stop_ids, healing=healing, **sampling)
+    (result,) = generate(
+        model,
+        [asked.ids],
+        max_tokens=max_tokens,
+        stop_ids=[tokenizer.eos_id],
+        healing=Healing(tokenizer, [asked.pending]),
+        with_logprobs=False,
+        **sampling,
+    )
     text = tokenizer.decode_bytes(result.ids)[len(asked.pending) :].decode("utf-8", "replace")
     return Completion(text, result.finish, asked.num_tokens, asked.num_dropped)

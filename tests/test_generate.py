@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,7 +22,9 @@ from smelter.generate import (
     pick_device,
     sample,
 )
+from smelter.healing import Healing
 from smelter.infill import candidate_lines, choose_cases, fit_context
+from smelter.kernels import screened
 from smelter.model import Model
 
 PROMPTS = [[5, 9, 300], [17], list(range(40, 75)), [3, 3, 3, 8, 1, 0, 2]]
@@ -406,3 +409,30 @@ def test_mistakes_on_the_command_line_are_one_line(
     assert not out.out
     assert main(["complete", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_without_logprobs_it_writes_the_same(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows then take their token from the screened head, but where they have something to spell."""
+    monkeypatch.setattr(screened, "MIN_PRODUCTS", 0)
+    model, prompts = tiny.model(), [[1, 2, 3], [4], list(range(30))]
+    model.freeze()
+    calls: list[int] = []
+    likeliest = model.likeliest
+
+    def counted(hidden: Tensor, count: int) -> Tensor:
+        calls.append(1)
+        return likeliest(hidden, count)
+
+    monkeypatch.setattr(model, "likeliest", counted)
+    for pending in ([b"", b"", b""], [b"", b"de", b""]):
+        options: dict[str, Any] = {"max_tokens": 12, "temperature": temperature, "seed": 3}
+        told = generate(model, prompts, healing=Healing(tiny.tokenizer(), pending), **options)
+        assert not calls
+        bare = generate(model, prompts, healing=Healing(tiny.tokenizer(), pending), with_logprobs=False, **options)
+        assert [each.ids for each in bare] == [each.ids for each in told]
+        assert [each.logprobs for each in bare] == [[], [], []]
+        assert all(len(each.logprobs) == len(each.ids) for each in told)
+        assert (0 < len(calls) <= 12) == (temperature == 0.0)
+        assert not (any(pending) and len(calls) == 12)
+        calls.clear()
