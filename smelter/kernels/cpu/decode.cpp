@@ -69,6 +69,19 @@ void rms_norm(float* x, const float* gain, int size, float eps) {
   }
 }
 
+// The rows [rows, size], normalised, as the next product reads them. `room`: as large. Called by every thread of a team,
+// which does not wait at the end.
+void enter(const float* hidden, const float* gain, int rows, int size, float eps, bool in_blocks, const Activations& to,
+           float* room) {
+#pragma omp for schedule(static) nowait
+  for (int row = 0; row < rows; ++row) {
+    float* normed = room + std::size_t(row) * size;
+    std::memcpy(normed, hidden + std::size_t(row) * size, sizeof(float) * size);
+    rms_norm(normed, gain, size, eps);
+    quantize(normed, size, in_blocks, to, row);
+  }
+}
+
 // RoPE in the half-split layout.
 void rotate(float* x, const float* cos, const float* sin, int dim) {
   for (int i = 0; i < dim / 2; i += LANES) {
@@ -139,13 +152,7 @@ void smelter_decode(const smelter::Decoder* decoder, const std::int64_t* tokens,
     for (int index = 0; index < model.num_layers; ++index) {
       const DecoderLayer& layer = model.layers[index];
       float *layer_keys = keys + index * num_slots * of_kv, *layer_values = values + index * num_slots * of_kv;
-#pragma omp for schedule(static) nowait
-      for (int row = 0; row < rows; ++row) {
-        float* normed = between + std::size_t(row) * size;
-        std::memcpy(normed, hidden + std::size_t(row) * size, sizeof(float) * size);
-        rms_norm(normed, layer.attention_norm, size, model.eps);
-        quantize(normed, size, in_blocks, x, row);
-      }
+      enter(hidden, layer.attention_norm, rows, size, model.eps, in_blocks, x, between);
       wait();
       multiply<false>(layer.qkv, x, rows, in_blocks, made);
       wait();
@@ -183,13 +190,7 @@ void smelter_decode(const smelter::Decoder* decoder, const std::int64_t* tokens,
       wait();
       multiply<true>(layer.out, x, rows, in_blocks, hidden);
       wait();
-#pragma omp for schedule(static) nowait
-      for (int row = 0; row < rows; ++row) {
-        float* normed = between + std::size_t(row) * size;
-        std::memcpy(normed, hidden + std::size_t(row) * size, sizeof(float) * size);
-        rms_norm(normed, layer.mlp_norm, size, model.eps);
-        quantize(normed, size, in_blocks, x, row);
-      }
+      enter(hidden, layer.mlp_norm, rows, size, model.eps, in_blocks, x, between);
       wait();
       multiply<false>(layer.gate_up, x, rows, in_blocks, made);
       wait();
