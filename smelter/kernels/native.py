@@ -23,7 +23,7 @@ SOURCES = Path(__file__).with_name("cpu")
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni")
 """Instruction sets that the kernels use."""
 
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-mfma", *(f"-m{name}" for name in FEATURES))
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-mfma", *(f"-m{name}" for name in FEATURES))
 TIMEOUT = 300
 """Seconds; it takes 5."""
 

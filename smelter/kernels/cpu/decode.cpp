@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -35,18 +34,21 @@ namespace {
 // as soon as a process has more of them than cores, and waking one takes longer than most steps.
 class Barrier {
  public:
+  static constexpr int SPINS = 200;  // some 4 microseconds
+
   void wait(int threads) {
     const int turn = turn_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived_.store(0, std::memory_order_relaxed);
       turn_.store(turn + 1, std::memory_order_release);
+      turn_.notify_all();
       return;
     }
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins < 20000) {
+      if (spins < SPINS) {
         _mm_pause();
       } else {
-        std::this_thread::yield();
+        turn_.wait(turn, std::memory_order_acquire);  // on a busy machine: who sleeps is woken before who computes
       }
     }
   }
