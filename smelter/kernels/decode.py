@@ -146,8 +146,10 @@ class Decoder:
         """Hidden states [B, T, C], after the last norm, of tokens [B, T] at `positions` [B, T] of the cache's rows.
 
         Each sees its row's cache up to itself: what was read before, or stands before it here. IndexError for tokens,
-        positions or rows that are none.
+        positions or rows that are none, TypeError for a cache that is not in float32.
         """
+        if cache.keys.dtype != torch.float32:
+            raise TypeError(f"a cache in {cache.keys.dtype}: the kernel reads float32")
         batch, length = tokens.shape
         keys, values, positions = cache.keys, cache.values, positions.expand_as(tokens)
         num_slots, max_len = keys.shape[1], keys.shape[3]
@@ -167,7 +169,7 @@ class Decoder:
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _run(self, tokens: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        rows = [x.contiguous() for x in (tokens, slots, positions)]
+        rows = [x.to(torch.int64).contiguous() for x in (tokens, slots, positions)]
         hidden = torch.empty(*tokens.shape, self.size)
         self._library.smelter_decode(  # type: ignore[union-attr]
             ctypes.byref(self._decoder),
