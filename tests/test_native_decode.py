@@ -125,7 +125,7 @@ def test_what_is_outside_is_refused(tokens: list[list[int]], position: int, firs
     with pytest.raises(IndexError, match=message):
         model.decoder(torch.tensor(tokens), torch.full((len(tokens), 1), position), cache)
     half = KVCache(model.config, 3, 96, torch.bfloat16, "cpu")
-    with pytest.raises(TypeError, match="a cache in torch.bfloat16: the kernel reads float32"):
+    with pytest.raises(TypeError, match=r"a cache in torch\.bfloat16: the kernel reads float32"):
         model.decoder(torch.tensor([[1]]), torch.tensor([[0]]), half)
     assert model.decoder(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), cache).numel() == 0
 
