@@ -215,11 +215,13 @@ def generate(
         for step in range(max(limits)):
             is_spelling = healing is not None and any(healing.is_pending(row) for row in rows)
             if temperature < MIN_TEMPERATURE and not with_logprobs and not is_spelling:
-                chosen, told = model.likeliest(hidden, model.config.vocab_size), [0.0] * len(rows)
+                chosen = model.likeliest(hidden, model.config.vocab_size)  # [B]
             else:
                 logits = model.logits(hidden)
                 possible = logits if healing is None else healing.restrict(logits, rows)
-                chosen = sample(possible, uniforms[:, step], temperature, top_k, top_p)  # [B]
+                chosen = sample(possible, uniforms[:, step], temperature, top_k, top_p)
+            told: Sequence[float | None] = [None] * len(rows)
+            if with_logprobs:
                 told = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1).tolist()
             for row, token, logprob in zip(rows, chosen.tolist(), told, strict=True):
                 if row in done:
@@ -231,7 +233,8 @@ def generate(
                     done.add(row)
                     continue
                 new[row].append(token)
-                logprobs[row].append(logprob)
+                if logprob is not None:
+                    logprobs[row].append(logprob)
                 if until is not None and until(row, token):
                     ended.add(row)
                     done.add(row)
@@ -253,8 +256,6 @@ def generate(
     finishes: list[Literal["stop", "length"]] = [
         "length" if stopped[row] is None and row not in ended else "stop" for row in range(len(prompts))
     ]
-    if not with_logprobs:
-        logprobs = [[] for _ in prompts]
     return [Generation(*each) for each in zip(new, logprobs, finishes, stopped, strict=True)]
 
 

@@ -18,9 +18,9 @@ import torch
 from smelter.kernels import native
 
 Int8Product = Literal["cpu", "cublas", "triton", "none"]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 AttentionPath = Literal["blocked", "tiled", "flex"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,10 @@ class Decoder:
         cap: float,
     ) -> None:
         """embedding [V, C], gain norm [C], cos and sin [T, D], all float32; ValueError without the C++ kernels."""
-        self._library = native.library()
-        if self._library is None:
+        library = native.library()
+        if library is None:
             raise ValueError("the C++ kernels could not be compiled")
+        self._decode = library.smelter_decode
         self._kept: list[Tensor] = []  # what the structures point to
         self.vocab_size, self.size = embedding.shape
         self.max_len, dim = cos.shape
@@ -171,7 +172,7 @@ class Decoder:
     def _run(self, tokens: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         rows = [x.to(torch.int64).contiguous() for x in (tokens, slots, positions)]
         hidden = torch.empty(*tokens.shape, self.size)
-        self._library.smelter_decode(  # type: ignore[union-attr]
+        self._decode(
             ctypes.byref(self._decoder),
             *map(native.address, rows),
             tokens.numel(),

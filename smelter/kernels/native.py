@@ -69,8 +69,11 @@ def build(command: str, folder: Path) -> Path:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None, with a line on stderr that says why, where they cannot be had."""
-    reason = "no C++ compiler found (g++ or clang++; CXX names another)"
-    if platform.system() == "Linux" and (command := compiler()):
+    if platform.system() != "Linux":
+        reason = "they are for Linux"
+    elif not (command := compiler()):
+        reason = "no C++ compiler found (g++ or clang++; CXX names another)"
+    else:
         try:
             return ctypes.CDLL(str(build(command, cache_folder())))
         except subprocess.CalledProcessError as error:
