@@ -36,7 +36,7 @@ test-real: setup ## the quickstart, then the tests with outside programs (a brow
 	@scripts/install_lm_eval.sh >/dev/null
 	$(MAKE) quickstart
 	$(PYTEST) -m real
-	$(PYTEST) tests/test_sandbox.py
+	$(PYTEST) tests/base/test_sandbox.py
 
 test-gpu: setup ## the tests that need a CUDA device; fails where there is none
 	SMELTER_REQUIRE_GPU=1 $(PYTEST) -m gpu

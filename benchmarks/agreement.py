@@ -29,12 +29,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smelter import hardware
 from smelter.bitnet import BitLinear
 from smelter.config import ModelConfig, preset
 from smelter.kernels import reference
 from smelter.loss import LossConfig, chunked_loss, dense_loss
 from smelter.model import Model, RMSNorm
+from smelter.run import device as hardware
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 2.0**10

@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without an installation
 
 from foundry import corpus
-from foundry.clean import main as clean
-from foundry.record import Record, write_records
+from foundry.cleaning.clean import main as clean
+from smelter.base.record import Record, write_records
 
 
 def whole_command(records: list[Record], folder: Path) -> tuple[float, int]:

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agreement import specified_hidden
 
-from smelter import hardware
 from smelter.config import ModelConfig
 from smelter.loss import LossConfig, chunked_loss, dense_loss
 from smelter.model import Model
 from smelter.muon import MuonAdamW
+from smelter.run import device as hardware
 
 CONFIG = ModelConfig(
     vocab_size=256,

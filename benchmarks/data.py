@@ -29,8 +29,8 @@ import numpy as np
 from foundry.corpus import main as corpus
 from smelter.config import DataConfig
 from smelter.data import BatchStream
-from smelter.shards import ShardSet
-from smelter.write_shards import main as tokenize
+from smelter.tokens.shards import ShardSet
+from smelter.tokens.tokenize import main as tokenize
 
 SEQ_LEN = 2_048
 ROWS = 16

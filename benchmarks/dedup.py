@@ -29,7 +29,7 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without an installation
 
-from foundry.dedup import NUM_PERM, SHINGLE, NearDuplicates, signatures
+from foundry.cleaning.dedup import NUM_PERM, SHINGLE, NearDuplicates, signatures
 
 T = TypeVar("T")
 

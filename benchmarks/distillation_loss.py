@@ -19,8 +19,8 @@ import torch
 from loss_memory import CHUNK, DTYPE, HIDDEN, VOCAB, Result, distance, measure_apart, peak_mib
 from torch import Tensor
 
-from smelter import hardware
 from smelter.loss import Direction, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss, dense_loss
+from smelter.run import device as hardware
 
 DRAWS = 50
 PLACES = 16

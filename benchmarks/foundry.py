@@ -35,7 +35,7 @@ Figures = dict[str, float | None]
 @contextmanager
 def stub_teacher() -> Iterator[str]:
     """A teacher in a process of its own; yields its base_url."""
-    command = [sys.executable, str(ROOT / "tests/stub_teacher.py"), "--latency", str(LATENCY)]
+    command = [sys.executable, str(ROOT / "tests/foundry/stub_teacher.py"), "--latency", str(LATENCY)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -124,7 +124,7 @@ END
 
 if has pytest hypothesis; then
     # Not every file: others with GPU tests import packages that a bare machine lacks.
-    files=(tests/test_gpu.py tests/test_capability.py tests/test_triton_ops.py tests/test_flex.py)
+    files=(tests/test_gpu.py tests/kernels/test_capability.py tests/kernels/test_linear_triton.py tests/kernels/test_attention_flex.py)
     # A warning from another version of PyTorch is no defect of ours.
     SMELTER_REQUIRE_GPU=1 limited tests 150 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${files[@]}"
 else

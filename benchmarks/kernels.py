@@ -106,7 +106,7 @@ def product(device: torch.device, tokens: int, name: str) -> Contest:
         contestants["torch._int_mm and scales"] = Contestant(lambda: int_mm(*arguments), want)
         contestants["torch._int_mm and scales, compiled"] = Contestant(lambda: fused(*arguments), want)
     if path.int8_product == "triton":
-        from smelter.kernels.triton_ops import int8_matmul
+        from smelter.kernels.linear_triton import int8_matmul
 
         contestants["smelter int8_matmul"] = Contestant(lambda: (int8_matmul(*arguments, dtype),), want)
     return Contest(f"product {name}, {inner} -> {columns}", 2.0 * tokens * inner * columns, "GOP/s", contestants)
@@ -114,7 +114,7 @@ def product(device: torch.device, tokens: int, name: str) -> Contest:
 
 def rows(device: torch.device, tokens: int, columns: int) -> Contest:
     """Absmax int8 quantisation per token."""
-    from smelter.kernels.triton_ops import quantize_rows
+    from smelter.kernels.linear_triton import quantize_rows
 
     x = torch.randn(tokens, columns, device=device).to(capability(device).dtype)
 
@@ -133,7 +133,7 @@ def rows(device: torch.device, tokens: int, columns: int) -> Contest:
 
 def norms(device: torch.device, tokens: int, columns: int) -> Contest:
     """RMSNorm, then the same quantisation."""
-    from smelter.kernels.triton_ops import rms_norm_quantize
+    from smelter.kernels.linear_triton import rms_norm_quantize
 
     x = torch.randn(tokens, columns, device=device).to(capability(device).dtype)
     gain = 1 + 0.1 * torch.randn(columns, device=device)
@@ -153,7 +153,7 @@ def norms(device: torch.device, tokens: int, columns: int) -> Contest:
 
 def weights(device: torch.device) -> Contest:
     """All weights of the model into int8 trits."""
-    from smelter.kernels.triton_weights import quantize_weights
+    from smelter.kernels.weights_triton import quantize_weights
 
     latent = [torch.randn(shape, device=device) * 0.03 for _ in range(NUM_LAYERS) for shape in LAYERS]
     trits = [torch.zeros_like(weight, dtype=torch.int8) for weight in latent]
@@ -227,7 +227,7 @@ def attend(device: torch.device, batch: int, length: int) -> Contest:
     if device.type == "cpu":
         contestants["plain PyTorch"] = Contestant(lambda: both_ways(specified(CAP), *inputs), capped)
     if capability(device).attention == "flex":
-        from smelter.kernels.flex import block_mask, flex_attention
+        from smelter.kernels.attention_flex import block_mask, flex_attention
 
         mask = block_mask(None, length, device)
         contestants["smelter flex_attention"] = Contestant(

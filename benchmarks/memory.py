@@ -28,8 +28,8 @@ from contestants import Setting
 
 from smelter.bitnet import bit_linears
 from smelter.config import Config, TrainingConfig
-from smelter.hardware import pick_device, pick_dtype
-from smelter.plan import Plan, plan
+from smelter.run.device import pick_device, pick_dtype
+from smelter.run.plan import Plan, plan
 
 QUICK = ((4, 256), (4, 512))
 FULL = ((1, 1_024), (1, 2_048), (2, 1_024), (1, 4_096))

@@ -26,8 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, whose foundry.py is no package
 
 from foundry.opencode_client import MAX_IN_FLIGHT, OpenCodeClient
-from foundry.opencode_teacher import OpenCodeTeacher
 from foundry.teacher import Question
+from foundry.teachers.opencode import OpenCodeTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
 LATENCY = 0.2

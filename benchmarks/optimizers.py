@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smelter import hardware
 from smelter.config import ModelConfig, preset
 from smelter.model import Model
 from smelter.muon import COEFFICIENTS, Muon, MuonAdamW, is_matrix, newton_schulz
+from smelter.run import device as hardware
 
 STEP_TOKENS = (32_768, 524_288)
 BF16_UNIT = torch.finfo(torch.bfloat16).eps

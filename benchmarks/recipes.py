@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick_form
 
-from smelter.bpb import validation_loss
+from smelter.base.errors import UserError
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml, nearest
-from smelter.decode import infill_lines
-from smelter.errors import UserError
-from smelter.evaluate import open_shards
-from smelter.generate import load_model, make_prompt
-from smelter.infill import InfillCase, choose_cases, exact_match
+from smelter.decoding.generate import load_model, make_prompt
+from smelter.decoding.many import infill_lines
+from smelter.evaluation.bpb import validation_loss
+from smelter.evaluation.evaluate import open_shards
+from smelter.evaluation.gaps import InfillCase, choose_cases, exact_match
 from smelter.model import Model
-from smelter.tokenizer import Tokenizer
+from smelter.tokens.tokenizer import Tokenizer
 
 EVAL_TOKENS = 65_536
 

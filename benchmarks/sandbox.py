@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without an installation
 
-from smelter import sandbox
+from smelter.base import sandbox
 
 CORES = len(os.sched_getaffinity(0))
 LIMITS = sandbox.Limits(wall_seconds=60, cpu_seconds=60)

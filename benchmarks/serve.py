@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from smelter.checkpoint import load_checkpoint, save_checkpoint
 from smelter.config import Config, DataConfig, TrainingConfig, preset
-from smelter.export_gguf import write_gguf
-from smelter.export_hf import qwen3_config
+from smelter.export.gguf import write_gguf
+from smelter.export.hf import qwen3_config
 from smelter.model import Model
+from smelter.run.checkpoint import load_checkpoint, save_checkpoint
 from smelter.serving.proxy import start_llama_server
-from smelter.tokenizer import Tokenizer
+from smelter.tokens.tokenizer import Tokenizer
 
 CONCURRENCY = (1, 8, 64)
 Prompts = Sequence[list[int]]

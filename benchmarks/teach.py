@@ -26,17 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without 
 import torch
 
 from foundry.corpus import main as corpus
-from smelter.checkpoint import save_checkpoint
 from smelter.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig, preset
 from smelter.data import Batch, BatchStream
-from smelter.generate import default_dtype, pick_device
+from smelter.decoding.generate import default_dtype, pick_device
+from smelter.distillation.cache import TeacherCache
+from smelter.distillation.objective import Objective, load_teachers
+from smelter.distillation.teach import TeachOptions, teach
 from smelter.model import Model
-from smelter.objective import Objective, load_teachers
-from smelter.shards import ShardSet
-from smelter.teach import TeachOptions, teach
-from smelter.teacher_cache import TeacherCache
+from smelter.run.checkpoint import save_checkpoint
+from smelter.tokens.shards import ShardSet
+from smelter.tokens.tokenize import main as tokenize
 from smelter.train import train
-from smelter.write_shards import main as tokenize
 
 SEQ_LEN = 512
 ROWS = 4

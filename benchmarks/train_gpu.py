@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from contestants import CONTESTANTS, Result, Setting, Worker, missing_package
 
-from smelter import hardware
-from smelter.errors import UserError
+from smelter.base.errors import UserError
+from smelter.run import device as hardware
 
 OURS = "smelter"
 DEFAULT = (OURS, "smelter full precision", "transformers bitnet", "torchao bitnet", "onebitllms", "onebitllms eager")

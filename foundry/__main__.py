@@ -10,7 +10,7 @@ from foundry.errors import FoundryError, nearest
 COMMANDS = {
     "corpus": ("foundry.corpus", "source trees on this machine -> records"),
     "generate": ("foundry.generate", "teachers -> records, resumable, within a spending cap"),
-    "clean": ("foundry.clean", "records -> good records; every reject keeps its reason"),
+    "clean": ("foundry.cleaning.clean", "records -> good records; every reject keeps its reason"),
     "stats": ("foundry.stats", "what records hold, what was dropped, teacher against teacher"),
 }
 

@@ -28,7 +28,7 @@ import tyro
 
 from foundry.cli import parse
 from foundry.errors import FoundryError, nearest
-from foundry.record import Record, write_records
+from smelter.base.record import Record, write_records
 
 LANGUAGES = {
     "assembly": "s asm",

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from foundry.backends import make_teacher
 from foundry.cli import parse
-from foundry.ensemble import Call, Ensemble, Outcome
 from foundry.errors import FoundryError
 from foundry.journal import BudgetReachedError, Journal, JournalError
-from foundry.limits import Member, StoppedError
-from foundry.record import Record, Response, content_id, write_records
 from foundry.settings import Settings, load_settings
 from foundry.teacher import Answer, Question
+from foundry.teachers.backends import make_teacher
+from foundry.teachers.ensemble import Call, Ensemble, Outcome
+from foundry.teachers.limits import Member, StoppedError
+from smelter.base.record import Record, Response, content_id, write_records
 
 if TYPE_CHECKING:
-    from foundry.seeds import Seed
+    from foundry.seeds.seed import Seed
 
 MAX_LISTED = 5
 """Failed seeds that the summary lists; the journal has all."""
@@ -325,7 +325,7 @@ def is_good(call: Call, answer: Answer) -> bool:
 
 async def runs(text: str) -> bool:
     """Whether an answer's code runs to its end in the sandbox."""
-    from smelter import sandbox
+    from smelter.base import sandbox
 
     try:
         result = await asyncio.to_thread(sandbox.run_python, code_of(text))
@@ -336,7 +336,7 @@ async def runs(text: str) -> bool:
 
 async def generate(settings: Settings, out: Path) -> int:
     """Do the whole job and say what came of it; returns the exit code. Raises FoundryError."""
-    from foundry.seeds import iterate
+    from foundry.seeds.seed import iterate
 
     members = [Member(make_teacher(teacher), teacher) for teacher in settings.teachers]
     ensemble = Ensemble(members, settings.generate, accept=is_good, runs=runs)

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from foundry.errors import FoundryError, nearest
-from foundry.opencode_messages import (
+from foundry.opencode.messages import (
     ModelError,
     NoAnswerInTimeError,
     OpenCodeError,

@@ -20,8 +20,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from foundry.errors import FoundryError
+from foundry.opencode.messages import UnreachableError
 from foundry.opencode_client import OpenCodeClient
-from foundry.opencode_messages import UnreachableError
 from foundry.settings import Settings, TeacherSettings, load_settings
 
 PLUGIN = Path(__file__).parent / "opencode" / "plugin.js"

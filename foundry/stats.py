@@ -23,7 +23,7 @@ import tyro
 from foundry import __version__
 from foundry.cli import parse
 from foundry.errors import FoundryError
-from foundry.record import Record, read_records, record_from_json
+from smelter.base.record import Record, read_records, record_from_json
 
 MAX_BARS = 14
 """Bars of one plot; what is rarer is added up as the rest."""

@@ -5,18 +5,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+from smelter.base.errors import UserError
 from smelter.config import nearest
-from smelter.errors import UserError
 
 COMMANDS = {
-    "tokenize": ("smelter.write_shards", "JSONL records -> tokenizer and packed shards"),
-    "teach": ("smelter.teach", "a local teacher's probabilities, stored beside the shards for training"),
+    "tokenize": ("smelter.tokens.tokenize", "JSONL records -> tokenizer and packed shards"),
+    "teach": ("smelter.distillation.teach", "a local teacher's probabilities, stored beside the shards for training"),
     "train": ("smelter.train", "shards -> a trained model, resumable (also under torchrun)"),
-    "evaluate": ("smelter.evaluate", "bits per byte, gaps filled in, pass@k; two models beside each other"),
-    "complete": ("smelter.complete", "complete or infill code, or answer, from the command line"),
-    "serve": ("smelter.serve", "the model behind HTTP: for editors, OpenAI clients, and a page"),
-    "export": ("smelter.export", "checkpoint -> Hugging Face folder or GGUF file"),
-    "report": ("smelter.report", "run folder -> one self-contained HTML page"),
+    "evaluate": ("smelter.evaluation.evaluate", "bits per byte, gaps filled in, pass@k; two models beside each other"),
+    "complete": ("smelter.decoding.complete", "complete or infill code, or answer, from the command line"),
+    "serve": ("smelter.serving.serve", "the model behind HTTP: for editors, OpenAI clients, and a page"),
+    "export": ("smelter.export.export", "checkpoint -> Hugging Face folder or GGUF file"),
+    "report": ("smelter.evaluation.report", "run folder -> one self-contained HTML page"),
 }
 
 USAGE = """usage: smelter COMMAND [OPTIONS]

@@ -109,7 +109,7 @@ def quantize_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Make the trits of every ternary layer from its latent weight: once per optimizer step."""
     layers = [layer for _, layer in bit_linears(module)]
     if layers and layers[0].weight.device.type == "cuda" and uses_triton(layers[0].weight.device):
-        from smelter.kernels import triton_weights
+        from smelter.kernels import weights_triton as triton_weights
 
         for layer in layers:
             layer.trits = layer.trits.to(dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from smelter.errors import ConfigError
+from smelter.base.errors import ConfigError
 from smelter.training_config import DistillationConfig, TrainingConfig, require, require_finite
 
 __all__ = [  # the four tables are found here, wherever they are written

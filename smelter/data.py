@@ -2,17 +2,17 @@
 
 Packing: the documents of an epoch, in an order drawn from (seed, epoch), form one endless stream separated by eos.
 Rows are windows of it that overlap by one token, so that each token is a target once an epoch; they are drawn in
-random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`smelter.fim`) happens to the piece of
+random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`tokens.fim`) happens to the piece of
 a document that a row holds and lengthens it by a few tokens: what no longer fits at the end of a row is left out
 *before* rearranging, and a few positions may stay empty.
 
-Conversations (`smelter.chat`) are never rearranged. Their prompts are no targets, wherever a row cuts them; answers
+Conversations (`tokens.chat`) are never rearranged. Their prompts are no targets, wherever a row cuts them; answers
 and the tokens that end them are, so a model learns to stop. They come as they lie among the other documents, or,
 with `instruct_share`, as a stream of their own that gets that share of the rows, spread as evenly as it can be.
 
 Row g depends on (seed, g) alone: no state to save, any row at once, and the same set of rows in every optimizer
 step however the step is divided among devices and micro-steps. Randomness comes from Philox, which counts instead
-of remembering. So a teacher's distributions can be stored by row number (`smelter.teacher_cache`); with them a batch
+of remembering. So a teacher's distributions can be stored by row number (`distillation.cache`); with them a batch
 brings along what the teacher says, and the rows that were stored come round again and again.
 """
 
@@ -29,12 +29,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.chunk_alignment import Chunks, read_as_written, stack_targets
+from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
-from smelter.errors import ConfigError, DataError
-from smelter.fim import fit_fim
-from smelter.shards import Split
-from smelter.tokenizer import Tokenizer
+from smelter.tokens.alignment import Chunks, read_as_written, stack_targets
+from smelter.tokens.fim import fit_fim
+from smelter.tokens.shards import Split
+from smelter.tokens.tokenizer import Tokenizer
 
 IGNORED = -100
 """Target that counts for nothing (torch's `ignore_index`)."""

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.divergence import Direction, Divergence, divergence, divergence_and_grad
 from smelter.kernels import reference
 from smelter.kernels.soft_cap import capped
-from smelter.mixture import (
+from smelter.losses.cross_entropy import compiled, cross_entropy_and_grad, soft_cross_entropy_and_grad
+from smelter.losses.divergence import Direction, Divergence, divergence, divergence_and_grad
+from smelter.losses.targets import (
     Mixture,
     SparseTeacher,
     Teacher,
@@ -34,7 +35,6 @@ from smelter.mixture import (
     needs_no_rows,
     sparse_target,
 )
-from smelter.soft_target import compiled, cross_entropy_and_grad, soft_cross_entropy_and_grad
 
 __all__ = [  # what a caller needs is found here, wherever it is written
     "Direction",

@@ -22,26 +22,28 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smelter import cli, distributed, hardware
+from smelter.base import cli
+from smelter.base.errors import ConfigError, UserError
 from smelter.bitnet import bit_linears
-from smelter.bpb import validation_loss
-from smelter.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
-from smelter.chunk_teacher import ChunkTeacher
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
-from smelter.decode import samples
-from smelter.distributed import print0
-from smelter.errors import ConfigError, UserError
-from smelter.metrics import MetricsLogger, progress_line, short_duration, short_number
+from smelter.decoding.many import samples
+from smelter.distillation.cache import open_caches
+from smelter.distillation.chunk_cache import ChunkTeacher
+from smelter.distillation.objective import Objective, load_teachers, validation_weights
+from smelter.evaluation.bpb import validation_loss
 from smelter.model import Model
 from smelter.muon import MuonAdamW
-from smelter.objective import Objective, load_teachers, validation_weights
-from smelter.plan import plan
-from smelter.schedule import RunLength, final_cap, kl_weight, set_rates
-from smelter.shards import ShardSet
-from smelter.signals import StopSignal
-from smelter.teacher_cache import open_caches
-from smelter.warm_start import load_initial_weights
+from smelter.run import device as hardware
+from smelter.run import distributed
+from smelter.run.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
+from smelter.run.distributed import print0
+from smelter.run.load import load_initial_weights
+from smelter.run.metrics import MetricsLogger, progress_line, short_duration, short_number
+from smelter.run.plan import plan
+from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
+from smelter.run.signals import StopSignal
+from smelter.tokens.shards import ShardSet
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10

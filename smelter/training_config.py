@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from smelter.errors import ConfigError
+from smelter.base.errors import ConfigError
 
 Schedule = Literal["constant", "wsd", "cosine"]
 

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import tiny
-
 from smelter.__main__ import main
+from tests import tiny
 
 PIECES = [tiny.CODE[i : i + size] for i, size in ((0, 900), (4_000, 60), (5_000, 400), (6_000, 700), (9_000, 8_000))]
 LANGUAGES = ["", "python", "", "c++", ""]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
 from smelter.bitnet import bit_linears
 from smelter.loss import Loss, LossConfig, dense_loss
+from tests import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
 sys.path.append(str(FOLDER))  # behind the packages: benchmarks/foundry.py has the name of one
 

@@ -1,7 +1,6 @@
 """BitLinear's bookkeeping: trits once per optimizer step, never saved, in the compute dtype; packing."""
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -13,6 +12,7 @@ from smelter.bitnet import BitLinear, bit_linears, pack_trits, quantize_weights,
 from smelter.kernels import reference
 from smelter.loss import LossConfig, chunked_loss
 from smelter.muon import MuonAdamW
+from tests import tiny
 
 
 def made(in_features: int = 24, out_features: int = 10, **options: bool | str) -> BitLinear:

@@ -9,18 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smelter.__main__ import main
-from smelter.bpb import bits_per_byte, compressor_baselines, document_nats, nll_rows, spread_windows, validation_loss
-from smelter.chat import stop_ids
+from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import IGNORED, BatchStream, eval_windows
-from smelter.errors import ConfigError, DataError
-from smelter.shards import ShardSet, Split
-from smelter.tokenizer import SpecialTokens, Tokenizer
+from smelter.evaluation.bpb import (
+    bits_per_byte,
+    compressor_baselines,
+    document_nats,
+    nll_rows,
+    spread_windows,
+    validation_loss,
+)
+from smelter.tokens.chat import stop_ids
+from smelter.tokens.shards import ShardSet, Split
+from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from tests import tiny
 
 TOKENS = tiny.tokenizer()
 EOS, END = stop_ids(TOKENS)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from smelter import cli
-from smelter.cache import KVCache
+from smelter.base import cli
+from smelter.base.errors import ConfigError, UserError
 from smelter.config import (
     PRESETS,
     Config,
@@ -30,7 +30,7 @@ from smelter.config import (
     nearest,
     preset,
 )
-from smelter.errors import ConfigError, UserError
+from smelter.decoding.kv_cache import KVCache
 from smelter.model import Model
 from smelter.train import parse_options
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smelter.__main__ import main
+from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import IGNORED, Batch, BatchStream, eval_windows, prefetch
-from smelter.errors import ConfigError, DataError
-from smelter.fim import undo_fim
-from smelter.shards import ShardSet, Split
+from smelter.tokens.fim import undo_fim
+from smelter.tokens.shards import ShardSet, Split
+from tests import tiny
 
 TOKENS = tiny.tokenizer()
 EOS, PAD = TOKENS.eos_id, TOKENS.pad_id

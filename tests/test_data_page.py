@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from smelter.chat import ChatFormat, head
-from smelter.records import Records
-from smelter.shards import ShardSet
-from smelter.tokenizer import Tokenizer
+from smelter.tokens.chat import ChatFormat, head
+from smelter.tokens.documents import Records
+from smelter.tokens.shards import ShardSet
+from smelter.tokens.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 LINES = [line.strip() for line in PAGE.splitlines() if line.startswith("    ")]
 

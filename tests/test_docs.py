@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [ROOT / "README.md", *PAGES]
 COMMAND = re.compile(r"^\s{4,}(?:\$ )?(smelter|foundry) +([a-z]+)\b(.*)$", re.MULTILINE)

@@ -20,9 +20,9 @@ from smelter.bitnet import bit_linears
 from smelter.config import Config, load_config, preset
 from smelter.kernels import reference
 from smelter.kernels.capability import capability
-from smelter.plan import plan
+from smelter.run.plan import plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # behind the packages: foundry.py has the name of one
 agreement: Any = importlib.import_module("agreement")
 contestants: Any = importlib.import_module("contestants")
@@ -52,7 +52,7 @@ def ops() -> Any:
     """The Triton operations, where this device runs them."""
     if not capability(DEVICE).use_triton:
         pytest.skip(f"{capability(DEVICE).describe()}: no Triton kernels")
-    return importlib.import_module("smelter.kernels.triton_ops")
+    return importlib.import_module("smelter.kernels.linear_triton")
 
 
 def dtypes() -> list[str]:
@@ -235,7 +235,7 @@ def test_int8_matmul_is_exact(ops: Any, rows: int, columns: int, inner: int, dty
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16], ids=str)
 def test_quantize_weights_of_a_whole_model(ops: Any, dtype: torch.dtype) -> None:
-    quantize_weights = importlib.import_module("smelter.kernels.triton_weights").quantize_weights
+    quantize_weights = importlib.import_module("smelter.kernels.weights_triton").quantize_weights
     model = CONFIG.model
     shapes = [(model.query_size, model.hidden_size), (model.kv_size, model.hidden_size)] * 2
     shapes += [(model.intermediate_size, model.hidden_size)] * 2 + [(model.hidden_size, model.intermediate_size)]

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from largest import Largest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smelter.loss import Direction, LossConfig, TeacherHead, chunked_loss, dense_loss
+from tests.largest import Largest
 
 N, C, V = 37, 16, 50
 

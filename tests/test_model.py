@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import transformers
@@ -14,9 +13,10 @@ from transformers.integrations.bitnet import ActQuant
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from smelter.bitnet import bit_linears
-from smelter.cache import KVCache
+from smelter.decoding.kv_cache import KVCache
 from smelter.kernels import attention, reference
 from smelter.model import Model
+from tests import tiny
 
 TOKENS = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
 UNCAPPED: dict[str, Any] = {"attn_logit_soft_cap": 0.0, "final_logit_soft_cap": 0.0, "activation_quant": "none"}

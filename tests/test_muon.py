@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from smelter.model import Model
 from smelter.muon import AdjustLr, Muon, MuonAdamW, newton_schulz
+from tests import tiny
 
 
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])

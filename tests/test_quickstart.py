@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from smelter.config import load_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "quickstart"
 pytestmark = pytest.mark.real
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 TOOLS = "awk bash cat cut dirname env g++ grep head id printf sed sha256sum sleep tail uname"
 """What the scripts find on the PATH of a stand-in machine."""

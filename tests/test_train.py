@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from smelter.__main__ import main
 from smelter.config import load_config
-from smelter.generate import load_model
-from smelter.metrics import read_metrics
-from smelter.write_shards import TokenizeOptions, tokenize
+from smelter.decoding.generate import load_model
+from smelter.run.metrics import read_metrics
+from smelter.tokens.tokenize import TokenizeOptions, tokenize
+from tests import tiny
 
 SHAPE = (
     *("--vocab-size=512", "--hidden-size=32", "--num-layers=2", "--num-heads=2", "--num-kv-heads=1", "--head-dim=16"),
@@ -247,7 +247,7 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
-FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.toml") if not path.name.startswith("foundry"))
 
 

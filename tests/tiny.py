@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from smelter.checkpoint import save_checkpoint
 from smelter.config import Config, DataConfig, ModelConfig, TrainingConfig
 from smelter.model import Model
-from smelter.tokenizer import Tokenizer
+from smelter.run.checkpoint import save_checkpoint
+from smelter.tokens.tokenizer import Tokenizer
 
 CODE = Path(textwrap.__file__).read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from foundry.teacher import Answer, Question
-from foundry.transformers_teacher import TransformersTeacher
+from foundry.teachers.transformers import TransformersTeacher
 
 SPECIAL = ["<end>", "<think>", "</think>"]
 CHARACTERS = [*"\n", *map(chr, range(32, 127))]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from smelter.kernels import reference
-from smelter.kernels.blocked import capped_attention
+from smelter.kernels.attention_blocked import capped_attention
+from smelter.kernels.attention_tiled import takes as takes_tiles
+from smelter.kernels.attention_tiled import tiled_attention
 from smelter.kernels.cached import cached_attention
 from smelter.kernels.capability import attends_in_tiles, cpu_has_kernels, int8_product, uses_triton
 from smelter.kernels.capability import capability as capability_of
-from smelter.kernels.decode import Decoder, LayerWeights
-from smelter.kernels.decode import takes as takes_sizes
-from smelter.kernels.screened import ScreenedHead
-from smelter.kernels.ternary import Stacked, ternary_linears
-from smelter.kernels.tiled import takes as takes_tiles
-from smelter.kernels.tiled import tiled_attention
+from smelter.kernels.decoder import Decoder, LayerWeights
+from smelter.kernels.decoder import takes as takes_sizes
+from smelter.kernels.head import ScreenedHead
+from smelter.kernels.linear import Stacked, ternary_linears
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -49,7 +49,7 @@ def documents(doc_ids: Tensor | None, length: int, device: torch.device) -> Docu
     Imports FlexAttention only where it is used: that takes a second.
     """
     if capability_of(device).attention == "flex":
-        from smelter.kernels.flex import block_mask
+        from smelter.kernels.attention_flex import block_mask
 
         return block_mask(doc_ids, length, device)
     return None if doc_ids is None else doc_ids.to(torch.int32)
@@ -66,7 +66,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float, *, mask: Tensor | Non
         if takes_tiles(q) and attends_in_tiles(q.device):
             return tiled_attention(q, k, v, cap, docs)
         return capped_attention(q, k, v, cap, docs)
-    from smelter.kernels.flex import flex_attention
+    from smelter.kernels.attention_flex import flex_attention
 
     return flex_attention(q, k, v, docs, cap)
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from smelter import __version__
 from smelter.serving import llama_routes, openai_routes
-from smelter.serving.asking import Service
+from smelter.serving.bridge import Service
 from smelter.serving.errors import ApiError, install_handlers
 from smelter.serving.gate import Gate, Rules
 from smelter.serving.schema import Health

@@ -11,12 +11,11 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from smelter.chat import ChatFormat, stop_ids
-from smelter.errors import DataError
-from smelter.generate import make_prompt
-from smelter.serving.asking import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
+from smelter.base.errors import DataError
+from smelter.decoding.generate import make_prompt
+from smelter.decoding.request import End, Request, Token
+from smelter.serving.bridge import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.errors import ApiError
-from smelter.serving.request import End, Request, Token
 from smelter.serving.schema import (
     MAX_CHOICES,
     MAX_SEED,
@@ -26,7 +25,8 @@ from smelter.serving.schema import (
     CompletionResponse,
     ErrorResponse,
 )
-from smelter.tokenizer import Tokenizer
+from smelter.tokens.chat import ChatFormat, stop_ids
+from smelter.tokens.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 64
 ERRORS: dict[int | str, dict[str, Any]] = {

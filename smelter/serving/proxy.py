@@ -25,9 +25,9 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from smelter.errors import UserError
+from smelter.base.errors import UserError
 from smelter.serving.app import new_app
-from smelter.serving.asking import gone, to_json, unless_gone
+from smelter.serving.bridge import gone, to_json, unless_gone
 from smelter.serving.errors import ApiError
 from smelter.serving.gate import Gate, Rules
 from smelter.serving.openai_routes import ERRORS, check_max_tokens, pick_seed

@@ -1,0 +1,224 @@
+"""Prompts made from local code: what a teacher is asked is drawn from code that somebody wrote and uses.
+
+Five kinds. `oss_instruct` shows a few lines of real code and asks for a new problem with its solution, after
+OSS-Instruct (Wei et al., "Magicoder: Empowering Code Generation with OSS-Instruct", 2023): real snippets are more
+varied than any list of subjects. The other kinds take a function apart, and the missing part is known:
+`docstring_to_body`, `body_to_docstring`, `body_to_tests` and `body_to_calls`. That known part travels in the seed's
+`material`, which only the local teacher reads; a model gets the words alone.
+
+Files held out for validation are not read at all, so no question is made from code that a model is measured on.
+Files come in random order and give one function a round, so a large file does not crowd out the small ones. Functions
+whose tests are among the sources come first for `body_to_tests`; the others follow, for teachers that can write some.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foundry.corpus import Options, Summary, corpus_records, find_trees
+from foundry.errors import FoundryError, nearest
+from foundry.seeds.builtin import pick, shuffled
+from foundry.seeds.functions import FENCE, MIN_DOCSTRING, Function, Source, functions
+from foundry.seeds.uses import UsageIndex
+from smelter.base.record import read_records
+
+KINDS = ("oss_instruct", "docstring_to_body", "body_to_docstring", "body_to_tests", "body_to_calls")
+
+SNIPPET_LINES = (5, 15)
+"""Least and most lines of code that are shown to inspire a problem."""
+
+
+@dataclass(frozen=True)
+class CodePrompt:
+    """One question made from code, and what is known about its answer."""
+
+    kind: str
+    prompt: str
+    source: str
+    license: str
+    material: Mapping[str, Any]
+
+
+def code_prompts(corpus: Sequence[str], kinds: Sequence[str], seed: int) -> Iterator[Iterator[CodePrompt]]:
+    """One stream of prompts for each kind (all kinds if none is named), in an order that `seed` determines.
+
+    `corpus` names JSONL files of records, or "stdlib". Raises FoundryError for an unknown kind and where there is
+    no Python code.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise FoundryError(f"[seeds]: kinds = {kind!r}: unknown: {nearest(kind, KINDS)}")
+    wanted = [kind for kind in KINDS if kind in kinds or not kinds]
+    sources = [source for name in dict.fromkeys(corpus) for source in read_sources(name)]
+    cache: dict[Source, list[Function]] = {}
+    usage = UsageIndex(sources)
+    makers: dict[str, Callable[[random.Random], Iterator[CodePrompt]]] = {
+        "oss_instruct": lambda rng: _oss_instruct(sources, rng),
+        "docstring_to_body": lambda rng: _docstring_to_body(_rounds(sources, cache, rng), rng),
+        "body_to_docstring": lambda rng: _body_to_docstring(_rounds(sources, cache, rng), rng),
+        "body_to_tests": lambda rng: _body_to_tests(_rounds(sources, cache, rng), usage, rng),
+        "body_to_calls": lambda rng: _body_to_calls(_rounds(sources, cache, rng), usage, rng),
+    }
+    # Each kind has random numbers of its own, so asking for fewer kinds does not change what the others give.
+    return iter([makers[kind](random.Random(f"{seed} {kind}")) for kind in wanted])
+
+
+def read_sources(name: str) -> list[Source]:
+    """The Python files of a file of records, or of the running Python's library with its tests ("stdlib").
+
+    Left out are records that are held out for validation, other languages and records of other kinds. Raises
+    FoundryError where nothing is left.
+    """
+    if name == "stdlib":
+        options = Options(source=("stdlib",), include_tests=True)
+        records = corpus_records(find_trees(options), options, Summary())
+    else:
+        records = read_records(name)
+    sources = [
+        Source(record.source or f"unnamed/{record.id}.py", record.text, record.license)
+        for record in records
+        if record.kind == "text" and record.language == "python" and record.split != "val"
+    ]
+    if not sources:
+        raise FoundryError(f"{name}: no Python text in the training split: make records with `foundry corpus`")
+    return sorted(sources, key=lambda source: source.name)
+
+
+def _rounds(sources: Sequence[Source], cache: dict[Source, list[Function]], rng: random.Random) -> Iterator[Function]:
+    """Functions of files that are no tests: one of each file, then the next of each, files in random order."""
+    files = shuffled([source for source in sources if not source.is_test], rng)
+    orders: list[list[Function]] = []
+    for source in files:
+        if source not in cache:
+            cache[source] = functions(source)
+        order = shuffled(cache[source], rng)
+        if order:
+            orders.append(order)
+            yield order[0]
+    for number in range(1, max(map(len, orders), default=0)):
+        yield from (order[number] for order in orders if number < len(order))
+
+
+def _fenced(code: str) -> str:
+    return f"```python\n{code.rstrip()}\n```"
+
+
+def _shown(function: Function, text: str) -> str:
+    """A function (or a part of it) under the imports that it needs."""
+    return _fenced(f"{function.imports}\n\n\n{text}" if function.imports else text)
+
+
+def _place(function: Function) -> str:
+    """Where a method belongs, as part of a sentence."""
+    return f" It is a method of `{function.owner.rstrip(':')}`." if function.owner else ""
+
+
+def _material(function: Function, kind: str, **parts: Any) -> dict[str, Any]:
+    return {"task": kind, "name": function.name, "file": function.source.name, "line": function.line, **parts}
+
+
+def _prompt(function: Function, kind: str, prompt: str, **parts: Any) -> CodePrompt:
+    source = function.source
+    return CodePrompt(kind, prompt, source.name, source.license, _material(function, kind, **parts))
+
+
+def _oss_instruct(sources: Sequence[Source], rng: random.Random) -> Iterator[CodePrompt]:
+    """A few lines of a file, dedented; three rounds through the files."""
+    forms = (
+        "Make up a programming problem that a reader of this fragment might meet elsewhere, and solve it in Python.",
+        "Take one idea from this fragment and make a new, self-contained Python exercise of it, with a model solution.",
+        "Let this fragment inspire a practical task for a Python developer. State the task, then solve it.",
+    )
+    ends = (
+        "State the problem so that it can be understood without the fragment. Do not copy the fragment.",
+        "The problem must stand on its own, with an example of input and output. Do not mention the fragment.",
+        "Give the problem under `Problem`, the code under `Solution`, and three asserts that test it.",
+    )
+    files = [source for source in sources if not source.is_test]
+    for _ in range(3):
+        for source in shuffled(files, rng):
+            lines = source.text.split("\n")
+            starts = [i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith(("#", '"'))]
+            if len(starts) < SNIPPET_LINES[0]:
+                continue
+            first = pick(starts[: -SNIPPET_LINES[0] + 1], rng)
+            low, high = SNIPPET_LINES
+            snippet = "\n".join(lines[first : first + low + int(rng.random() * (high - low + 1))]).rstrip()
+            if FENCE in snippet:
+                continue
+            material = {"task": "oss_instruct", "file": source.name, "line": first + 1, "snippet": snippet}
+            prompt = f"{pick(forms, rng)}\n\n{_fenced(snippet)}\n\n{pick(ends, rng)}"
+            yield CodePrompt("oss_instruct", prompt, source.name, source.license, material)
+
+
+def _docstring_to_body(found: Iterator[Function], rng: random.Random) -> Iterator[CodePrompt]:
+    forms = (
+        "Complete this Python function.{place} Answer with the whole function in one code block.",
+        "Write the body of this function so that it does what its docstring says.{place} Give the complete function.",
+        "Here are a signature and a docstring.{place} Implement the function and answer with its full code only.",
+        "Fill in the missing body.{place} Reply with one Python code block that holds the finished function.",
+    )
+    for function in found:
+        if len(function.docstring) >= MIN_DOCSTRING:
+            shown = _shown(function, f"{function.header}\n{function.docstring}")
+            prompt = f"{pick(forms, rng).format(place=_place(function))}\n\n{shown}"
+            yield _prompt(function, "docstring_to_body", prompt, answer=function.text)
+
+
+def _body_to_docstring(found: Iterator[Function], rng: random.Random) -> Iterator[CodePrompt]:
+    forms = (
+        "Write the docstring of this Python function.{place} Answer with the docstring alone, in triple quotes.",
+        "This function has lost its docstring.{place} Write it anew, and answer with nothing but the quoted docstring.",
+        "Document this function for its users in a docstring.{place} Reply with the docstring only, quotes included.",
+    )
+    for function in found:
+        if len(function.docstring) >= MIN_DOCSTRING:
+            shown = _shown(function, f"{function.header}\n{function.body}")
+            prompt = f"{pick(forms, rng).format(place=_place(function))}\n\n{shown}"
+            yield _prompt(function, "body_to_docstring", prompt, answer=_dedented(function.docstring))
+
+
+def _dedented(docstring: str) -> str:
+    """A docstring at the margin: its first line starts there, the others keep their indentation to each other."""
+    first, _, rest = docstring.partition("\n")
+    lines = rest.split("\n")
+    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return "\n".join([first.lstrip(), *(line[indent:] for line in lines)]).rstrip()
+
+
+def _body_to_tests(found: Iterator[Function], usage: UsageIndex, rng: random.Random) -> Iterator[CodePrompt]:
+    forms = (
+        "Write unit tests for this function of the module `{module}`.",
+        "Which tests should `{module}.{name}` have? Write them.",
+        "Test this function from `{module}`: the main case, the edge cases and the errors.",
+    )
+    ends = ("Use `unittest`.", "Answer with one runnable Python test module.", "Import the function from its module.")
+    untested = []
+    for function in found:
+        if function.owner or not function.is_public:
+            continue
+        form = pick(forms, rng).format(module=function.source.module, name=function.name)
+        prompt = f"{form} {pick(ends, rng)}\n\n{_shown(function, function.text)}"
+        tests = usage.tests(function)
+        if tests is None:
+            untested.append((function, prompt))
+        else:
+            yield _prompt(function, "body_to_tests", prompt, answer=tests.code, tests_file=tests.file)
+    for function, prompt in untested:
+        yield _prompt(function, "body_to_tests", prompt)
+
+
+def _body_to_calls(found: Iterator[Function], usage: UsageIndex, rng: random.Random) -> Iterator[CodePrompt]:
+    forms = (
+        "Show how this function of the module `{module}` is called in practice: a few realistic calls.",
+        "Give examples of code that uses `{name}` from `{module}`.",
+        "How would other code call this function of `{module}`? Answer with examples only.",
+    )
+    for function in found:
+        calls = usage.calls(function) if function.is_public else []
+        if calls:
+            form = pick(forms, rng).format(module=function.source.module, name=function.name)
+            # Each under the place where it stands: examples of one answer come from several files.
+            answer = "\n\n".join(f"# {call.file}:{call.line}\n{call.code}" for call in calls)
+            yield _prompt(function, "body_to_calls", f"{form}\n\n{_shown(function, function.text)}", answer=answer)

@@ -1,0 +1,81 @@
+"""Command lines from dataclasses (tyro), with one-line errors.
+
+tyro explains every option from its docstring; its boxed errors become `UserError`, so that every
+mistake, on the command line or in a file, reads alike: one line that names the fix.
+"""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+from smelter.base.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Parse `argv` into the dataclass `options`; its docstring is the help text.
+
+    Nested dataclasses appear without prefix (`--muon-lr`, or `--muon_lr`). Raises UserError.
+    """
+    noise = io.StringIO()
+    wants_help = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.redirect_stderr(noise), contextlib.nullcontext() if wants_help else _wide_terminal():
+            return tyro.cli(
+                options,
+                args=list(argv),
+                prog=prog,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_one_line(noise.getvalue())} (see {prog} --help)") from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """tyro breaks its error messages to the terminal's width; they are to stay in one piece."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(box: str) -> str:
+    """What tyro's box says first, and the options that it suggests.
+
+    The box is a title, the message, and maybe suggestions, with rules between them; where stdout is not
+    UTF-8 it is drawn with dashes.
+    """
+    blocks: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        if line.startswith("╭") or not line.strip("│─╰╯- "):
+            blocks.append([])
+        else:
+            blocks[-1].append(re.sub(r"^[│ ] |[│ ]+$", "", line))
+    blocks = [block for block in blocks[1:] if block] or [[" ".join(box.split())]]
+    # A configuration checks itself: its message names table and key, and the class means nothing to a user.
+    message = re.sub(r"^Error parsing [A-Za-z][\w.]*: ", "", blocks[0][0])
+    if message.endswith(":"):
+        # The options that are missing, each with its help indented below.
+        message += f" {', '.join(line.strip() for line in blocks[0] if re.match(r' {4}[^ ]', line))}"
+    options = [
+        next((line.split()[0].rstrip(",") for line in block[1:] if line.startswith("    -")), "")
+        for block in blocks[1:]
+        if block[0].startswith(("Perhaps you meant", "Arguments similar to"))
+    ]
+    hint = " and ".join(filter(None, options))
+    return f"{message}: did you mean {hint}?" if hint else message

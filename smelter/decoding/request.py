@@ -1,0 +1,100 @@
+"""A request to the engine, and what comes back of its answer."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from smelter.decoding.text import TextStream
+
+Finish = Literal["stop", "length", "time", "cancelled", "error"]
+Top = tuple[tuple[int, float], ...]
+"""The likeliest tokens and their log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the answer: the bytes that it adds to the text, its log-probability, and the likeliest instead.
+
+    The log-probability is None where nobody asked for it, and for a prompt's first token.
+    """
+
+    id: int
+    raw: bytes
+    logprob: float | None
+    top: Top = ()
+
+
+@dataclass(frozen=True)
+class End:
+    """Why an answer ended, and what it took. Times in seconds; `num_cached` prompt tokens needed no reading."""
+
+    finish: Finish
+    stop: str | None = None
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_tokens: int = 0
+    wait_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What comes of an answer: text, the tokens that it completes, and at last the end.
+
+    `prompt` holds the prompt's tokens, where the request asked for their log-probabilities.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    end: End | None = None
+    prompt: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue and how; `ids` and `pending` as in `generate.EncodedPrompt`.
+
+    With each token its log-probability is told and the `num_top` likeliest tokens; None tells neither, which is
+    quicker. `max_seconds` counts from the first token. `max_tokens` may be 0 where `prompt_logprobs` are asked for.
+    """
+
+    ids: Sequence[int]
+    pending: bytes = b""
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stops: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    num_top: int | None = None
+    prompt_logprobs: bool = False
+    max_seconds: float | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """A request on its way through the engine."""
+
+    request: Request
+    deliver: Callable[[Piece], None]
+    text: TextStream
+    uniforms: Tensor
+    limit: int
+    submitted: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    first: float = 0.0
+    slot: int = -1
+    lane: int = -1
+    num_read: int = 0
+    num_cached: int = 0
+    num_tokens: int = 0
+    next_id: int = 0
+    num_bytes: int = 0
+    held: list[tuple[Token, int]] = field(default_factory=list)
+    prompt: list[Token] = field(default_factory=list)
+    is_cancelled: bool = False

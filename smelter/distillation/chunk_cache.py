@@ -1,0 +1,79 @@
+"""What a teacher with another tokenizer says of every training document, on the disk. `smelter teach` writes it.
+
+The folder, all little-endian:
+
+    index.json     what it was made from; the files with their sizes and sha256; counts
+    chunks.f16     [num_tokens of the train split]: `chunk_alignment.chunk_log_probs` of every document, and NaN for eos
+    states.u1      [num_docs]: whether the teacher has read the document, or why not (`READ`, `NOT_SPELT`, `NOT_TEXT`)
+
+It belongs to the shards alone, not to an arrangement of their rows: whatever the context length, the seed and the
+rate of fill-in-the-middle, a row takes the slices of its documents. Two bytes a token; float16 is right to three
+digits of a chunk's nats.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smelter.base.errors import ConfigError, DataError
+from smelter.tokens.alignment import Chunks, chunks_of_slice
+from smelter.tokens.shards import ShardSet, file_sha256
+
+FORMAT, VERSION = "smelter-chunk-teacher", 1
+INDEX, UNFINISHED, VALUES, STATES = "index.json", "unfinished.json", "chunks.f16", "states.u1"
+VALUE_DTYPE = np.dtype("<f2")
+READ, NOT_SPELT, NOT_TEXT = 1, 2, 3
+"""States of a document: read; the teacher's tokens do not spell its bytes; it holds tokens that stand for no text."""
+AGAIN = "run `smelter teach --method chunks` again with another --out"
+
+
+class ChunkTeacher:
+    """A finished folder, open for reading. From `ChunkTeacher.open`."""
+
+    def __init__(self, path: Path, index: dict[str, Any], shards: ShardSet) -> None:
+        self.path, self.index = path, index
+        self._offsets = shards.split("train").offsets
+        self._values: NDArray[np.float16] = np.memmap(path / VALUES, dtype=VALUE_DTYPE, mode="r")
+
+    @classmethod
+    def open(cls, path: Path, shards: ShardSet, *, verify: bool = False) -> "ChunkTeacher":
+        """Check that it is whole and of these shards, with `verify` also every file's sha256.
+
+        Raises DataError for a damaged or unfinished folder, and ConfigError that says which of shards and tokenizer
+        is another.
+        """
+        file = path / INDEX
+        if not file.is_file() and (path / UNFINISHED).is_file():
+            raise DataError(f"{path}: not finished: give the same `smelter teach` command again, it goes on from there")
+        try:
+            index = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}: `smelter teach --method chunks` writes it") from None
+        except ValueError as error:
+            raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
+        if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+            raise DataError(f"{file}: not what `smelter teach --method chunks` of this version wrote: {AGAIN}")
+        for name, there, here in (
+            ("tokenizer", index["tokenizer"], shards.tokenizer.hash),
+            ("shards", index["shards"], shards.hash),
+        ):
+            if there != here:
+                raise ConfigError(
+                    f"distillation.chunk_teachers: {path} was made for other {name} than those of {shards.path} "
+                    f"({there[:12]}, not {here[:12]}): {AGAIN}"
+                )
+        for entry in index["files"]:
+            part = path / entry["name"]
+            if not part.is_file() or part.stat().st_size != entry["bytes"]:
+                raise DataError(f"{part}: not the {entry['bytes']:,} bytes that were written: {AGAIN}")
+            if verify and file_sha256(part) != entry["sha256"]:
+                raise DataError(f"{part}: contents have changed: {AGAIN}")
+        return cls(path, index, shards)
+
+    def chunks(self, doc: int, begin: int, size: int) -> Chunks:
+        """The chunks among tokens begin .. begin + size - 1 of a training document, its eos included."""
+        start, end = int(self._offsets[doc]), int(self._offsets[doc + 1])
+        return chunks_of_slice(self._values[start:end], begin, size)

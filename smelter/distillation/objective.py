@@ -1,0 +1,213 @@
+"""What a training step minimises: the student's loss, with teachers that run beside it or have spoken before."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smelter.base.errors import ConfigError, DataError
+from smelter.config import Config, DistillationConfig
+from smelter.distillation.cache import TeacherCache
+from smelter.distillation.teacher import TeacherModel, load_teacher
+from smelter.evaluation.bpb import spread_windows
+from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
+from smelter.losses.chunks import ChunkBatch, chunk_loss, target_log_probs
+from smelter.model import Model
+from smelter.run import distributed
+from smelter.run.distributed import print0
+from smelter.tokens.shards import Split
+from smelter.tokens.tokenizer import Tokenizer
+
+
+def load_teachers(config: Config, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device) -> list[TeacherModel]:
+    """The models that `distillation.teachers` names, frozen; ConfigError for one of another vocabulary."""
+    teachers = []
+    for path in config.distillation.teachers:
+        teacher = load_teacher(
+            Path(path),
+            tokenizer,
+            config.model.vocab_size,
+            device=device,
+            dtype=dtype,
+            use_document_mask=config.data.use_document_mask,
+        )
+        if len(teacher.head) != config.model.vocab_size:
+            raise ConfigError(
+                f"distillation.teachers: {path} has a vocabulary of {len(teacher.head)}, the student "
+                f"{config.model.vocab_size}: set model.vocab_size = {len(teacher.head)}, or store what the teacher "
+                "says with `smelter teach` and set distillation.cached"
+            )
+        if teacher.max_seq_len < config.model.max_seq_len:
+            raise ConfigError(
+                f"distillation.teachers: {path} reads at most {teacher.max_seq_len} tokens, the student's rows have "
+                f"{config.model.max_seq_len}: set model.max_seq_len = {teacher.max_seq_len}"
+            )
+        teachers.append(teacher)
+    return teachers
+
+
+def fixed_weights(config: DistillationConfig) -> tuple[float, ...]:
+    """The teachers' weights as the recipe gives them: equal ones if it gives none."""
+    return config.teacher_weights or (1.0,) * config.num_teachers
+
+
+def weights_by_loss(weights: tuple[float, ...], losses: list[float], tau: float) -> tuple[float, ...]:
+    """Weights times exp(-loss / tau), summing to 1; losses in nats per token."""
+    best = min(loss for weight, loss in zip(weights, losses, strict=True) if weight)
+    # A teacher of weight 0 may be better than the best, by more than an exponential can hold.
+    factors = [math.exp(min(0.0, (best - loss) / tau)) for loss in losses]
+    scaled = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    return tuple(value / sum(scaled) for value in scaled)
+
+
+def held_out_loss(teacher: TeacherModel, split: Split, config: Config, eos_id: int) -> float:
+    """Nats per token of a teacher on the windows of `evaluate.validation_loss`. Raises DataError for an empty split."""
+    seq_len, device = config.model.max_seq_len, teacher.head.device
+    windows = spread_windows(split, seq_len, config.training.eval_tokens, eos_id)
+    nats, num_tokens = 0.0, 0
+    while rows := list(islice(windows, config.training.device_batch_size)):
+        inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows, strict=True))
+        loss = chunked_loss(
+            teacher.hidden(inputs, None), teacher.head, targets.flatten(), LossConfig(teacher.soft_cap), normalizer=1.0
+        )
+        nats += float(loss.ce)
+        num_tokens += int((targets >= 0).sum())
+    if not num_tokens:
+        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
+    return nats / num_tokens
+
+
+def validation_weights(
+    teachers: Sequence[TeacherModel], config: Config, split: Split, tokenizer: Tokenizer
+) -> tuple[float, ...]:
+    """The teachers' weights after their losses on the held-out split, which are measured here and printed."""
+    losses = []
+    for path, teacher in zip(config.distillation.teachers, teachers, strict=True):
+        nats = held_out_loss(teacher, split, config, tokenizer.eos_id)
+        losses.append(distributed.agree(nats))
+        if not math.isfinite(losses[-1]):
+            raise ConfigError(f"distillation.teachers: {path} has a held-out loss of {nats}: leave it out")
+    weights = weights_by_loss(fixed_weights(config.distillation), losses, config.distillation.validation_tau)
+    for path, loss, weight in zip(config.distillation.teachers, losses, weights, strict=True):
+        print0(f"teacher {path}: held-out loss {loss:.4f}, weight {weight:.3f}")
+    return weights
+
+
+class Objective(nn.Module):
+    """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it.
+
+    `teacher_weights` are the recipe's unless given. `kl_weight` is the divergence's share, which a schedule may change
+    between steps.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: Config,
+        teachers: Sequence[TeacherModel],
+        use_compile: bool,
+        teacher_weights: tuple[float, ...] | None = None,
+        caches: Sequence[TeacherCache] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.use_compile = use_compile
+        self.soft_cap = config.model.final_logit_soft_cap
+        self.chunk_size = config.training.loss_chunk_size
+        # Kept out of the module tree: teachers are neither trained nor saved.
+        self.teachers, self.caches = teachers, caches
+        self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
+        self.kl_weight = config.distillation.kl_weight
+        self.chunk_weight = config.distillation.chunk_weight
+        self.chunk_temperature = config.distillation.chunk_temperature
+        self.loss_config = LossConfig(
+            z_loss=config.training.z_loss,
+            temperature=config.distillation.temperature,
+            direction=config.distillation.kl_direction,
+            skew_alpha=config.distillation.skew_alpha,
+            js_beta=config.distillation.js_beta,
+            use_confidence=config.distillation.teacher_weighting == "confidence",
+        )
+
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        doc_ids: Tensor | None,
+        normalizer: Tensor,
+        cached: Sequence[Sequence[Tensor]] = (),
+        chunks: Sequence[Sequence[Tensor]] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Total, CE, z, KL and chunk divergence of one micro-batch [B, T], each divided by `normalizer`.
+
+        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches, `chunks` starts,
+        ends and log-probabilities [B, T] for each of the chunk teachers.
+        """
+        hidden = self.model(inputs, doc_ids)
+        soft_cap = self.model.config.final_logit_soft_cap
+        # A cap on its way out is another number each step, which would be compiled anew each step.
+        use_compile = self.use_compile and soft_cap == self.soft_cap
+        of_chunks = self._chunks(hidden, targets, weights, chunks, soft_cap, use_compile) if chunks else None
+        teachers: list[Teacher] = []
+        for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
+            teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
+        for cache, rows, weight in zip(self.caches, cached, self.teacher_weights[len(self.teachers) :], strict=True):
+            ids, probs, entropy = (values.flatten(0, 1) for values in rows)
+            teachers.append(SparseTeacher(ids, probs, cache.method, entropy, weight, cache.temperature))
+        loss: Loss = chunked_loss(
+            hidden.flatten(0, 1),
+            self.model.head,
+            targets.flatten(),
+            replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
+            weights=None if weights is None else weights.flatten(),
+            ce_scale=None if of_chunks is None else of_chunks.ce_scale.flatten(),
+            normalizer=normalizer,
+            teachers=teachers,
+            chunk_size=self.chunk_size,
+            use_compile=use_compile,
+        )
+        if of_chunks is None:
+            return loss.total, loss.ce, loss.z, loss.kl, torch.zeros_like(loss.kl)
+        # The gradient is there; what the factors made of cross-entropy gives way to the divergence itself.
+        total = loss.total + of_chunks.correction / normalizer
+        return total, loss.ce, loss.z, loss.kl, of_chunks.divergence / normalizer
+
+    @torch.no_grad()
+    def _chunks(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        chunks: Sequence[Sequence[Tensor]],
+        soft_cap: float,
+        use_compile: bool,
+    ) -> "_ChunkTerms":
+        """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
+        flat, head = hidden.flatten(0, 1), self.model.head
+        log_probs = target_log_probs(flat, head, targets.flatten(), soft_cap, self.chunk_size, use_compile)
+        log_probs = log_probs.view(targets.shape)
+        loss = chunk_loss(log_probs, targets, weights, [ChunkBatch(*parts) for parts in chunks], self.chunk_temperature)
+        surrogate = -log_probs * loss.factors
+        if weights is not None:
+            surrogate = surrogate * weights
+        return _ChunkTerms(
+            ce_scale=1 + self.chunk_weight * (loss.factors - loss.present),
+            correction=self.chunk_weight * (loss.total - surrogate.sum()),
+            divergence=loss.total,
+        )
+
+
+@dataclass(frozen=True)
+class _ChunkTerms:
+    """What the chunks add to a micro-batch: scale of each token's cross-entropy [B, T], and two sums."""
+
+    ce_scale: Tensor
+    correction: Tensor
+    """What the total lacks when its gradient comes from scaled cross-entropy."""
+    divergence: Tensor

@@ -1,0 +1,386 @@
+"""A local teacher reads the training rows once; what it says is stored beside the shards: `smelter teach`.
+
+A teacher that runs beside the student costs its forward pass in every step of every run. Here it runs once for each
+row, and every later run reads the result from the disk (`cache` says how it is stored, `sparse`
+what is kept). The random numbers of a row come from (seed, row) alone, so a run that was killed and goes on writes the
+bytes of one that was not.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smelter.base.cli import parse
+from smelter.base.errors import ConfigError, DataError
+from smelter.config import Config, DataConfig, load_config
+from smelter.data import Batch, BatchStream, philox, prefetch
+from smelter.decoding.generate import pick_device
+from smelter.distillation import teach_chunks
+from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, TeacherCache, row_format
+from smelter.distillation.cache_writer import CacheWriter, Resume, begin, free_bytes
+from smelter.distillation.sparse import Entries, count_draws, draw, entropy, likeliest
+from smelter.distillation.teacher import (
+    Precision,
+    TeacherModel,
+    is_hf_folder,
+    load_teacher,
+    teacher_dtype,
+    teacher_name,
+    weights_hash,
+)
+from smelter.kernels import reference
+from smelter.run.checkpoint import load_checkpoint
+from smelter.run.metrics import short_duration, short_number
+from smelter.run.signals import StopSignal
+from smelter.tokens.shards import ShardSet
+
+FLUSH_SECONDS = 5.0
+CHUNK_BYTES = 2**28
+"""Memory for a chunk's logits, probabilities and their sums."""
+
+
+@dataclass(frozen=True)
+class TeachOptions:
+    """Run a local teacher over the training rows and store its probabilities for `distillation.cached`.
+
+    The rows are arranged as training will: by the recipe, by single values, or as the teacher itself was trained.
+    A teacher with another tokenizer: `smelter teach --method chunks --help`.
+    """
+
+    teacher: Path
+    """Run folder or checkpoint with the shards' tokenizer, or the folder of a Hugging Face causal language model."""
+    shards: Path
+    """Shards that the student will be trained on."""
+    recipe: Path | None = None
+    """Recipe of the student: its arrangement of the rows, vocabulary and temperature are taken."""
+    seq_len: int | None = None
+    """Tokens a row: the student's max_seq_len."""
+    fim_rate: float | None = None
+    """The student's data.fim_rate."""
+    fim_spm_rate: float | None = None
+    """The student's data.fim_spm_rate."""
+    use_document_mask: bool | None = None
+    """The student's data.use_document_mask."""
+    instruct_share: float | None = None
+    """The student's data.instruct_share."""
+    epochs: int = 1
+    """Times that every token is read, each time otherwise arranged; longer training repeats them."""
+    rows: int | None = None
+    """Rows instead of epochs."""
+    method: Method = "sampled"
+    """sampled: unbiased draws. top_k: the likeliest ids. (chunks: for other tokenizers, with options of its own.)"""
+    draws: int = 50
+    """Draws a token (sampled), 255 at most."""
+    top_k: int = 12
+    """Ids a token (top_k)."""
+    log_prob_dtype: Literal["float16", "float32"] = "float16"
+    """How top_k stores log-probabilities: float16 is right to three digits."""
+    temperature: float | None = None
+    """The student's distillation.temperature; 1 without a recipe."""
+    seed: int = 0
+    """Seed of the rows' order and of the draws."""
+    out: Path | None = None
+    """Folder to write (default: SHARDS/teachers/ and the teacher's name)."""
+    batch_size: int = 8
+    """Rows per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    precision: Precision = "auto"
+    """Matrix products' precision. auto: fp32 on a CPU, on CUDA bf16 or, where there is none, fp16."""
+    resume: Resume = "auto"
+    """auto: go on with what --out holds of the same cache. must: fail without. never: fail if there is any."""
+    file_mb: int = 1_024
+    """Size of a file of rows."""
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float | None, float, float]] = {
+            "seq_len": (self.seq_len, 1, 2**31),
+            "fim_rate": (self.fim_rate, 0, 1),
+            "fim_spm_rate": (self.fim_spm_rate, 0, 1),
+            "instruct_share": (self.instruct_share, -1, 1),
+            "epochs": (self.epochs, 1, 2**31),
+            "rows": (self.rows, 1, 2**40),
+            "draws": (self.draws, 1, 255),
+            "top_k": (self.top_k, 1, 2**31),
+            "temperature": (self.temperature, 1e-6, 1e6),
+            "seed": (self.seed, 0, 2**63 - 1),
+            "batch_size": (self.batch_size, 1, 2**20),
+            "file_mb": (self.file_mb, 1, 2**20),
+        }
+        for name, (value, low, high) in limits.items():
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"--{name.replace('_', '-')} = {value}: must lie between {low:,} and {high:,}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options come to."""
+
+    arrangement: Arrangement
+    data: DataConfig
+    temperature: float
+    vocab_size: int
+    out: Path
+
+
+def _student(options: TeachOptions) -> Config | None:
+    """The configuration whose values are the defaults: the recipe, else the teacher's own."""
+    if options.recipe is not None:
+        return load_config(options.recipe)
+    return None if is_hf_folder(options.teacher) else load_checkpoint(options.teacher, with_state=False).config
+
+
+def plan(options: TeachOptions, shards: ShardSet) -> Plan:
+    """Resolve the options against recipe, teacher and shards. Raises UserError for what does not fit."""
+    given = _student(options)
+    config = given or Config()
+    seq_len = options.seq_len or config.model.max_seq_len
+    names = ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    special = shards.tokenizer.special
+    data = DataConfig(
+        shards=str(shards.path),
+        **{name: getattr(config.data, name) for name in names} | changes,
+        fim_prefix_token=special.fim_prefix,
+        fim_middle_token=special.fim_middle,
+        fim_suffix_token=special.fim_suffix,
+    )
+    arrangement = Arrangement(
+        shards=shards.hash,
+        tokenizer=shards.tokenizer.hash,
+        seq_len=seq_len,
+        fim_rate=data.fim_rate,
+        fim_spm_rate=data.fim_spm_rate,
+        use_document_mask=data.use_document_mask,
+        instruct_share=data.instruct_share,
+        seed=options.seed,
+        num_rows=options.rows or options.epochs * max(1, shards.split("train").num_tokens // seq_len),
+    )
+    temperature = options.temperature
+    if temperature is None:
+        temperature = config.distillation.temperature if options.recipe is not None else 1.0
+    vocab_size = shards.tokenizer.vocab_size if given is None else config.model.vocab_size
+    if vocab_size < shards.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {vocab_size} is smaller than the tokenizer of {shards.path} "
+            f"({shards.tokenizer.vocab_size}): use a teacher and a recipe that fit the shards"
+        )
+    return Plan(
+        arrangement,
+        data,
+        temperature,
+        vocab_size,
+        options.out or shards.path / "teachers" / teacher_name(options.teacher),
+    )
+
+
+class Reader:
+    """The teacher and what is kept of its distributions."""
+
+    def __init__(self, teacher: TeacherModel, settings: dict[str, Any], device: torch.device) -> None:
+        self.teacher, self.device = teacher, device
+        self.head = teacher.head
+        self.format = row_format(settings)
+        self.seed: int = settings["arrangement"]["seed"]
+        self.temperature: float = settings["temperature"]
+        self.use_document_mask: bool = settings["arrangement"]["use_document_mask"]
+
+    def records(self, batch: Batch, first_row: int) -> Iterator[bytes]:
+        """The record of each row of a batch."""
+        has_target = batch.targets >= 0
+        inputs = torch.from_numpy(batch.inputs).to(self.device)
+        doc_ids = torch.from_numpy(batch.doc_ids).to(self.device) if self.use_document_mask else None
+        hidden = self.teacher.hidden(inputs, doc_ids).unflatten(0, inputs.shape)
+        self.head = self.head.to(hidden.dtype)  # once: the head of one of ours is kept in float32
+        for number, wanted in enumerate(has_target):
+            entries, nats = self._row(hidden[number], wanted, first_row + number)
+            yield self.format.pack(entries, nats)
+
+    @torch.no_grad()
+    def _row(self, hidden: Tensor, wanted: NDArray[np.bool_], row: int) -> tuple[Entries, NDArray[np.float32]]:
+        """Entries of the T tokens of a row [T, C'] and entropy [T]; none where no target is."""
+        places = np.flatnonzero(wanted)
+        states = hidden[torch.from_numpy(places).to(self.device)]
+        counts, nats = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
+        parts = [Entries(counts[:0], np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        uniforms = None
+        if self.format.method == "sampled":
+            uniforms = torch.from_numpy(_uniforms(self.seed, row, len(wanted), self.format.max_entries)[places])
+        # float32 logits and probabilities and their sum in float64: 4 + 4 + 8 bytes and some.
+        size = max(1, CHUNK_BYTES // (24 * len(self.head)))
+        for start in range(0, len(places), size):
+            chunk = slice(start, start + size)
+            logits = reference.soft_cap(F.linear(states[chunk], self.head).float(), self.teacher.soft_cap)
+            log_probs = F.log_softmax(logits / self.temperature, dim=-1)
+            probs = log_probs.exp()
+            nats[places[chunk]] = entropy(probs, log_probs).cpu().numpy()
+            if uniforms is None:
+                parts.append(likeliest(log_probs, self.format.max_entries))
+            else:
+                parts.append(count_draws(draw(probs, uniforms[chunk].to(self.device)).cpu().numpy()))
+        if not np.isfinite(nats).all():
+            raise DataError(
+                f"{self.teacher.path}: probabilities that are not finite in row {row}: try --precision fp32"
+            )
+        counts[places] = np.concatenate([part.counts for part in parts])
+        ids, values = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "values"))
+        return Entries(counts, ids, values), nats
+
+
+def _uniforms(seed: int, row: int, num_tokens: int, num_draws: int) -> NDArray[np.float64]:
+    """[num_tokens, num_draws] numbers in [0, 1) that depend on seed and row alone.
+
+    32 bits each, from the bit stream itself, which NumPy promises never to change.
+    """
+    size = num_tokens * num_draws
+    raw = np.asarray(philox(seed, "teacher", row).bit_generator.random_raw((size + 1) // 2), dtype="<u8")
+    return (raw.view("<u4")[:size] * 2.0**-32).reshape(num_tokens, num_draws)
+
+
+def _settings(options: TeachOptions, made: Plan, teacher: TeacherModel, digest: str) -> dict[str, Any]:
+    """What the index says before anything is written."""
+    vocab_size = len(teacher.head)
+    if made.arrangement.seq_len > teacher.max_seq_len:
+        raise ConfigError(
+            f"{teacher.path}: reads rows of at most {teacher.max_seq_len:,} tokens, not {made.arrangement.seq_len:,}: "
+            f"use --seq-len {teacher.max_seq_len} and as much for the student's model.max_seq_len"
+        )
+    if options.method == "top_k" and options.top_k > vocab_size:
+        raise ConfigError(f"--top-k = {options.top_k}: the vocabulary has {vocab_size} ids: use fewer")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "arrangement": asdict(made.arrangement),
+        "teacher": {"path": str(teacher.path), "weights_sha256": digest},
+        "method": options.method,
+        "draws": options.draws if options.method == "sampled" else 0,
+        "top_k": options.top_k if options.method == "top_k" else 0,
+        "log_prob_dtype": options.log_prob_dtype,
+        "temperature": made.temperature,
+        "vocab_size": vocab_size,
+    }
+
+
+class _Progress:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, done: int, total: int, seq_len: int) -> None:
+        self.begin, self.total, self.seq_len = done, total, seq_len
+        self.start = self.last = time.monotonic()
+
+    def say(self, done: int, *, now: bool = False) -> None:
+        if time.monotonic() - self.last < FLUSH_SECONDS and not now:
+            return
+        self.last = time.monotonic()
+        rate = (done - self.begin) / max(self.last - self.start, 1e-9)
+        left = short_duration((self.total - done) / rate) if rate else "?"
+        text = f"{done:,} of {self.total:,} rows, {rate:.2f} rows/s, {short_number(rate * self.seq_len)} tokens/s"
+        print(f"teaching: {text}, about {left} left", file=sys.stderr, flush=True)
+
+
+def teach(options: TeachOptions) -> int:
+    """Do what `smelter teach` does and say what was done; returns the exit code. Raises UserError."""
+    shards = ShardSet.open(options.shards)
+    made = plan(options, shards)
+    device = pick_device(options.device)
+    dtype = teacher_dtype(options.precision, device)
+    teacher = load_teacher(
+        options.teacher,
+        shards.tokenizer,
+        made.vocab_size,
+        device=device,
+        dtype=dtype,
+        use_document_mask=made.data.use_document_mask,
+    )
+    settings = _settings(options, made, teacher, weights_hash(teacher.path))
+    done = begin(made.out, settings, options.resume)
+    if done is None:
+        print(f"{made.out}: complete already")
+        return 0
+    reader = Reader(teacher, settings, device)
+    stream = BatchStream(
+        shards.split("train"),
+        shards.tokenizer,
+        made.data,
+        seq_len=made.arrangement.seq_len,
+        seed=made.arrangement.seed,
+        device_batch_size=options.batch_size,
+        rows_per_step=options.batch_size,
+    )
+    with StopSignal("finishing these rows") as stop:
+        return _run(reader, stream, made, settings, done, options.file_mb * 2**20, stop)
+
+
+def _run(
+    reader: Reader,
+    stream: BatchStream,
+    made: Plan,
+    settings: dict[str, Any],
+    done: int,
+    file_bytes: int,
+    stop: StopSignal,
+) -> int:
+    """Read and write from row `done` on, to the end or until a signal."""
+    size, total, seq_len = stream.device_batch_size, made.arrangement.num_rows, made.arrangement.seq_len
+    start = time.monotonic()
+    progress = _Progress(done, total, seq_len)
+    writer: CacheWriter | None = None
+    try:
+        with closing(prefetch(stream, done // size, 0, 1)) as batches:
+            for step in range(done // size, -(-total // size)):
+                # Whole batches even at the ends: a batch's size may change the last bit of what a teacher computes.
+                records = list(reader.records(next(batches)[0], step * size))
+                if writer is None:
+                    _say_need(made.out, sum(map(len, records)) / size, total - done, total, seq_len)
+                    writer = CacheWriter(made.out, settings, file_bytes)
+                for record in records[max(0, done - step * size) : total - step * size]:
+                    writer.append(record)
+                if time.monotonic() - progress.last >= FLUSH_SECONDS or stop.number:
+                    writer.flush()
+                progress.say(writer.num_rows, now=stop.number != 0)
+                if stop.number and writer.num_rows < total:
+                    print(f"stopped after {writer.num_rows:,} of {total:,} rows; the same command goes on from there")
+                    return 128 + stop.number
+        writer = writer or CacheWriter(made.out, settings, file_bytes)  # all rows were there, only the index was not
+        cache = writer.finish()
+    finally:
+        if writer is not None:
+            writer.close()
+    _say_done(cache, time.monotonic() - start)
+    return 0
+
+
+def _say_need(out: Path, bytes_per_row: float, num_rows: int, total: int, seq_len: int) -> None:
+    """Say what the rest will take on the disk, by the first rows; DataError where it does not fit."""
+    needed, free = int(bytes_per_row * num_rows), free_bytes(out)
+    text = f"{needed / 1e6:,.1f} MB ({bytes_per_row / seq_len:.1f} bytes a token), {free / 1e6:,.1f} MB are free"
+    print(f"{out}: {num_rows:,} of {total:,} rows to go, about {text}", file=sys.stderr, flush=True)
+    if needed > free:
+        raise DataError(f"{out}: needs about {text}: make room, or lower --draws, --top-k, --epochs or --rows")
+
+
+def _say_done(cache: TeacherCache, seconds: float) -> None:
+    index = cache.index
+    print(
+        f"{index['num_tokens']:,} tokens: {index['bytes_per_token']:.1f} bytes and {index['mean_entries']:.1f} ids "
+        f"each, mean entropy {index['mean_entropy']:.3f} nats"
+    )
+    print(f"wrote {cache.path} in {short_duration(seconds)}; to learn from it: --cached {cache.path}")
+
+
+def main(argv: list[str]) -> int:
+    """`smelter teach`; with `--method chunks` it is `teach_chunks`, which has options of its own."""
+    rest, is_chunks = teach_chunks.without_method(argv)
+    if is_chunks:
+        return teach_chunks.main(rest)
+    return teach(parse(TeachOptions, argv, "smelter teach"))

@@ -1,0 +1,184 @@
+"""Bits per byte: the model's total surprise over a text, divided by the text's bytes.
+
+Models with different tokenizers compare this way, and so do compressors: gzip and xz of the very same documents
+stand beside it. Each held-out token is predicted once, left to right, in windows that overlap, so that a token
+deep inside a long file is not judged as if the file began just before it; the overlap costs time and is the
+`stride`. A conversation counts with its answer alone, tokens and bytes: its prompt is given to the model.
+The sum is kept for each document, so it can be told apart by language, and two models be compared
+document by document.
+"""
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from smelter.base.errors import DataError
+from smelter.data import eval_windows
+from smelter.model import Model
+from smelter.tokens.shards import Split
+from smelter.tokens.tokenizer import Tokenizer
+
+IGNORED = -100
+LOGITS_AT_ONCE = 2**24
+"""Logits that exist at a time: 64 MiB of float32."""
+
+UNKNOWN = "unknown"
+"""Language of a document whose record named none."""
+
+Window = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+@torch.no_grad()
+def nll_rows(model: Model, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Negative log-likelihood (nats, [B]) of each row's targets [B, T] after inputs [B, T]; below 0 do not count."""
+    device = model.embed_tokens.weight.device
+    hidden = model(torch.from_numpy(inputs.astype(np.int64)).to(device)).flatten(0, 1)  # [B * T, C]
+    flat = torch.from_numpy(targets.astype(np.int64)).to(device).flatten()
+    rows = torch.arange(len(targets), device=device).repeat_interleave(targets.shape[1])
+    scored = flat >= 0
+    hidden, flat, rows = hidden[scored], flat[scored], rows[scored].cpu()
+    totals = torch.zeros(len(targets), dtype=torch.float64)
+    chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    for start in range(0, len(flat), chunk):
+        logits = model.logits(hidden[start : start + chunk])
+        nats = F.cross_entropy(logits, flat[start : start + chunk], reduction="none").double().cpu()
+        totals.index_add_(0, rows[start : start + chunk], nats)
+    return totals.numpy()
+
+
+def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> Iterator[Window]:
+    """About `max_tokens` held-out tokens as windows (inputs [T], targets [T]), spread evenly over the split.
+
+    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all the windows that hold
+    text to score every n-th is taken, so the same are taken each time and every part of the split has its share.
+    """
+    begins, ends = split.written
+    skipped = begins // seq_len
+    counts = np.where(begins < ends, -(-ends // seq_len) - skipped, 0)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    total = int(starts[-1])
+    wanted = min(total, max(1, max_tokens // seq_len))
+    for number in range(wanted):
+        index = number * total // wanted
+        doc = int(np.searchsorted(starts, index, side="right")) - 1
+        ids = np.concatenate(([eos_id], split.doc(doc))).astype(np.int64)
+        first = (index - int(starts[doc]) + int(skipped[doc])) * seq_len
+        inputs, targets = np.full(seq_len, eos_id), np.full(seq_len, IGNORED)
+        begin, end = max(first, int(begins[doc])), min(first + seq_len, int(ends[doc]))
+        inputs[: end - first], targets[begin - first : end - first] = ids[first:end], ids[begin + 1 : end + 1]
+        yield inputs, targets
+
+
+def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[Window]:
+    """Windows stacked to [batch_size, T]; the last batch is filled with rows that do not count."""
+    windows = iter(windows)
+    while rows := list(islice(windows, batch_size)):
+        missing = batch_size - len(rows)
+        filler = np.full_like(rows[0][1], IGNORED)
+        yield (
+            np.stack([row[0] for row in rows] + [rows[0][0]] * missing),
+            np.stack([row[1] for row in rows] + [filler] * missing),
+        )
+
+
+def validation_loss(
+    model: Model, split: Split, max_tokens: int, *, tokenizer: Tokenizer, batch_size: int = 8
+) -> tuple[float, float]:
+    """A quick look while training: (nats per token, bits per byte) on about `max_tokens` held-out tokens.
+
+    The windows (`spread_windows`, of the model's context) are the same at every call and for every batch
+    size. Tokens at the start of a window have little context, so the figure lies a little above
+    `bits_per_byte`'s. Every forward pass has the shape [batch_size, max_seq_len], so that compiled blocks
+    stay compiled. Raises DataError for an empty split.
+    """
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    lengths = tokenizer.token_num_bytes
+    windows = spread_windows(split, model.config.max_seq_len, max_tokens, tokenizer.eos_id)
+    for inputs, targets in _batches(windows, batch_size):
+        nats += float(nll_rows(model, inputs, targets).sum())
+        scored = targets[targets >= 0]
+        num_tokens += scored.size
+        num_bytes += int(lengths[scored].sum())
+    if not num_bytes:
+        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
+    return nats / num_tokens, nats / math.log(2) / num_bytes
+
+
+def document_nats(
+    model: Model,
+    split: Split,
+    *,
+    stride: int,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray[Any, Any]:
+    """Nats of every document of the split, [num_docs]; each token scored once with max_seq_len - stride of context.
+
+    `progress` is called with the tokens scored so far after each batch. Raises DataError for an empty split.
+    """
+    if not split.num_bytes:
+        raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
+    ends = np.cumsum(split.written[1] - split.written[0])  # scored tokens up to the end of each document
+    totals, num_tokens = np.zeros(split.num_docs), 0
+    for inputs, targets in _batches(eval_windows(split, model.config.max_seq_len, stride), batch_size):
+        scored = (targets >= 0).sum(axis=1)
+        used = int(np.flatnonzero((targets >= 0).any(axis=0)).max(initial=-1)) + 1  # short documents: empty columns
+        nats = nll_rows(model, inputs[:, :used], targets[:, :used])
+        # Windows come document by document, so the tokens scored before a window say whose it is.
+        before = num_tokens + np.cumsum(scored) - scored
+        real = scored > 0
+        np.add.at(totals, np.searchsorted(ends, before[real], side="right"), nats[real])
+        num_tokens += int(scored.sum())
+        if progress is not None:
+            progress(num_tokens)
+    return totals
+
+
+def bits_per_byte(
+    model: Model,
+    split: Split,
+    *,
+    stride: int,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """Bits per byte over every document of the split; the arguments are those of `document_nats`."""
+    nats = document_nats(model, split, stride=stride, batch_size=batch_size, progress=progress)
+    return float(nats.sum()) / math.log(2) / split.num_bytes
+
+
+def by_language(nats: np.ndarray[Any, Any], split: Split) -> dict[str, dict[str, float]]:
+    """{language: {"bpb", "num_bytes", "num_files"}} of `document_nats`, the language with most bytes first."""
+    languages = np.array([language or UNKNOWN for language in split.languages])
+    found: dict[str, dict[str, float]] = {}
+    for language in sorted(set(languages.tolist())):
+        chosen = languages == language
+        num_bytes = int(split.doc_num_bytes[chosen].sum())
+        if num_bytes:
+            bpb = float(nats[chosen].sum()) / math.log(2) / num_bytes
+            found[language] = {"bpb": bpb, "num_bytes": num_bytes, "num_files": int(chosen.sum())}
+    return dict(sorted(found.items(), key=lambda item: -item[1]["num_bytes"]))
+
+
+def _xz_size(data: bytes) -> int:
+    """Bytes of `xz -9`. The dictionary is no longer than the data: the same file, without clearing 600 MB for it."""
+    size = min(64 * 2**20, max(4096, 1 << max(len(data) - 1, 0).bit_length()))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": size}]
+    return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
+
+
+def compressor_baselines(documents: Sequence[bytes]) -> dict[str, float]:
+    """Bits per byte of `gzip -9` and `xz -9` of each document on its own, and of `xz -9` of all joined."""
+    total = sum(map(len, documents))
+    return {
+        "gzip_bpb": 8 * sum(len(gzip.compress(data, 9, mtime=0)) for data in documents) / total,
+        "xz_bpb": 8 * sum(map(_xz_size, documents)) / total,
+        "xz_joined_bpb": 8 * _xz_size(b"".join(documents)) / total,
+    }

@@ -1,0 +1,257 @@
+"""What goes with the weights when they are published: a model card, a Modelfile for Ollama, a line for llama-server.
+
+The card follows Hugging Face's form (YAML front matter, then Markdown) and says only what is known: data by licence and
+teacher as the shards' index has it, the recipe, the results of `smelter evaluate`, and what export itself checked. What
+is not known is said to be so.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smelter import __version__
+from smelter.config import config_to_toml
+from smelter.export.check import infill_prompt
+from smelter.run.checkpoint import Checkpoint
+from smelter.tokens.tokenizer import Tokenizer
+
+CARD = """---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [code, ternary, bitnet, fill-in-the-middle]
+---
+
+# {name}
+
+A code model of {num_params:,} parameters whose body weights are ternary (each is -1, 0 or 1 times one scale per
+matrix; [BitNet b1.58](https://arxiv.org/abs/2402.17764)), trained with Smelter {version} for {step:,} steps. Its
+architecture is Qwen3's, so nothing of ours is needed to run it. Context: {context:,} tokens.
+
+It completes code and fills in the middle.
+
+## Use
+
+{use}
+
+## Infilling
+
+Prefix, suffix, middle, each after its own token; the model then writes the middle and ends with `{eos}`:
+
+```
+{prompt}
+```
+
+As token ids: `{ids}`. llama-server's `/infill` and the template in the `Modelfile` make this prompt themselves.
+
+## Data
+
+{data}
+
+## Training
+
+{training}
+
+<details><summary>The whole recipe</summary>
+
+```toml
+{recipe}```
+
+</details>
+
+## Results
+
+{results}
+
+## Checked after writing
+
+{checks}
+
+## Limits
+
+- A small model: it writes what is likely, not what is right. Read, run and test what it writes.
+- It can repeat passages of its training data, whose licences may then apply to them.
+- It was measured on held-out documents of its own kind of data, and on nothing else than what stands under Results.
+- {activations}
+"""
+
+TRANSFORMERS = """### Transformers
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = "{prefix}def add(a, b):\\n    return {suffix}\\n{middle}"
+ids = tokenizer(prompt, return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0, ids.shape[1] :], skip_special_tokens=True))
+```"""
+
+LLAMA_CPP = """### llama.cpp
+
+    {command}
+
+Editors' plugins for llama.cpp then use its `/infill`."""
+
+OLLAMA = """### Ollama
+
+    ollama create {name} -f Modelfile"""
+
+PACKED = """### Smelter
+
+The packed folder has two bits a weight and is read by Smelter itself:
+
+    smelter complete {folder} --prefix 'def add(a, b):\\n    return ' --suffix '\\n'"""
+
+MODELFILE = """# ollama create {name} -f Modelfile
+FROM ./{file}
+TEMPLATE \"\"\"{{{{- if .Suffix }}}}{fim}{{{{- else }}}}{{{{ .Prompt }}}}{{{{- end }}}}\"\"\"
+PARAMETER num_ctx {context}
+PARAMETER num_predict 64
+PARAMETER temperature 0
+PARAMETER stop {eos}
+PARAMETER stop {prefix}
+PARAMETER stop {suffix}
+PARAMETER stop {middle}
+"""
+
+
+def modelfile(name: str, file: str, tokenizer: Tokenizer, context: int) -> str:
+    """Ollama's Modelfile; its template takes the suffix that a client sends, in our order."""
+    special = tokenizer.special
+    return MODELFILE.format(
+        name=name,
+        file=file,
+        context=context,
+        fim=f"{special.fim_prefix}{{{{ .Prompt }}}}{special.fim_suffix}{{{{ .Suffix }}}}{special.fim_middle}",
+        eos=special.eos,
+        prefix=special.fim_prefix,
+        suffix=special.fim_suffix,
+        middle=special.fim_middle,
+    )
+
+
+def server_command(file: Path, context: int) -> str:
+    """The line that starts llama-server.
+
+    /infill fills a batch with the code around the cursor, three parts before it to one after it: with a batch of half
+    the context the answer and other files have the other half. One slot, so that a request has the whole context.
+    Attention in float32, as flash attention computes in f16, which int8 activations amplify.
+    """
+    batch, exact = max(1, context // 2), "-fa off -ctk f32 -ctv f32"
+    return f"llama-server -m {shlex.quote(str(file))} -c {context} -np 1 -b {batch} -ub {batch} {exact} --port 8012"
+
+
+def use_section(part: str, name: str, tokenizer: Tokenizer, context: int, folder: Path, gguf: str) -> str:
+    """How to run one of the exports (hf, gguf, packed) that lies in `folder`."""
+    special = tokenizer.special
+    if part == "hf":
+        return TRANSFORMERS.format(prefix=special.fim_prefix, suffix=special.fim_suffix, middle=special.fim_middle)
+    if part == "gguf":
+        llama_cpp = LLAMA_CPP.format(command=server_command(folder / gguf, context))
+        return f"{llama_cpp}\n\n{OLLAMA.format(name=name)}"
+    return PACKED.format(folder=folder)
+
+
+def _share(counts: dict[str, int], missing: str) -> str:
+    rows = [f"| {name or missing} | {count:,} |" for name, count in sorted(counts.items(), key=lambda item: -item[1])]
+    return "\n".join(rows)
+
+
+def data_section(shards: Path, teachers: Sequence[str]) -> str:
+    """The training data by licence and by teacher, as far as the index of the shards says."""
+    try:
+        index = json.loads((shards / "index.json").read_text(encoding="utf-8"))
+        split = index["splits"]["train"]
+        sizes = f"{split['num_docs']:,} documents, {split['num_bytes']:,} bytes of text, {split['num_tokens']:,} tokens"
+        inputs = [f"- `{Path(file['name']).name}` (sha256 {file['sha256'][:16]}…)" for file in index["inputs"]]
+        licenses, answers = split.get("licenses"), split.get("teachers")
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"The shards (`{shards}`) were not there when this card was written, so nothing is known of them here."
+    parts = [f"Trained on {sizes}, from", "\n".join(inputs)]
+    if licenses is None:
+        parts.append("The index of these shards does not record licences.")
+    else:
+        parts.append(f"| licence | bytes |\n|---|---|\n{_share(licenses, 'not named by the records')}")
+    if answers:
+        parts.append(f"Of this, written by teacher models:\n\n| teacher | bytes |\n|---|---|\n{_share(answers, '?')}")
+    if teachers:
+        parts.append("Distilled from " + ", ".join(f"`{name}`" for name in teachers) + ".")
+    if answers or teachers:
+        parts.append("The terms under which the teachers' vendors and authors let their output be used apply.")
+    elif answers is not None:
+        parts.append("No teacher model's answers are among it.")
+    return "\n\n".join(parts)
+
+
+def training_section(checkpoint: Checkpoint, results: dict[str, Any]) -> str:
+    """Steps, tokens and time."""
+    training = checkpoint.config.training
+    tokens = results.get("train_tokens") or checkpoint.step * training.total_batch_size
+    seconds = results.get("train_seconds")
+    took = f", {seconds / 60:,.1f} minutes" if seconds else ""
+    return (
+        f"{checkpoint.step:,} steps of {training.total_batch_size:,} tokens ({tokens:,} in all{took}), "
+        f"optimizer {training.optimizer}, seed {training.seed}."
+    )
+
+
+RESULTS = {
+    "val_bpb": "bits per byte on held-out documents",
+    "gzip_bpb": "bits per byte of gzip on them",
+    "xz_bpb": "bits per byte of xz on them",
+    "infill_exact_match": "lines filled in exactly",
+    "infill_exact_match_psm": "lines filled in exactly, prefix first",
+    "infill_cases": "lines asked for",
+}
+
+
+def results_section(results: dict[str, Any]) -> str:
+    """What `smelter evaluate` found, if it was asked."""
+    rows = [f"| {name} | {_number(results[key])} |" for key, name in RESULTS.items() if results.get(key) is not None]
+    if not rows:
+        return "Not measured: `smelter evaluate` was not run."
+    return "| measure | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def model_card(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    license: str,
+    num_params: int,
+    use: Sequence[str],
+    checks: Sequence[tuple[str, str]],
+    results: dict[str, Any],
+    shards: Path,
+) -> str:
+    """The whole card; `use` are sections, `checks` rows of name and value."""
+    config, prompt = checkpoint.config, infill_prompt(tokenizer)
+    quant = config.model.activation_quant if config.model.use_ternary else "none"
+    rounded = "llama.cpp rounds them in blocks of 256, Transformers does not: the table above has what that makes."
+    return CARD.format(
+        license=license,
+        name=name,
+        num_params=num_params,
+        version=__version__,
+        step=checkpoint.step,
+        context=config.model.max_seq_len,
+        use="\n\n".join(use),
+        eos=tokenizer.special.eos,
+        prompt=prompt["text"],
+        ids=" ".join(map(str, prompt["ids"])),
+        data=data_section(shards, config.distillation.teachers),
+        training=training_section(checkpoint, results),
+        recipe=config_to_toml(config),
+        results=results_section(results),
+        checks="| check | found |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in checks),
+        activations=f"Training rounded activations to 8 bits ({quant}). {rounded}",
+    )

@@ -1,0 +1,296 @@
+"""A checkpoint in the formats that others read, and the proof that nothing changed on the way.
+
+Every format is written under a temporary name, read back and measured (`smelter.export.check`) before it takes its
+place: each trit and scale must be what it was, texts must become the same tokens, and the report says what leaving the
+soft-caps out and rounding activations otherwise cost. Export refuses where leaving the caps out would make another
+model. `--format all` writes each format into a folder of its own and a model card above them, ready to publish.
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from smelter.base.cli import parse
+from smelter.base.errors import UserError
+from smelter.decoding.generate import load_model
+from smelter.evaluation.results import table, write_json
+from smelter.export.card import model_card, modelfile, server_command, use_section
+from smelter.export.check import (
+    CapReport,
+    check_gguf_logits,
+    check_hf_logits,
+    check_llama_cpp_tokenizer,
+    check_tokenizer,
+    compare,
+    infill_prompt,
+    logits_of,
+    measure_caps,
+    probe_texts,
+    probe_windows,
+)
+from smelter.export.gguf import check_gguf, read_gguf, write_gguf
+from smelter.export.hf import baked_tensors, check_expressible, compare_trits, read_hf, write_hf
+from smelter.model import Model
+from smelter.run.checkpoint import Checkpoint, run_folder
+from smelter.run.packed import write_packed
+from smelter.tokens.tokenizer import Tokenizer
+
+MUST_BE_ZERO = (
+    *("trits_changed", "weights_changed", "scales_changed", "tokenizer_differences"),
+    *("llama_cpp_tokenizer_differences", "llama_cpp_infill_prompt_differs"),
+)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained model in the formats that other tools read, and check what was written."""
+
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CKPT")]]
+    """Run folder (its newest checkpoint) or checkpoint."""
+    format: Literal["hf", "gguf", "all"]
+    """hf: a folder for Transformers and what reads its files. gguf: a file for llama.cpp and what is built on it,
+    with a Modelfile for Ollama. all: both in folders of their own and a model card, ready to publish."""
+    out: Path
+    """Folder to write into."""
+    gguf_type: Literal["TQ2_0", "TQ1_0", "F16"] = "TQ2_0"
+    """TQ2_0: 2.06 bits a weight, the fastest. TQ1_0: 1.69 bits, slower. F16: any size of model."""
+    gguf_embedding: Literal["Q8_0", "F16", "F32"] = "Q8_0"
+    """Type of the embedding (the output head too). F16 and F32 are larger, slower and nearer to the checkpoint."""
+    packed: bool = False
+    """With --format all, also a folder with two bits a weight that smelter's own commands read."""
+    license: str = "other"
+    """Licence of the weights, as the model card names it (an identifier of Hugging Face's list)."""
+    shards: Path | None = None
+    """Held-out text to measure on; by default the run's shards, or Python's own source where they are not here."""
+    force: bool = False
+    """Export although the caps matter, or over a model in the folder that is not an earlier export."""
+
+    def __post_init__(self) -> None:
+        if self.packed and self.format != "all":
+            raise UserError(f"--packed goes with --format all, not with --format {self.format}")
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """Each format to write, with its folder below `out`."""
+        if self.format != "all":
+            return {self.format: Path()}
+        return {part: Path(part) for part in ("hf", "gguf", *(["packed"] if self.packed else []))}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and the text it is measured on."""
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    shards: Path
+    texts: list[str]
+    probe: str
+    windows: list[Tensor]
+    caps: CapReport
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model sees."""
+        return self.model.config.max_seq_len
+
+
+def _source(options: ExportOptions) -> Source:
+    """Load the checkpoint and see whether it can be exported at all. UserError says why not."""
+    model, tokenizer, checkpoint = load_model(options.checkpoint, device="cpu", dtype=torch.float32)
+    check_expressible(model.config)
+    if "gguf" in options.parts:
+        check_gguf(model, tokenizer, options.gguf_type)
+    _check_out(options)
+    shards = options.shards or Path(checkpoint.config.data.shards)
+    texts, probe = probe_texts(shards, tokenizer, must_exist=options.shards is not None)
+    windows = probe_windows(texts, tokenizer, model.config.max_seq_len)
+    name = run_folder(checkpoint.path).name
+    caps = measure_caps(model, windows)
+    return Source(name, model, tokenizer, checkpoint, shards, texts, probe, windows, caps)
+
+
+def _write_part(part: str, folder: Path, source: Source, options: ExportOptions) -> dict[str, Any]:
+    """Write one format into `folder`, read it back and compare."""
+    model, tokenizer, windows = source.model, source.tokenizer, source.windows
+    if part == "hf":
+        write_hf(folder, model, tokenizer)
+        checks: dict[str, Any] = {**compare_trits(model, read_hf(folder))}
+        if importlib.util.find_spec("transformers"):
+            checks |= check_tokenizer(folder, tokenizer, source.texts) | check_hf_logits(folder, model, windows)
+    elif part == "gguf":
+        file = folder / f"{source.name}-{options.gguf_type}.gguf"
+        kinds = {"gguf_type": options.gguf_type, "embedding_type": options.gguf_embedding}
+        write_gguf(file, model, tokenizer, name=source.name, **kinds)
+        read = read_gguf(file, model.config.num_layers)
+        checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
+        checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)
+        text = modelfile(source.name, file.name, tokenizer, source.context)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    else:
+        write_packed(folder, model, tokenizer, source.checkpoint.config, source.checkpoint.step)
+        again, _, _ = load_model(folder, device="cpu", dtype=torch.float32)
+        checks = {**compare_trits(model, baked_tensors(again).__getitem__)}
+        checks["kl_as_trained"], checks["top1_as_trained"] = compare(logits_of(model), logits_of(again), windows)
+    wrong = [f"{key} = {checks[key]}" for key in MUST_BE_ZERO if checks.get(key)]
+    if wrong:
+        raise UserError(f"{folder}: read back, the export differs ({', '.join(wrong)}): check the disk and try again")
+    return checks
+
+
+def _report(part: str, folder: Path, source: Source, options: ExportOptions, checks: dict[str, Any]) -> dict[str, Any]:
+    """What export.json says of one format."""
+    return {
+        "format": part,
+        "gguf_type": options.gguf_type if part == "gguf" else None,
+        "checkpoint": str(source.checkpoint.path),
+        "step": source.checkpoint.step,
+        "context": source.context,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "forced": bool(source.caps.objections()),
+        "probe": source.probe,
+        "probe_tokens": sum(window.numel() for window in source.windows),
+        **asdict(source.caps),
+        **checks,
+        "infill_prompt": infill_prompt(source.tokenizer),
+    }
+
+
+def _card(source: Source, options: ExportOptions, reports: dict[str, dict[str, Any]], here: dict[str, Path]) -> str:
+    """The model card for the parts in `here`, each in its folder as seen from the card."""
+    try:
+        file = run_folder(source.checkpoint.path) / "results.json"
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        results = {}
+    gguf = f"{source.name}-{options.gguf_type}.gguf"
+    uses = [use_section(part, source.name, source.tokenizer, source.context, here[part], gguf) for part in here]
+    return model_card(
+        source.checkpoint,
+        source.tokenizer,
+        name=source.name,
+        license=options.license,
+        num_params=sum(parameter.numel() for parameter in source.model.parameters()),
+        use=uses,
+        checks=[row for part in here for row in _rows(reports[part])],
+        results=results,
+        shards=source.shards,
+    )
+
+
+def export(options: ExportOptions) -> dict[str, Any]:
+    """Write and check; returns the report that export.json holds. Nothing is changed in `out` if it fails."""
+    source = _source(options)
+    objections = source.caps.objections()
+    if objections and not options.force:
+        raise UserError(
+            f"{source.checkpoint.path}: {options.format} has no soft-caps, and {' and '.join(objections)}: train on "
+            f"with the caps at 0 or a larger z_loss, or export another model with --force"
+        )
+    work = options.out / ".tmp_export"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        reports: dict[str, dict[str, Any]] = {}
+        for part, below in options.parts.items():
+            folder = work / below
+            folder.mkdir(exist_ok=True)
+            checks = _write_part(part, folder, source, options)
+            reports[part] = _report(part, folder, source, options, checks)
+            if part == "hf":
+                (folder / "README.md").write_text(_card(source, options, reports, {part: Path()}), encoding="utf-8")
+                reports[part]["files"]["README.md"] = (folder / "README.md").stat().st_size
+            write_json(folder / "export.json", reports[part])
+        if options.format == "all":
+            (work / "README.md").write_text(_card(source, options, reports, options.parts), encoding="utf-8")
+            write_json(work / "export.json", {"format": "all", "parts": reports})
+        for path in sorted(work.rglob("*")):
+            target = options.out / path.relative_to(work)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return reports
+
+
+def _check_out(options: ExportOptions) -> None:
+    """UserError where `out` is no folder, or holds a model that we did not write."""
+    for part, below in options.parts.items():
+        folder = options.out / below
+        for path in (options.out, folder):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path}: is a file: give a folder")
+        if part == "gguf" or not (folder / "config.json").exists() or options.force:
+            continue
+        try:
+            ours = json.loads((folder / "export.json").read_text(encoding="utf-8"))["format"] == part
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(f"{folder}: holds another model: give another folder, or --force to overwrite it")
+
+
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The report of one format for people, as names and values."""
+    size, part = sum(report["files"].values()) / 1e6, report["format"]
+    yield "written", f"{report['gguf_type'] or part}, {size:,.1f} MB, checkpoint of step {report['step']:,}"
+    yield "trits changed", f"{report['trits_changed']} of {report['trits']:,}"
+    yield "scales changed", f"{report['scales_changed']} of {report['layers']}"
+    if "tokenizer_texts" in report:
+        texts = f"{report['tokenizer_differences']} of {report['tokenizer_texts']}"
+        yield "texts tokenised differently, Transformers", texts
+    elif part == "hf":
+        yield "texts and logits", "not compared: pip install 'smelter-foundry[hf]'"
+    if "llama_cpp_texts" in report:
+        texts = f"{report['llama_cpp_tokenizer_differences']} of {report['llama_cpp_texts']}"
+        yield "texts tokenised differently, llama.cpp", f"{texts}; the infilling prompt: the same ids"
+    elif part == "gguf":
+        yield "texts, llama.cpp", "not compared: no llama-tokenize on the PATH or in $LLAMA_CPP_DIR/bin"
+    if part != "packed":
+        yield "largest attention logit", _beside_cap(report["max_attention_logit"], report["attn_logit_soft_cap"])
+        yield "largest output logit", _beside_cap(report["max_final_logit"], report["final_logit_soft_cap"])
+        yield "KL of leaving the caps out", f"{report['caps_kl']:.1e} nats per token"
+    if "kl_same_numerics" in report:
+        yield "KL, Transformers against us", _kl(report, "same_numerics")
+    if "kl_as_trained" in report:
+        how = {"hf": "KL without 8-bit activations", "gguf": "KL with llama.cpp's rounding", "packed": "KL, read again"}
+        yield how[part], _kl(report, "as_trained")
+    yield "measured on", f"{report['probe_tokens']:,} tokens of {report['probe']}"
+
+
+def _beside_cap(value: float, cap: float) -> str:
+    return f"{value:.1f}  (cap {cap:g})" if cap else f"{value:.1f}  (no cap)"
+
+
+def _kl(report: dict[str, Any], which: str) -> str:
+    return f"{report[f'kl_{which}']:.1e} nats per token, same first choice {report[f'top1_{which}']:.1%}"
+
+
+def main(argv: list[str]) -> int:
+    """`smelter export`."""
+    options = parse(ExportOptions, argv, "smelter export")
+    reports = export(options)
+    for report in reports.values():
+        print(table(list(_rows(report))), end="\n\n" if len(reports) > 1 else "\n")
+    (prompt,) = {report["infill_prompt"]["text"]: report["infill_prompt"] for report in reports.values()}.values()
+    print(f"infilling prompt: {prompt['text']!r}\n  as token ids: {' '.join(map(str, prompt['ids']))}")
+    if any(report["forced"] for report in reports.values()):
+        print("warning: exported with --force although the soft-caps matter: the export is another model")
+    print(f"written to {options.out}")
+    if "gguf" in reports:
+        (file,) = (name for name in reports["gguf"]["files"] if name.endswith(".gguf"))
+        path = options.out / options.parts["gguf"] / file
+        print(f"to serve it: {server_command(path, reports['gguf']['context'])}")
+    return 0

@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM as a request: long work ends at its next safe place, and the same command goes on from there."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+from smelter.run.distributed import print0
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop (`number` is set); the second acts at once."""
+
+    def __init__(self, answer: str) -> None:
+        """`answer` is said when the request comes: what is finished first."""
+        self.number = 0
+        self._answer = answer
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
+        print0(f"\n{signal.Signals(number).name}: {self._answer} (again: stop at once)")

@@ -1,0 +1,442 @@
+"""Byte-level BPE whose every encoding gives back every byte.
+
+The vocabulary is trained with Hugging Face's `tokenizers` and saved in its `tokenizer.json`, so Transformers,
+llama.cpp's converter and others read it as it is. Text is first split by Qwen2's pattern, since each llama.cpp
+knows that one by name (`qwen2`). Qwen2 also normalises to NFC; we do not: NFC changes bytes (a file would
+not come back as it was, and bits per byte would count another text), and llama.cpp does not do it either.
+
+Two promises hold for every tokenizer that loads, also a foreign one: `decode_bytes(encode_bytes(b)) == b`,
+and no text of any kind becomes a special token (source code *about* special tokens is just source code). Foreign
+files are changed where they would break the first (NFC, a space put before the text), and `notices` says so.
+
+Trade-off: invalid UTF-8 costs a token per byte. It occurs only where a window cuts a character.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from smelter.base.errors import ConfigError, DataError
+
+QWEN2_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's pre-tokenisation: words take one leading sign or space, every digit stands alone."""
+
+MAX_TOKEN_BYTES = 32
+"""Longest token that training makes: longer ones are lines that a corpus repeats, such as licence headers."""
+
+SPACE_MARK = "▁"
+"""SentencePiece's sign for a space (U+2581)."""
+
+_ESCAPED = re.compile("[\udc80-\udcff]+")
+_ESCAPED_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE_MARK}]+")
+_LONG_RUN = re.compile(r"\S{512}|\s{512}")
+_PROBES = (
+    "  def f(x):\n\treturn 'é' + 'ﬁ' \r\n\r\n",
+    " e\u0301 漢字🙂 ",
+    "\x00\x7f\u2028\u212b\ufeff",
+    f" {SPACE_MARK}  a",
+)
+
+
+CHAT_ROLES = ("im_start", "im_end")
+"""Roles that a tokenizer may do without."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Names of the tokens that no text encodes to."""
+
+    eos: str = "<|endoftext|>"
+    """Ends every document, and so also separates and begins them."""
+    pad: str = "<|pad|>"
+    """Fills what is left of a row; never a target."""
+    fim_prefix: str = "<|fim_prefix|>"
+    """Stands before the prefix."""
+    fim_middle: str = "<|fim_middle|>"
+    """Stands before the middle."""
+    fim_suffix: str = "<|fim_suffix|>"
+    """Stands before the suffix."""
+    im_start: str = "<|im_start|>"
+    """Begins a message of a conversation (see `smelter.tokens.chat`); empty where a tokenizer has no conversations."""
+    im_end: str = "<|im_end|>"
+    """Ends a message; empty together with `im_start`."""
+
+    def __post_init__(self) -> None:
+        has_required = all(name for role, name in self.roles.items() if role not in CHAT_ROLES)
+        if len(set(self.names)) < len(self.names) or not has_required or bool(self.im_start) != bool(self.im_end):
+            raise ConfigError(f"special tokens {', '.join(self.roles.values())}: all must differ and none be empty")
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The name of each role that there is, in the order in which training gives them ids."""
+        roles = {item.name: str(getattr(self, item.name)) for item in fields(self)}
+        return {role: name for role, name in roles.items() if name or role not in CHAT_ROLES}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in that order."""
+        return tuple(self.roles.values())
+
+
+# What the known tokenizers call theirs. The three of FIM belong together: (prefix, middle, suffix).
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend▁of▁sentence\uff5c>", "</s>", "<eos>")
+_PAD_NAMES = ("<|pad|>", "<|fim_pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
+_FIM_NAMES = (
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
+    ("▁<PRE>", "▁<MID>", "▁<SUF>"),
+    ("<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁end\uff5c>", "<\uff5cfim▁hole\uff5c>"),
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `train` or `load`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, notices: Sequence[str] = ()) -> None:
+        """Wrap `backend`, which must be byte-level or have byte fallback; DataError where it loses bytes."""
+        self.special = special
+        self.notices = tuple(notices)
+        backend.encode_special_tokens = True
+        # Sentinels are ours to place, so no beginning-of-text is added; the unused entries of the
+        # template remember which token has which role, in a place every reader of the file accepts.
+        roles = special.roles
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A",
+            pair="$A $B",
+            special_tokens=[
+                {"id": role, "ids": [_id(backend, name)], "tokens": [name]} for role, name in roles.items()
+            ],
+        )
+        self._backend = backend
+        self._values: dict[str, Any] = json.loads(backend.to_str())
+        self._is_byte_level = '"ByteLevel"' in json.dumps(self._values["pre_tokenizer"])
+        ids = {role: _id(backend, name) for role, name in roles.items()}
+        self.eos_id: int = ids["eos"]
+        self.pad_id: int = ids["pad"]
+        self.fim_prefix_id: int = ids["fim_prefix"]
+        self.fim_middle_id: int = ids["fim_middle"]
+        self.fim_suffix_id: int = ids["fim_suffix"]
+        self.im_start_id: int | None = ids.get("im_start")
+        self.im_end_id: int | None = ids.get("im_end")
+        self._special_names: dict[int, bytes] = {
+            token["id"]: token["content"].encode() for token in self._values["added_tokens"] if token["special"]
+        }
+        self._token_bytes = self._bytes_of_tokens()
+        self._byte_ids = self._ids_of_bytes()
+        self._escape = _ESCAPED if self._is_byte_level else _ESCAPED_OR_MARK
+        self._check()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, special: SpecialTokens | None = None) -> "Tokenizer":
+        """Learn `vocab_size` tokens: 256 bytes, then merges, then the special tokens at the end.
+
+        The same texts in the same order give the same tokenizer. Few or small texts may support fewer tokens than
+        asked for; `notices` says so. Raises ConfigError if `vocab_size` cannot hold the bytes and the special tokens.
+        """
+        special = special or SpecialTokens()
+        minimum = 256 + len(special.names)
+        if vocab_size < minimum:
+            raise ConfigError(f"vocab_size = {vocab_size}: bytes and special tokens alone need {minimum} or more")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT_PATTERN), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(special.names),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            max_token_length=MAX_TOKEN_BYTES,
+            show_progress=False,
+        )
+        backend.train_from_iterator(_without_long_runs(texts), trainer)
+        for name in special.names:
+            if backend.token_to_id(name) is not None:
+                raise ConfigError(f"special token {name!r} is also a piece of ordinary text: choose a rarer name")
+        backend.add_special_tokens(list(special.names))
+        size = backend.get_vocab_size(with_added_tokens=True)
+        few = f"the text supports only {size:,} of the {vocab_size:,} tokens asked for"
+        return cls(backend, special, [few] if size < vocab_size else [])
+
+    @classmethod
+    def load(cls, path: Path | str, special: SpecialTokens | None = None, *, add_chat: bool = False) -> "Tokenizer":
+        """Read our own file or another BPE `tokenizer.json` (byte-level, or SentencePiece's with byte fallback).
+
+        `special` are the names to prefer; then come the roles that the file remembers and the names that known
+        tokenizers use, and what is still missing is added behind the vocabulary (see `notices`): the tokens of
+        conversations only with `add_chat`, since a model's embedding may have no row for them. `path` may be the
+        folder that holds `tokenizer.json`. Raises DataError for a file that cannot be used.
+        """
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: check the path") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}: not a tokenizer.json: {error}: the file is damaged or of another kind") from None
+        model = values.get("model") if isinstance(values, dict) else None
+        kind = model.get("type") if isinstance(model, dict) else None
+        if kind != "BPE":
+            raise DataError(f"{path}: model type is {kind!r}: only BPE tokenizers (tokenizer.json) can be used")
+        try:
+            notices = _make_reversible(values)
+            names, found = _roles(values, special or SpecialTokens(), add_chat)
+            backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+        except Exception as error:  # the Rust library raises nothing more specific; ours may miss any key
+            raise DataError(f"{path}: not a usable tokenizer.json: {error}: fetch it anew") from None
+        backend.add_special_tokens(list(names.names))
+        notices += found
+        try:
+            return cls(backend, names, notices)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+    def save(self, path: Path | str) -> None:
+        """Write `tokenizer.json`; `load` and Transformers' `PreTrainedTokenizerFast` read it."""
+        self._backend.save(str(path), pretty=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without any special token; half surrogate pairs of `surrogateescape` become their bytes."""
+        if self._is_byte_level or SPACE_MARK not in text:
+            try:
+                ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            except TypeError:  # not representable in UTF-8
+                return self._encode_escaped(text)
+            return ids
+        return self._encode_escaped(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on all cores."""
+        if self._is_byte_level or not any(SPACE_MARK in text for text in texts):
+            try:
+                encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            except TypeError:
+                return [self.encode(text) for text in texts]
+            return [encoding.ids for encoding in encodings]
+        return [self.encode(text) for text in texts]
+
+    def encode_bytes(self, raw: bytes) -> list[int]:
+        """Ids that `decode_bytes` turns into `raw` again; what is not UTF-8 takes a token per byte."""
+        return self.encode(raw.decode("utf-8", "surrogateescape"))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Exactly the bytes that `ids` stand for; special tokens stand for none. DataError for an unknown id."""
+        table = self._token_bytes
+        try:
+            return b"".join([table[i] for i in (ids.tolist() if isinstance(ids, np.ndarray) else ids)])
+        except IndexError:
+            raise DataError(f"a token id lies outside the tokenizer's 0..{self.vocab_size - 1}") from None
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; a cut-off character becomes U+FFFD. Special tokens appear by name if not skipped."""
+        if skip_special_tokens:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        names = self._special_names
+        return b"".join(names.get(i) or self.decode_bytes([i]) for i in ids).decode("utf-8", "replace")
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token by its name in the file, None if there is none."""
+        return self._backend.token_to_id(token)
+
+    def fim_prompt(self, prefix: str, suffix: str, use_spm: bool = False) -> list[int]:
+        """Ids after which the model writes the middle, the prefix and the suffix being encoded each on its own."""
+        return self.join_fim_prompt(self.encode(prefix), self.encode(suffix), use_spm)
+
+    def join_fim_prompt(self, prefix: list[int], suffix: list[int], use_spm: bool = False) -> list[int]:
+        """The one place that knows the layout; the same in training and at inference (see `smelter.tokens.fim`).
+
+        prefix-suffix-middle: [fim_prefix] prefix [fim_suffix] suffix [fim_middle]
+        suffix-prefix-middle: [fim_prefix][fim_suffix] suffix [fim_middle] prefix
+        """
+        if use_spm:
+            return [self.fim_prefix_id, self.fim_suffix_id, *suffix, self.fim_middle_id, *prefix]
+        return [self.fim_prefix_id, *prefix, self.fim_suffix_id, *suffix, self.fim_middle_id]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What `tokenizer.json` holds; to be read only."""
+        return self._values
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included: the highest id plus one."""
+        return len(self._token_bytes)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all that decides which ids a text gets: equal hashes, exchangeable tokenizers."""
+        model, added = self._values["model"], self._values["added_tokens"]
+        parts = [
+            sorted(self._backend.get_vocab(with_added_tokens=True).items()),
+            model["merges"],
+            [model.get("byte_fallback"), model.get("ignore_merges")],
+            [self._values["normalizer"], self._values["pre_tokenizer"]],
+            sorted([token["id"], token["content"], token["special"]] for token in added),
+            list(self.special.names),
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def token_num_bytes(self) -> NDArray[np.int64]:
+        """[vocab_size]: bytes each token stands for, 0 for special tokens."""
+        return np.array([len(raw) for raw in self._token_bytes], dtype=np.int64)
+
+    def _encode_escaped(self, text: str) -> list[int]:
+        """Encode between what the backend cannot represent, and put byte tokens there."""
+        ids: list[int] = []
+        start = 0
+        try:
+            for match in self._escape.finditer(text):
+                ids += self._backend.encode(text[start : match.start()], add_special_tokens=False).ids
+                ids += [self._byte_ids[byte] for byte in match.group().encode("utf-8", "surrogateescape")]
+                start = match.end()
+            ids += self._backend.encode(text[start:], add_special_tokens=False).ids
+        except TypeError:
+            raise DataError("text with half a surrogate pair cannot be encoded: it is not Unicode text") from None
+        return ids
+
+    def _bytes_of_tokens(self) -> list[bytes]:
+        """[vocab_size] bytes of every id; none for special tokens and for ids without a token."""
+        vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        verbatim = {token["id"] for token in self._values["added_tokens"]}
+        table = [b""] * (max(vocab.values()) + 1)
+        for token, index in vocab.items():
+            if index in self._special_names:
+                continue
+            if index in verbatim:
+                table[index] = token.encode()
+            elif not self._is_byte_level:
+                byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+                table[index] = bytes.fromhex(byte[1]) if byte else token.replace(SPACE_MARK, " ").encode()
+            elif all(char in _BYTE_OF_CHAR for char in token):
+                table[index] = bytes(_BYTE_OF_CHAR[char] for char in token)
+            else:
+                table[index] = token.encode()
+        return table
+
+    def _ids_of_bytes(self) -> list[int]:
+        """[256] id of every single byte; DataError if one has none."""
+        chars = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
+        ids = [self.token_to_id(chars[byte] if self._is_byte_level else f"<0x{byte:02X}>") for byte in range(256)]
+        known = [index for index in ids if index is not None]
+        if len(known) < 256:
+            raise DataError(
+                f"no token for byte 0x{ids.index(None):02X}: choose a byte-level tokenizer or one with byte fallback"
+            )
+        return known
+
+    def _check(self) -> None:
+        """Hold the two promises of the module on texts that break careless tokenizers."""
+        for text in (*_PROBES, *self.special.names):
+            ids = self.encode(text)
+            if not self._special_names.keys().isdisjoint(ids):
+                raise DataError(f"ordinary text {text!r} encodes to a special token: choose another name for it")
+            if self.decode_bytes(ids) != text.encode():
+                raise DataError(f"{text!r} comes back as {self.decode(ids)!r}: a tokenizer that loses bytes")
+
+
+def _id(backend: tokenizers.Tokenizer, name: str) -> int:
+    index = backend.token_to_id(name)
+    assert index is not None, f"{name} was added before"
+    return index
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's (GPT-2's) printable stand-in for every byte, as {character: byte}."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
+
+
+def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut inside runs (base64, tables) of which BPE training would be quadratic in the length."""
+    for text in texts:
+        start = 0
+        for match in _LONG_RUN.finditer(text):
+            yield text[start : match.end()]
+            start = match.end()
+        yield text[start:]
+
+
+def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as the list of its parts."""
+    if component is None:
+        return []
+    return list(component[key]) if component.get("type") == "Sequence" else [component]
+
+
+def _make_reversible(values: dict[str, Any]) -> list[str]:
+    """Change a foreign file's tables where they would lose or add bytes; returns what was changed, in words."""
+    notices = []
+    values["truncation"] = values["padding"] = None
+    normalizers = _parts(values.get("normalizer"), "normalizers")
+    kept = [part for part in normalizers if part["type"] not in ("NFC", "Prepend")]
+    if any(part["type"] == "NFC" for part in normalizers):
+        notices.append("NFC normalisation left out: it changes bytes")
+    values["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    prepends = any(part["type"] == "Prepend" for part in normalizers)
+    pre_tokenizers_ = _parts(values.get("pre_tokenizer"), "pretokenizers")
+    for part in pre_tokenizers_ + _parts(values.get("decoder"), "decoders"):
+        if part["type"] == "ByteLevel":
+            prepends |= part["add_prefix_space"] and part in pre_tokenizers_
+            part["add_prefix_space"] = False
+        elif part["type"] == "Metaspace":
+            prepends |= part.pop("add_prefix_space", True) and part.get("prepend_scheme") != "never"
+            part["prepend_scheme"] = "never"
+    if prepends:
+        notices.append("no space is put before the text: infilling joins pieces, and bytes must come back")
+    decoder = values.get("decoder")
+    if decoder and decoder.get("type") == "Sequence":
+        decoder["decoders"] = [part for part in decoder["decoders"] if part["type"] != "Strip"]
+    return notices
+
+
+def _roles(values: dict[str, Any], preferred: SpecialTokens, add_chat: bool) -> tuple[SpecialTokens, list[str]]:
+    """Which token has which role in a file, and in words what differs from `preferred`; marks them as special."""
+    added = {token["content"]: token for token in values.get("added_tokens", [])}
+    present = set(added) | set(values["model"]["vocab"])
+    stored = (values.get("post_processor") or {}).get("special_tokens") or {}
+    remembered = {role: entry["tokens"][0] for role, entry in stored.items() if entry.get("tokens")}
+    wanted = {item.name: str(getattr(preferred, item.name)) for item in fields(preferred)}
+
+    def first(role: str, names: Sequence[str]) -> str:
+        candidates: list[str] = [wanted[role], remembered.get(role, wanted[role]), *names]
+        return next((name for name in candidates if name in present), wanted[role])
+
+    family = next((names for names in _FIM_NAMES if present.issuperset(names)), ())
+    roles = {"eos": first("eos", _EOS_NAMES), "pad": first("pad", _PAD_NAMES)}
+    for i, role in enumerate(("fim_prefix", "fim_middle", "fim_suffix")):
+        roles[role] = first(role, family[i : i + 1])
+    known = remembered if "eos" in remembered else {role: "" for role in CHAT_ROLES if wanted[role] in present}
+    has_chat = add_chat or all(role in known for role in CHAT_ROLES)
+    roles |= {role: wanted[role] if has_chat else "" for role in CHAT_ROLES}
+    notices = [
+        f"the {role} token is {name!r}" for role, name in roles.items() if name in present and name != wanted[role]
+    ]
+    missing = [name for name in roles.values() if name and name not in present]
+    if missing:
+        notices.append(f"added to the vocabulary: {', '.join(missing)}")
+    for name in roles.values():
+        if name in added:
+            added[name] |= {"special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    return SpecialTokens(**roles), notices

@@ -1,0 +1,243 @@
+"""The record: what is written is read back, and every mistake is named with file, line and fix."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foundry.errors import FoundryError
+from smelter.base.record import Record, Response, content_id, read_records, record_from_json, write_records
+from smelter.tokens.documents import Records
+
+TEXT = {"kind": "text", "text": "x = 1\n"}
+ANSWER = {"teacher": "human", "text": "4"}
+INSTRUCT = {"kind": "instruct", "prompt": "2 + 2?", "responses": [ANSWER]}
+
+plain_text = st.text(st.characters(exclude_categories=["Cs"]))
+filled_text = plain_text.filter(bool)
+responses = st.builds(
+    Response,
+    teacher=filled_text,
+    text=plain_text,
+    weight=st.floats(0, 1e9),
+    finish=plain_text,
+    usage=st.dictionaries(plain_text, st.integers(0, 10**9)),
+    cost=st.floats(0, 1e3),
+)
+meta = st.dictionaries(plain_text, st.none() | st.booleans() | st.integers() | plain_text | st.lists(plain_text))
+common = {
+    "language": plain_text,
+    "source": plain_text,
+    "license": plain_text,
+    "split": st.sampled_from(["", "train", "val"]),
+    "meta": meta,
+}
+records = st.builds(Record, kind=st.just("text"), text=filled_text, **common) | st.builds(
+    Record,
+    kind=st.just("instruct"),
+    prompt=filled_text,
+    responses=st.lists(responses, min_size=1, max_size=3).map(tuple),
+    **common,
+)
+
+
+@given(records)
+def test_json_gives_back_the_record(record: Record) -> None:
+    line = record.to_json()
+    assert "\n" not in line
+    assert record_from_json(line) == record
+    assert record_from_json(line.encode()) == record
+    assert set(json.loads(line)) >= {"id", "kind"}
+
+
+@given(st.lists(records, max_size=5))
+def test_file_gives_back_the_records(tmp_path_factory: pytest.TempPathFactory, written: list[Record]) -> None:
+    path = tmp_path_factory.mktemp("records") / "r.jsonl"
+    assert write_records(path, written) == len(written)
+    assert list(read_records(path)) == written
+
+
+@given(st.lists(records, max_size=5, unique_by=lambda record: record.id))
+def test_smelter_reads_what_foundry_writes(tmp_path_factory: pytest.TempPathFactory, written: list[Record]) -> None:
+    path = tmp_path_factory.mktemp("records") / "r.jsonl"
+    write_records(path, written)
+    texts = []
+    for record in written:
+        texts += (
+            [record.text]
+            if record.kind == "text"
+            else [f"{record.prompt}\n{r.text}" for r in record.responses if r.weight > 0 and r.text]
+        )
+    if written:
+        documents = Records([path])
+        assert [document.content for document in documents] == texts
+
+
+def test_null_is_not_given() -> None:
+    assert record_from_json(json.dumps(TEXT | {"split": None, "meta": None})) == Record(kind="text", text="x = 1\n")
+
+
+def test_text_id_is_the_sha256_of_the_text() -> None:
+    record = Record(kind="text", text="naïve = 1\n", source="a.py")
+    assert record.id == hashlib.sha256("naïve = 1\n".encode()).hexdigest()
+    assert record.id == Record(kind="text", text="naïve = 1\n", source="elsewhere.py").id
+
+
+def test_content_id_keeps_parts_apart() -> None:
+    assert content_id("ab", "c") != content_id("a", "bc")
+    assert content_id("a", "") != content_id("a")
+
+
+def test_a_given_id_stays() -> None:
+    assert record_from_json(json.dumps(INSTRUCT | {"id": "a" * 64})).id == "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (TEXT | {"licence": "MIT"}, "unknown key 'licence': did you mean 'license'?"),
+        (TEXT | {"zzz": 1}, "unknown key 'zzz': known: id, kind"),
+        ({"text": "x"}, '"kind" is missing'),
+        (TEXT | {"kind": "code"}, 'must be "text" or "instruct"'),
+        (TEXT | {"text": ""}, '"text" is missing or empty'),
+        (TEXT | {"text": None}, '"text" is missing or empty'),
+        (TEXT | {"text": 7}, '"text" = 7: must be a string'),
+        (TEXT | {"prompt": "p"}, "do not belong in a text record"),
+        (TEXT | {"split": "test"}, '"split" = \'test\': must be "train" or "val"'),
+        (TEXT | {"id": "12"}, "must be the 64 hexadecimal digits"),
+        (TEXT | {"id": "A" * 64}, "must be the 64 hexadecimal digits"),
+        (TEXT | {"meta": []}, '"meta" = []: must be an object'),
+        (TEXT | {"text": "a\ud800"}, "half a surrogate pair at character 1"),
+        (INSTRUCT | {"responses": []}, '"responses" is missing or empty'),
+        (INSTRUCT | {"responses": ANSWER}, '"responses" must be a list of objects'),
+        (INSTRUCT | {"responses": ["4"]}, "responses[0] is '4': must be a JSON object"),
+        (INSTRUCT | {"responses": [ANSWER, {"text": "4"}]}, 'responses[1]: "teacher" is missing'),
+        (INSTRUCT | {"responses": [ANSWER | {"wieght": 1}]}, "did you mean 'weight'?"),
+        (INSTRUCT | {"responses": [ANSWER | {"weight": -1}]}, '"weight" = -1.0: must be 0 or a positive number'),
+        (INSTRUCT | {"responses": [ANSWER | {"weight": True}]}, '"weight" = True: must be a number'),
+        (INSTRUCT | {"responses": [ANSWER | {"usage": {"in": 1.5}}]}, "must be a count of tokens"),
+        (INSTRUCT | {"responses": [ANSWER | {"teacher": ""}]}, '"teacher" is empty'),
+        (INSTRUCT | {"prompt": ""}, '"prompt" is missing or empty'),
+        (INSTRUCT | {"text": "t"}, '"text" does not belong in an instruct record'),
+        ([], "the record is []: must be a JSON object"),
+    ],
+)
+def test_a_wrong_record_is_named_with_file_and_line(tmp_path: Path, values: Any, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(TEXT) + "\n" + json.dumps(values) + "\n")
+    with pytest.raises(FoundryError) as caught:
+        list(read_records(path))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"\n", "an empty line"),
+        (b'{"kind": "text"\n', "not JSON"),
+        (b'\xef\xbb\xbf{"kind": "text", "text": "x"}\n', "not JSON"),
+        (b'{"kind": "text", "text": "caf\xe9"}\n', "not UTF-8 at byte 29"),
+        (b'{"kind": "text", "text": "a", "text": "b"}\n', "key 'text' is given twice"),
+        (b'{"kind": "text", "text": "a", "meta": {"x": NaN}}\n', "NaN is not JSON"),
+        (b'{"kind": "text", "text": "a", "meta": {"x": ' + b"9" * 5_000 + b"}}\n", "not usable JSON"),
+        (b"[" * 200_000 + b"\n", "nested too deeply"),
+        ('{"kind": "text", "text": "x"}\n'.encode("utf-16-le"), "not "),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(FoundryError, match=message):
+        list(read_records(path))
+
+
+def test_skipping_tells_each_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(["{}", json.dumps(TEXT), "nonsense"]))
+    skipped: list[FoundryError] = []
+    assert [record.text for record in read_records(path, skip_invalid=True, on_skip=skipped.append)] == ["x = 1\n"]
+    assert [str(error).split(": ")[0] for error in skipped] == [f"{path}:1", f"{path}:3"]
+    assert len(list(read_records(path, skip_invalid=True))) == 1
+    assert capsys.readouterr().err.count("skipped ") == 2
+
+
+def test_the_longest_line_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    line = json.dumps(TEXT)
+    path.write_text(line + "\n" + line + " \n" + line)
+    found = list(read_records(path, skip_invalid=True, on_skip=lambda _: None, max_line_bytes=len(line)))
+    assert len(found) == 2
+    with pytest.raises(FoundryError, match=rf":2: line longer than {len(line)} bytes"):
+        list(read_records(path, max_line_bytes=len(line)))
+
+
+@pytest.mark.slow
+def test_an_endless_line_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**30)  # a gigabyte of NULs that takes no disk
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + json.dumps(TEXT).encode())
+    code = (
+        "import sys; from smelter.base.record import read_records\n"
+        "print([r.text for r in read_records(sys.argv[1], skip_invalid=True)])\n"
+        # Not ru_maxrss: a new process inherits that from the one that started it.
+        "print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    texts, mebibytes = run.stdout.splitlines()
+    assert texts == "['x = 1\\n']"
+    assert int(mebibytes) < 400
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("precious")
+
+    def failing() -> Any:
+        yield Record(kind="text", text="new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_records(path, failing())
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    """A file-size limit is as good as a full disk: the write fails in the middle."""
+    path = tmp_path / "r.jsonl"
+    path.write_text("precious")
+    code = (
+        "import resource, signal, sys; from smelter.base.record import Record, write_records\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_records(sys.argv[1], [Record(kind='text', text='x' * 100_000)])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "File too large" in run.stderr
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writing_follows_a_link_and_refuses_a_device(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "real" / "r.jsonl")
+    write_records(link, [Record(kind="text", text="x")])
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "r.jsonl").is_file()
+    with pytest.raises(FoundryError, match="not a regular file"):
+        write_records("/dev/null", [])
+    with pytest.raises(FoundryError, match="not a regular file"):
+        write_records(tmp_path, [])

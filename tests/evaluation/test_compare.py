@@ -1,0 +1,147 @@
+"""Two evaluations beside each other: pair by pair where the cases are the same, and never certain of nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smelter.__main__ import main
+from smelter.evaluation.compare import Measured, Row, comparison, rows
+from smelter.evaluation.intervals import share_difference
+from smelter.evaluation.results import cases_path, read_results, tables, write_results
+from tests import tiny
+from tests.shards_of_pieces import make_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+def measured(name: str, exact: list[bool], bpb: float = 1.0, passed: tuple[int, ...] = (1, 0), n: int = 2) -> Measured:
+    """An evaluation of as many files and gaps as `exact` has, and of as many problems as `passed`."""
+    share = sum(exact) / len(exact)
+    sizes = [100 * (i + 1) for i in range(len(exact))]
+    cases: list[dict[str, Any]] = []
+    for i, is_exact in enumerate(exact):
+        cases.append({"measure": "bits_per_byte", "case": f"{i}/h", "language": "c", "num_bytes": sizes[i]})
+        cases[-1]["nats"] = bpb * sizes[i] * 0.6931471805599453
+        cases.append({"measure": "infill/single_line", "case": f"{i}", "exact": is_exact, "edit_similarity": share})
+    for i, count in enumerate(passed):
+        cases.append({"measure": "pass_at_k/p", "case": f"{i}", "num_completions": n, "num_passed": count})
+    results = {
+        "step": 5,
+        "num_params": 1_000,
+        "stride": 8,
+        "context": 16,
+        "val_bpb": bpb,
+        "bpb_by_language": {"c": {"bpb": bpb, "num_bytes": sum(sizes), "num_files": len(sizes)}},
+        "infill": {"single_line": {"exact_match": share, "edit_similarity": share, "cases": len(exact)}},
+        "pass_at_k": {"p": {"pass@1": sum(passed) / n / len(passed), "num_problems": 2, "num_completions": n}},
+    }
+    return Measured(name, results, cases)
+
+
+def row(first: Measured, second: Measured, name: str) -> Row:
+    (found,) = [row for row in rows(first, second) if row.name == name]
+    return found
+
+
+def test_the_same_cases_are_compared_pair_by_pair() -> None:
+    """40 of 100 and 52 of 100, of which 40 are the same: certain in pairs, not so as independent samples."""
+    first, second = measured("A", [True] * 40 + [False] * 60), measured("B", [True] * 52 + [False] * 48)
+    found = row(first, second, "a line, exactly")
+    assert (found.first, found.second, found.basis) == (0.40, 0.52, "100 gaps, paired")
+    assert found.is_certain
+    other = Measured("B", second.results, second.cases[:-3])
+    apart = row(first, other, "a line, exactly")
+    assert apart.basis == "100 and 100 gaps"
+    assert apart.interval == share_difference(0.40, 100, 0.52, 100)
+    assert not apart.is_certain
+    assert row(first, other, "  edit similarity").interval is None
+
+
+def test_bits_per_byte_are_weighed_by_the_files_bytes() -> None:
+    found = row(measured("A", [True] * 9), measured("B", [True] * 9, bpb=0.9), "bits per byte")
+    assert found.interval == pytest.approx((-0.1, -0.1))
+    assert found.is_certain
+    assert found.cells() == ["bits per byte", "1.000", "0.900", "-0.100", "-0.100 to -0.100 *", "9 files, paired"]
+
+
+def test_pass_at_k_by_problem() -> None:
+    found = row(measured("A", [True], passed=(1, 0)), measured("B", [True], passed=(2, 1)), "p, pass@1")
+    assert (found.first, found.second) == (0.25, 0.75)
+    assert found.interval == pytest.approx((0.5, 0.5))
+    single = row(measured("A", [True], passed=(1, 0), n=1), measured("B", [True], passed=(1, 1), n=1), "p, pass@1")
+    assert single.interval is not None
+    assert single.interval[0] < 0 < single.interval[1], "two problems prove nothing"
+
+
+def test_equal_models_differ_in_nothing() -> None:
+    same = measured("A", [True, False] * 10)
+    assert not any(row.is_certain for row in rows(same, same))
+    assert all(row.first == row.second for row in rows(same, same))
+    text = comparison(same, same)
+    assert "+0.0" in text
+    assert "20 gaps, paired" in text
+
+
+def test_results_of_before_have_fewer_rows() -> None:
+    old = Measured("old", {"val_bpb": 2.0, "step": 1}, [])
+    assert [row.name for row in rows(old, measured("A", [True]))] == ["bits per byte"]
+    assert "stride: None in A, 8 in B" in comparison(old, measured("A", [True]))
+    assert tables(old.results) == {}
+
+
+def test_command_on_runs_and_files(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = tiny.checkpoint(tmp_path / "first", tiny.model(0), shards=str(shards))
+    second = tiny.checkpoint(tmp_path / "second", tiny.model(1), shards=str(shards))
+    options = ["--max-infill", "4", "--max-spans", "2", "--device", "cpu"]
+    assert main(["evaluate", "--compare", str(first), str(second), *options]) == 0
+    out = capsys.readouterr().out
+    assert "4 files, paired" in out
+    assert "4 gaps, paired" in out
+    assert "step 7" in out
+    assert (first / "results.json").exists()
+    # Now both are known, by whatever name, and nothing is measured again: the shards may be gone.
+    before = (first / "results.json").stat().st_mtime_ns
+    names = [str(first / "results.json"), str(second / "checkpoints" / "step_0000007"), "--shards", "nowhere"]
+    assert main(["evaluate", "--compare", *names]) == 0
+    assert capsys.readouterr().out.split("\n\n")[1] == out.split("\n\n")[1]
+    assert (first / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_of_another_step_has_results_of_its_own(tmp_path: Path, shards: Path) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    later = {"step": 9, "val_bpb": 1.0, "stride": 1, "context": 2}
+    (run / "results.json").write_text(json.dumps(later))
+    names = [str(run), str(run / "checkpoints" / "step_0000007")]
+    assert main(["evaluate", "--compare", *names, "--max-infill", "0", "--device", "cpu"]) == 0
+    assert json.loads((run / "results.json").read_text()) == later
+    assert json.loads((run / "results_step_0000007.json").read_text())["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "damaged"), ("[]", "not what"), ('{"a": 1}', "not what"), (None, "No such file")]
+)
+def test_a_file_that_is_no_result_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+) -> None:
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["evaluate", "--compare", str(path), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_results_and_cases_are_read_back(tmp_path: Path) -> None:
+    results, cases = {"val_bpb": 1.5}, [{"measure": "m", "case": "a\u2028b"}, {"measure": "m", "case": "é"}]
+    write_results(tmp_path / "x.json", results, cases)
+    assert read_results(tmp_path / "x.json") == (results, cases)
+    assert cases_path(tmp_path / "x.json").name == "x_cases.jsonl"
+    cases_path(tmp_path / "x.json").unlink()
+    assert read_results(tmp_path / "x.json") == (results, [])

@@ -1,0 +1,207 @@
+"""The command: results are complete, hold what was promised before, and mistakes are one line."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from smelter.__main__ import main
+from smelter.evaluation import evaluate as module
+from smelter.evaluation.bpb import compressor_baselines
+from smelter.evaluation.evaluate import bits_per_byte, open_shards, trit_counts, untrained
+from smelter.evaluation.problems import OWN_PROBLEMS
+from smelter.evaluation.results import read_results
+from smelter.model import Model
+from smelter.run.checkpoint import run_folder
+from tests import tiny
+from tests.shards_of_pieces import PIECES, make_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+def test_trits_are_counted_by_kind() -> None:
+    model = tiny.model()
+    counts = trit_counts(model)
+    assert set(counts) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert sum(sum(count.values()) for count in counts.values()) == model.config.num_matrix_params
+    trits = torch.cat([layer.mlp.up_proj.trits for layer in model.layers]).flatten()  # type: ignore[union-attr,misc]
+    assert counts["up_proj"] == {str(trit): int((trits == trit).sum()) for trit in (-1, 0, 1)}
+    assert trit_counts(tiny.model(use_ternary=False)) == {}
+
+
+def test_the_untrained_model_is_the_seeds() -> None:
+    torch.manual_seed(9)
+    expected = Model(tiny.TINY)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    fresh = untrained(tiny.model(), 9)
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, parameter in fresh.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name))
+
+
+def test_run_folder_of_a_checkpoint() -> None:
+    assert run_folder(Path("/a/run/checkpoints/step_0000001")) == Path("/a/run")
+    assert run_folder(Path("/a/copied")) == Path("/a/copied")
+
+
+def test_command_writes_everything_promised(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.model()
+    run = tiny.checkpoint(tmp_path / "run", model, shards=str(shards))
+    assert main(["evaluate", str(run), "--max-infill", "6", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    split = open_shards(shards, tiny.tokenizer()).split("val")
+    assert results["val_bpb"] == pytest.approx(bits_per_byte(model, split, stride=48), rel=1e-6)
+    assert f"{results['val_bpb']:.3f}" in out
+    assert results["val_bytes"] == sum(len(text.encode()) for text in PIECES[:4])
+    assert results["xz_bpb"] > results["xz_joined_bpb"] > 0
+    assert results["gzip_bpb"] == compressor_baselines([text.encode() for text in PIECES[:4]])["gzip_bpb"]
+    assert (results["val_files"], results["context"], results["stride"]) == (4, 96, 48)
+    assert (results["train_seconds"], results["train_tokens"], results["step"]) == (12.5, 4_096, 7)
+    assert results["num_params"] == model.config.num_params_estimate
+    assert results["infill_cases"] == len(results["samples"]) == 6
+    assert 0 <= results["infill_exact_match"] <= 1
+    assert 0 <= results["infill_exact_match_untrained"] <= 1
+    assert 0 <= results["infill_exact_match_psm"] <= 1
+    assert results["trits"] == trit_counts(model)
+    for row in results["samples"]:
+        assert any(row["prefix"] + row["expected"] + row["suffix"] in text for text in PIECES[:4])
+    assert "stride 48 of 96" in out
+
+
+def test_every_part_is_in_the_results_and_every_case_beside_them(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    assert main(["evaluate", str(run), "--max-infill", "6", "--max-spans", "3", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    results, cases = read_results(run / "results.json")
+    assert set(results["bpb_by_language"]) == {"python", "c++", "unknown"}
+    bits = sum(part["bpb"] * part["num_bytes"] for part in results["bpb_by_language"].values())
+    assert bits / results["val_bytes"] == pytest.approx(results["val_bpb"])
+    counts = {kind: found["cases"] for kind, found in results["infill"].items()}
+    assert counts == {"single_line": 6, "multi_line": 3, "random_span": 3}
+    assert results["infill"]["single_line"]["exact_match"] == results["infill_exact_match"]
+    assert "pass_at_k" not in results
+    for kind, count in counts.items():
+        rows = [case for case in cases if case["measure"] == f"infill/{kind}"]
+        assert len(rows) == len({row["case"] for row in rows}) == count
+        mean = sum(row["edit_similarity"] for row in rows) / count
+        assert results["infill"][kind]["edit_similarity"] == pytest.approx(mean)
+        assert all(any(row["expected"] in text for text in PIECES) for row in rows)
+    files = [case for case in cases if case["measure"] == "bits_per_byte"]
+    nats = sum(case["nats"] for case in files)
+    assert nats / math.log(2) / sum(case["num_bytes"] for case in files) == pytest.approx(results["val_bpb"])
+    for words in ("a span of characters", "2 to 8 lines", "edit similarity", "unknown"):
+        assert words in out
+
+
+PROBLEM = {
+    "prompt": "def one():\n    ",
+    "entry_point": "one",
+    "canonical_solution": "return 1\n",
+    "test": "def check(f):\n    assert f() == 1\n",
+}
+
+
+def test_problems_and_gaps_of_files(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    rows = [{**PROBLEM, "task_id": i} for i in range(3)]
+    (tmp_path / "easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A gap that is right whatever is written there: in a comment.
+    gap = {**PROBLEM, "task_id": "SingleLine/0", "prompt": "def one():\n    return 1  # ", "suffix": "\n"}
+    (tmp_path / "gaps.jsonl").write_text(json.dumps(gap) + "\n")
+    options = ["--problems", str(tmp_path / "easy.jsonl"), "--infill-file", str(tmp_path / "gaps.jsonl")]
+    options += ["--num-completions", "2", "--k", "2,1", "--max-tokens", "6", "--max-infill", "0", "--device", "cpu"]
+    assert main(["evaluate", str(run), *options]) == 0
+    results, cases = read_results(run / "results.json")
+    assert results["pass_at_k"]["easy"] == {
+        "pass@1": 0.0,
+        "pass@2": 0.0,
+        "num_problems": 3,
+        "num_completions": 2,
+        "verdicts": {"failed": 6},
+        "temperature": 0.8,
+        "max_tokens": 6,
+    }
+    assert results["infill_files"]["gaps"]["pass@1"] == 1.0
+    assert results["infill_files"]["gaps"]["exact_match"] == 0.0
+    solved = [case for case in cases if case["measure"] == "pass_at_k/easy"]
+    assert [len(case["completions"]) for case in solved] == [2, 2, 2]
+    assert "pass@2" in capsys.readouterr().out
+
+
+def test_infilling_can_be_left_out_and_results_put_elsewhere(tmp_path: Path, shards: Path) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model())
+    options = ["--shards", str(shards), "--max-infill", "0", "--stride", "96", "--out", str(tmp_path / "r.json")]
+    assert main(["evaluate", str(run / "checkpoints" / "step_0000007"), *options, "--device", "cpu"]) == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert (results["infill_cases"], results["infill_exact_match"], results["stride"]) == (0, None, 96)
+    assert not (run / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shards", "nowhere"], "nowhere"),
+        (["--stride", "97"], "--stride 97"),
+        (["--stride", "-1"], "--stride -1"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--max-infill", "-1"], "--max-infill"),
+        (["--max-spans", "-1"], "--max-spans"),
+        (["--k", "1,2"], "--num-completions, which is 1"),
+        (["--k", "one"], "--k one"),
+        (["--num-completions", "0"], "--num-completions"),
+        (["--num-completions", "2", "--temperature", "0"], "--temperature 0"),
+        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--infill-file", str(OWN_PROBLEMS)], "give it as --problems"),
+        (["--problems", str(OWN_PROBLEMS), "--problems", str(OWN_PROBLEMS)], "another file is called problems too"),
+        (["--compare", "a", "b"], "--compare takes two"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    assert main(["evaluate", str(run), "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (run / "results.json").exists()
+
+
+def test_a_model_or_a_comparison_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 2
+    assert "give a run or a checkpoint" in capsys.readouterr().err
+
+
+def test_shards_of_another_tokenizer_and_broken_models_are_refused(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny.checkpoint(tmp_path / "other", tiny.model(), tiny.tokenizer(500), shards=str(shards))
+    assert main(["evaluate", str(other), "--device", "cpu"]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    broken = tiny.model()
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    run = tiny.checkpoint(tmp_path / "run", broken, shards=str(shards))
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 2
+    assert "earlier checkpoint" in capsys.readouterr().err
+
+
+def test_progress_speaks_rarely_and_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet, chatty = module.Progress("work", 10), module.Progress("work", 10, seconds=0)
+    for done in range(11):
+        quiet(done)
+        chatty(done)
+    out = capsys.readouterr()
+    assert not out.out
+    assert out.err.count("work: ") == 10
+    assert "work: 10/10, 0 s to go" in out.err

@@ -1,0 +1,220 @@
+"""Problem files: each published format becomes the program that its own harness runs; our own problems hold."""
+
+import ast
+import gzip
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smelter.base.errors import DataError
+from smelter.decoding.many import END_OF_LINE
+from smelter.evaluation.pass_at_k import judge
+from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
+
+HUMAN_EVAL = {
+    "task_id": "X/0",
+    "prompt": 'def inc(x):\n    """One more."""\n',
+    "entry_point": "inc",
+    "canonical_solution": "    return x + 1\n",
+    "test": "METADATA = {}\n\ndef check(candidate):\n    assert candidate(1) == 2\n",
+}
+INFILLING = HUMAN_EVAL | {
+    "task_id": "SingleLineInfilling/X/0/L0",
+    "prompt": "def inc(x):\n",
+    "canonical_solution": "    y = x + 1\n",
+    "suffix": "    return y\n",
+}
+MBPP = {
+    "task_id": 11,
+    "text": "Write a function to add one.",
+    "code": "def inc(x):\n  return x + ONE",
+    "test_list": ["assert inc(1) == 2", "assert inc(2) == 3"],
+    "test_setup_code": "ONE = 1",
+}
+SAFIM = {
+    "task_id": "control_completion_000001",
+    "lang": "python",
+    "prompt": "Description: add.\n\na, b = map(int, input().split())\nif # TODO: Your code here\n    print(a)\n",
+    "eval_prompt": "a, b = map(int, input().split())\nif {{completion}}\n    print(a)\nelse:\n    print(b)\n",
+    "ground_truth": "a > b:",
+    "unit_tests": [{"input": "1 2", "output": ["2"]}, {"input": "5 2", "output": ["5", "five"]}],
+}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    return path
+
+
+def load(path: Path, *rows: Any) -> list[Problem]:
+    return load_problems(write(path / "problems.jsonl", *rows))
+
+
+def test_human_eval(tmp_path: Path) -> None:
+    (found,) = load(tmp_path, HUMAN_EVAL)
+    assert not found.is_infill
+    assert found.prompt.prefix == HUMAN_EVAL["prompt"]
+    assert judge(found, found.solution) == "passed"
+    assert judge(found, "    return x + 2\n") == "failed"
+    stop = found.prompt.stop
+    assert stop is not None
+    for after in ("class", "def g", "# end", "if x", "print(1)"):
+        match = stop.search(f"    return 1\n{after}".encode())
+        assert match is not None
+        assert match.start() == len("    return 1")
+    assert stop.search(b"    if x:\n        print(1)\n") is None
+
+
+def test_human_eval_infilling(tmp_path: Path) -> None:
+    multi = INFILLING | {"task_id": "MultiLineInfilling/X/0/L0_L1"}
+    single, block, silent = load(tmp_path, INFILLING, multi, {**INFILLING, "task_id": "RandomSpan/1", "test": ""})
+    assert (single.prompt.stop, block.prompt.stop) == (END_OF_LINE, None)
+    assert (single.prompt.prefix, single.prompt.suffix) == ("def inc(x):\n", "    return y\n")
+    # What ends a single line is cut off with its line break; a block brings its own.
+    assert judge(single, "    y = 1 + x") == "passed"
+    assert judge(single, "    y = x") == "failed"
+    assert judge(block, "    y = x\n    y += 1\n") == "passed"
+    assert not silent.is_runnable
+    assert judge(silent, "    y = x + 1") == "passed"
+    assert judge(silent, "    y = 1 + x") == "failed"
+
+
+def test_mbpp(tmp_path: Path) -> None:
+    (found,) = load(tmp_path, MBPP)
+    assert found.prompt.prefix == (
+        "You are an expert Python programmer, and here is your task: Write a function to add one. "
+        "Your code should pass these tests:\n\nassert inc(1) == 2\nassert inc(2) == 3\n[BEGIN]\n"
+    )
+    assert judge(found, found.solution) == "passed"
+    assert judge(found, "def inc(x): return x") == "failed"
+    assert found.prompt.stop is not None
+    assert found.prompt.stop.search(b"code\n[DONE]")
+
+
+def test_all_of_mbpp_is_its_test_split_three_shot(tmp_path: Path) -> None:
+    rows = [{**MBPP, "task_id": i, "text": f"Task {i}."} for i in (1, 2, 3, 4, 11, 510, 511, 974)]
+    found = load(tmp_path, *rows)
+    assert [problem.task_id for problem in found] == ["11", "510"]
+    assert found[0].prompt.prefix.count("[DONE]") == 3
+    assert [f"Task {i}." in found[0].prompt.prefix for i in (1, 2, 3, 4, 11)] == [False, True, True, True, True]
+    assert found[0].prompt.prefix.endswith("[BEGIN]\n")
+
+
+def test_sanitized_mbpp_is_one_array(tmp_path: Path) -> None:
+    row = {key: value for key, value in MBPP.items() if key not in ("text", "test_setup_code")}
+    row |= {"prompt": "Write one.", "test_imports": ["import math"], "code": "def inc(x): return x + math.floor(1.5)"}
+    (tmp_path / "s.json").write_text(json.dumps([row, row | {"task_id": 12}], indent=1))
+    found = load_problems(tmp_path / "s.json")
+    assert len(found) == 2
+    assert judge(found[1], found[1].solution) == "passed"
+
+
+def test_safim(tmp_path: Path) -> None:
+    as_text = SAFIM | {"task_id": "block_1", "unit_tests": json.dumps(SAFIM["unit_tests"])}
+    java = SAFIM | {"task_id": "api_1", "lang": "java", "ground_truth": "f(a, b)"}
+    line, block, other = load(tmp_path, SAFIM, as_text, java)
+    assert line.prompt.prefix.startswith("Description: add.")
+    assert line.prompt.prefix.endswith("\nif ")
+    assert line.prompt.suffix == "\n    print(a)\n"
+    assert (line.prompt.stop, block.prompt.stop, other.prompt.stop) == (END_OF_LINE, None, END_OF_LINE)
+    for problem in (line, block):
+        assert judge(problem, problem.solution) == "passed"
+        assert judge(problem, "a >= b:") == "passed"
+        assert judge(problem, "a < b:") == "failed"
+        assert judge(problem, "a >") == "failed"
+    assert judge(other, "f( a,b)") == "passed"
+    assert judge(other, "g(a, b)") == "failed"
+
+
+def test_compressed_files(tmp_path: Path) -> None:
+    path = tmp_path / "HumanEval.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(HUMAN_EVAL).encode()))
+    assert load_problems(path)[0].task_id == "X/0"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no problem in it"),
+        (b"{}\n", "problems.jsonl:1: no 'test'"),
+        (json.dumps(HUMAN_EVAL).encode() + b"\n{\n", "problems.jsonl:2: not JSON"),
+        (json.dumps(HUMAN_EVAL).encode() + b"\n\n3\n", "problems.jsonl:3: not a JSON object"),
+        (2 * (json.dumps(HUMAN_EVAL).encode() + b"\n"), "problems.jsonl:2: task_id 'X/0' is there twice"),
+        (json.dumps({**SAFIM, "eval_prompt": "x"}).encode(), "no '{{completion}} in eval_prompt'"),
+        (json.dumps({**SAFIM, "unit_tests": "["}).encode(), "problems.jsonl:1: Expecting value"),
+        (json.dumps({**MBPP, "test_list": 3}).encode(), "problems.jsonl:1: can only join an iterable"),
+        (b"\xff\xfe", "not JSON"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "problems.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_problems(tmp_path / "problems.jsonl")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in OWN_PROBLEMS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_our_own_problems_are_enough_and_of_every_difficulty() -> None:
+    problems = load_problems(OWN_PROBLEMS)
+    assert len(problems) >= 64
+    for level, least in ((1, 20), (2, 16), (3, 14), (4, 10)):
+        assert sum(problem.difficulty == level for problem in problems) >= least
+    assert len({row["entry_point"] for row in rows()}) == len(problems)
+    for row in rows():
+        tree = ast.parse(row["prompt"] + row["canonical_solution"])
+        assert any(getattr(node, "name", None) == row["entry_point"] for node in tree.body)
+        size = row["canonical_solution"].count("\n")
+        assert size <= (2, 8, 16, 45)[row["difficulty"] - 1], row["task_id"]
+        assert row["test"].count("assert") >= 2
+
+
+def test_every_line_of_a_solution_becomes_a_gap() -> None:
+    variants = line_variants(OWN_PROBLEMS)
+    whole = {row["task_id"]: row["prompt"] + row["canonical_solution"] for row in rows()}
+    assert {variant.task_id.removeprefix("SingleLineInfilling/").rpartition("/")[0] for variant in variants} == set(
+        whole
+    )
+    for variant in variants:
+        task = variant.task_id.removeprefix("SingleLineInfilling/").rpartition("/")[0]
+        assert variant.prompt.prefix + variant.solution + (variant.prompt.suffix or "") == whole[task]
+        assert variant.solution.strip()
+        assert variant.difficulty in (1, 2, 3, 4)
+
+
+WRONG = ("", "    pass\n", "    return 0\n", "    return []\n", "    return {}\n", "    return ''\n", " None\n")
+ALSO_WRONG = ("    return True\n", "    return False\n", "    exit(0)\n", "    import os; os._exit(0)\n")
+
+
+@pytest.mark.slow
+def test_our_solutions_pass_and_empty_or_wrong_ones_fail() -> None:
+    problems = load_problems(OWN_PROBLEMS)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        right = pool.map(lambda problem: judge(problem, problem.solution), problems)
+        assert [p.task_id for p, verdict in zip(problems, right, strict=True) if verdict != "passed"] == []
+        tries = [(problem, body) for problem in problems for body in WRONG + ALSO_WRONG]
+        wrong = pool.map(lambda pair: judge(*pair), tries)
+        assert [pair for pair, verdict in zip(tries, wrong, strict=True) if verdict == "passed"] == []
+
+
+@pytest.mark.slow
+def test_every_line_of_our_solutions_matters() -> None:
+    # A sixth, as each takes three programs; with ALL_LINES=1 all of them, which is for whoever changes the problems.
+    variants = line_variants(OWN_PROBLEMS)[:: 1 if os.environ.get("ALL_LINES") else 6]
+
+    def verdicts(variant: Problem) -> list[str]:
+        indent = variant.solution[: len(variant.solution) - len(variant.solution.lstrip())]
+        written = (variant.solution.rstrip("\n"), "", f"{indent}pass")
+        return [judge(variant, text) for text in written]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for variant, found in zip(variants, pool.map(verdicts, variants), strict=True):
+            assert found[0] == "passed", variant.task_id
+            assert "passed" not in found[1:], f"{variant.task_id} passes without its line"
