@@ -257,7 +257,7 @@ def main() -> None:
     options = parser.parse_args()
     device = hardware.pick_device(options.device)
     dtypes = {value: name for name, value in DTYPES.items()}
-    dtype = options.dtype if options.dtype != "auto" else dtypes[hardware.pick_dtype("auto", device)]
+    dtype = options.dtype if options.dtype != "auto" else dtypes[hardware.pick_dtype("auto", device, is_training=True)]
     name, seq_len = ("tiny", 128) if options.quick else (options.preset, affordable_length(device, options.seq_len))
     config = replace(preset(name).model, max_seq_len=seq_len)
     use_compile = not (options.eager or options.quick)

@@ -53,7 +53,7 @@ def corpus() -> Tensor:
 def run(seed: int, steps: int, text: Tensor, *, fast: bool) -> list[float]:
     """The loss of each step."""
     device = hardware.pick_device("auto")
-    dtype = hardware.pick_dtype("auto", device) if fast else torch.float32
+    dtype = hardware.pick_dtype("auto", device, is_training=True) if fast else torch.float32
     torch.manual_seed(seed)
     model = Model(CONFIG, torch.float32)
     model.compute_dtype = dtype

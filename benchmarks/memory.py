@@ -130,7 +130,8 @@ def main() -> None:
         print(json.dumps(measure(Setting(**json.loads(options.only)))))
         return
     device = pick_device("auto")
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype("auto", device)]
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    dtype = names[pick_dtype("auto", device, is_training=True)]
     preset = options.preset or ("tiny" if options.quick else "100m")
     settings = [
         Setting(preset, length, batch, device.type, dtype, recompute)

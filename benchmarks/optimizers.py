@@ -171,7 +171,7 @@ def orthogonality(size: int, device: torch.device) -> list[dict[str, float | str
 
 def speed_of_training(config: ModelConfig, device: torch.device) -> tuple[float, str]:
     """Tokens a second at the measured peak of matrix products, and how that was got."""
-    dtype = hardware.pick_dtype("auto", device)
+    dtype = hardware.pick_dtype("auto", device, is_training=True)
     peak = hardware.measure_peak_flops(device, dtype)
     source = f"measured peak {peak / 1e12:,.2f} TFLOP/s ({str(dtype).removeprefix('torch.')}) over 6 FLOPs x parameters"
     return peak / (6 * config.num_params_estimate), source

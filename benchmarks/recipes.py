@@ -35,12 +35,12 @@ from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick
 
 from smelter.base.errors import UserError
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml, nearest
-from smelter.decoding.generate import load_model, make_prompt
-from smelter.decoding.many import infill_lines
+from smelter.decoding.prompts import make_prompt
 from smelter.evaluation.bpb import validation_loss
-from smelter.evaluation.evaluate import open_shards
-from smelter.evaluation.gaps import InfillCase, choose_cases, exact_match
+from smelter.evaluation.gaps import InfillCase, choose_cases, exact_match, infill_lines
 from smelter.model import Model
+from smelter.run.load import load_model
+from smelter.tokens.shards import open_shards
 from smelter.tokens.tokenizer import Tokenizer
 
 EVAL_TOKENS = 65_536

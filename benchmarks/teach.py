@@ -28,12 +28,12 @@ import torch
 from foundry.corpus import main as corpus
 from smelter.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig, preset
 from smelter.data import Batch, BatchStream
-from smelter.decoding.generate import default_dtype, pick_device
 from smelter.distillation.cache import TeacherCache
 from smelter.distillation.objective import Objective, load_teachers
 from smelter.distillation.teach import TeachOptions, teach
 from smelter.model import Model
 from smelter.run.checkpoint import save_checkpoint
+from smelter.run.device import pick_device, pick_dtype
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.tokenize import main as tokenize
 from smelter.train import train
@@ -109,7 +109,7 @@ class Contestant:
 
     def __init__(self, shards: ShardSet, cached: tuple[TeacherCache, ...], teachers: tuple[Path, ...]) -> None:
         self.device = pick_device("auto")
-        dtype = default_dtype(self.device)
+        dtype = pick_dtype("auto", self.device)
         config = Config(
             model=STUDENT,
             data=DataConfig(shards=str(shards.path)),

@@ -232,7 +232,7 @@ def main() -> None:
         raise SystemExit(2)
     try:
         device = hardware.pick_device(options.device)
-        dtype = hardware.pick_dtype("auto" if options.dtype == "auto" else options.dtype, device)
+        dtype = hardware.pick_dtype("auto" if options.dtype == "auto" else options.dtype, device, is_training=True)
     except UserError as error:
         print(f"train_gpu: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -26,9 +26,7 @@ from typing import Annotated
 
 import tyro
 
-from foundry.cli import parse
-from foundry.errors import FoundryError, nearest
-from smelter.base.record import Record, write_records
+from smelter.base import Record, UserError, nearest, parse, write_records
 
 LANGUAGES = {
     "assembly": "s asm",
@@ -98,14 +96,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise FoundryError("--source is missing: give --source stdlib or --source FOLDER")
+            raise UserError("--source is missing: give --source stdlib or --source FOLDER")
         if not 0 <= self.val_fraction < 1:
-            raise FoundryError(f"--val-fraction {self.val_fraction}: must be at least 0 and below 1")
+            raise UserError(f"--val-fraction {self.val_fraction}: must be at least 0 and below 1")
         if self.max_file_kb < 1:
-            raise FoundryError(f"--max-file-kb {self.max_file_kb}: must be at least 1")
+            raise UserError(f"--max-file-kb {self.max_file_kb}: must be at least 1")
         for language in self.language:
             if language not in LANGUAGES:
-                raise FoundryError(f"--language {language}: unknown: {nearest(language, LANGUAGES)}")
+                raise UserError(f"--language {language}: unknown: {nearest(language, LANGUAGES)}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Summary:
 
 
 def find_trees(options: Options) -> list[Tree]:
-    """The folders that `--source` names. Raises FoundryError for a missing folder or a name used twice."""
+    """The folders that `--source` names. Raises UserError for a missing folder or a name used twice."""
     trees: dict[str, Tree] = {}
     for source in options.source:
         if source == "stdlib":
@@ -148,11 +146,11 @@ def find_trees(options: Options) -> list[Tree]:
             match = re.fullmatch(r"([\w.-]+)=(.+)", source)
             path = Path(match[2] if match and not Path(source).exists() else source).expanduser()
             if not path.is_dir():
-                raise FoundryError(f"--source {source}: no such folder: give stdlib or a folder's path")
+                raise UserError(f"--source {source}: no such folder: give stdlib or a folder's path")
             name = match[1] if match and not Path(source).exists() else path.resolve().name
             tree = Tree(name or "root", path, options.license, options.language or tuple(LANGUAGES))
         if tree.name in trees:
-            raise FoundryError(f"--source {source}: {tree.name} is taken: name this one, OTHERNAME={tree.root}")
+            raise UserError(f"--source {source}: {tree.name} is taken: name this one, OTHERNAME={tree.root}")
         trees[tree.name] = tree
     return list(trees.values())
 
@@ -166,7 +164,7 @@ def split_of(source: str, val_fraction: float) -> str:
 def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) -> Iterator[Record]:
     """Records of the trees' files in sorted order, counted in `summary` as they come.
 
-    Raises FoundryError if there is none, and OSError where the disk fails.
+    Raises UserError if there is none, and OSError where the disk fails.
     """
     seen: set[str] = set()
     for tree in trees:
@@ -194,7 +192,7 @@ def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) ->
             yield record
     if not seen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.left_out.most_common())
-        raise FoundryError(
+        raise UserError(
             f"no usable source file in {', '.join(str(tree.root) for tree in trees)} "
             f"(left out: {reasons or 'nothing'}): choose another --source"
         )

@@ -22,18 +22,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from foundry.cli import parse
-from foundry.errors import FoundryError
 from foundry.journal import BudgetReachedError, Journal, JournalError
 from foundry.settings import Settings, load_settings
 from foundry.teacher import Answer, Question
-from foundry.teachers.backends import make_teacher
-from foundry.teachers.ensemble import Call, Ensemble, Outcome
-from foundry.teachers.limits import Member, StoppedError
-from smelter.base.record import Record, Response, content_id, write_records
+from foundry.teachers import Call, Ensemble, Member, Outcome, StoppedError, make_teacher
+from smelter.base import Record, Response, UserError, content_id, parse, write_records
 
 if TYPE_CHECKING:
-    from foundry.seeds.seed import Seed
+    from foundry.seeds import Seed
 
 MAX_LISTED = 5
 """Failed seeds that the summary lists; the journal has all."""
@@ -126,7 +122,7 @@ class Run:
         self.failures: Counter[str] = Counter()
         """Calls without an answer in this run, by cause."""
         self.signal = 0
-        self.error: FoundryError | None = None
+        self.error: UserError | None = None
         """Why no more seeds were taken, if that was not a signal."""
         self.budget_reached: BudgetReachedError | None = None
         """What is finished is still taken, but nothing is asked any more."""
@@ -173,7 +169,7 @@ class Run:
         self.signal = self.signal or number
         self._stop()
 
-    def _stop(self, error: FoundryError | None = None) -> None:
+    def _stop(self, error: UserError | None = None) -> None:
         self.error = self.error or error
         if isinstance(error, JournalError):  # no answer can be kept any more
             self._now_event.set()
@@ -187,7 +183,7 @@ class Run:
                 await self._take(seed)
         except StoppedError:
             pass
-        except FoundryError as error:
+        except UserError as error:
             self._stop(error)
 
     async def _take(self, seed: "Seed") -> None:
@@ -218,7 +214,7 @@ class Run:
             self.num_done += 1
             self.num_new += 1
         if all(member.given_up for member in self.ensemble.members):
-            raise FoundryError(f"no teacher is left: {self.ensemble.members[-1].given_up}")
+            raise UserError(f"no teacher is left: {self.ensemble.members[-1].given_up}")
 
     async def _ask(self, call: Call) -> Answer:
         """The answer in the journal, or a new one."""
@@ -330,13 +326,13 @@ async def runs(text: str) -> bool:
     try:
         result = await asyncio.to_thread(sandbox.run_python, code_of(text))
     except sandbox.SandboxError as error:
-        raise FoundryError(f'judge = "execution": {error}: name a teacher as the judge instead') from None
+        raise UserError(f'judge = "execution": {error}: name a teacher as the judge instead') from None
     return result.reason == "ok"
 
 
 async def generate(settings: Settings, out: Path) -> int:
-    """Do the whole job and say what came of it; returns the exit code. Raises FoundryError."""
-    from foundry.seeds.seed import iterate
+    """Do the whole job and say what came of it; returns the exit code. Raises UserError."""
+    from foundry.seeds import iterate
 
     members = [Member(make_teacher(teacher), teacher) for teacher in settings.teachers]
     ensemble = Ensemble(members, settings.generate, accept=is_good, runs=runs)
@@ -355,7 +351,7 @@ async def generate(settings: Settings, out: Path) -> int:
 
 
 def finish(run: Run, out: Path) -> int:
-    """Write the output and the summary; returns the exit code. Raises FoundryError where there is nothing to write."""
+    """Write the output and the summary; returns the exit code. Raises UserError where there is nothing to write."""
     journal = run.journal
     kept = f"{run.num_done:,} finished seeds are kept in {journal.path}, and the same command goes on"
     if run.signal:
@@ -364,10 +360,10 @@ def finish(run: Run, out: Path) -> int:
     if isinstance(run.error, JournalError):
         raise run.error
     if run.error:
-        raise FoundryError(f"{run.error} ({kept})")
+        raise UserError(f"{run.error} ({kept})")
     failed = [journal.read(journal.failed[key]) for key in run.order if key in journal.failed]
     if not any(key in journal.records for key in run.order):
-        raise run.budget_reached or FoundryError(
+        raise run.budget_reached or UserError(
             f"no seed was answered: {failed[0]['messages'][0]}" if failed else "there is no seed: see [seeds]"
         )
     answers: Counter[str] = Counter()

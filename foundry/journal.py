@@ -32,18 +32,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from foundry.errors import FoundryError
+from smelter.base import UserError
 
 _VERSION = 1
 _HEADER = {"t": "journal", "version": _VERSION}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class JournalError(FoundryError):
+class JournalError(UserError):
     """The journal cannot be read or written: the message says what to do. What was acknowledged is safe."""
 
 
-class BudgetReachedError(FoundryError):
+class BudgetReachedError(UserError):
     """The next call could exceed the spending cap, and no call is in flight whose end could change that."""
 
 

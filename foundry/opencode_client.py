@@ -26,8 +26,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from foundry.errors import FoundryError, nearest
-from foundry.opencode.messages import (
+from foundry.opencode import (
     ModelError,
     NoAnswerInTimeError,
     OpenCodeError,
@@ -42,6 +41,7 @@ from foundry.opencode.messages import (
     read_reply,
     short,
 )
+from smelter.base import UserError, nearest
 
 PLUGIN_AGENT = "foundry"
 """The agent that our plugin adds: where it is listed, the plugin is at work."""
@@ -60,16 +60,16 @@ _slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.S
 class OpenCodeClient:
     """One OpenCode server. Use it as `async with`, or call `close`.
 
-    `timeout` (seconds) is for the server's own calls; an answer's time is `ask`'s. Raises FoundryError for an address
+    `timeout` (seconds) is for the server's own calls; an answer's time is `ask`'s. Raises UserError for an address
     that is none.
     """
 
     def __init__(self, server_url: str, *, password: str = "", user: str = "opencode", timeout: float = 30.0) -> None:
         parts = urlsplit(server_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise FoundryError('server_url is no address: give one such as "http://127.0.0.1:4096"')
+            raise UserError('server_url is no address: give one such as "http://127.0.0.1:4096"')
         if parts.username or parts.password:
-            raise FoundryError("server_url holds a password: give it in the environment instead (password_env)")
+            raise UserError("server_url holds a password: give it in the environment instead (password_env)")
         self.server_url = server_url.rstrip("/")
         self.sessions_left: set[str] = set()
         """Sessions that could not be deleted yet, because the server went away; tried again with every answer."""

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from foundry.errors import FoundryError
-from foundry.opencode.messages import UnreachableError
+from foundry.opencode import UnreachableError
 from foundry.opencode_client import OpenCodeClient
 from foundry.settings import Settings, TeacherSettings, load_settings
+from smelter.base import UserError
 
 PLUGIN = Path(__file__).parent / "opencode" / "plugin.js"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -30,32 +30,32 @@ _VARIABLE = re.compile(r"\{env:([^}]*)\}")
 
 
 def server_teachers(settings: Settings, port: int | None = None) -> tuple[TeacherSettings, ...]:
-    """The teachers behind the server on this port (by default the first opencode teacher's). Raises FoundryError."""
+    """The teachers behind the server on this port (by default the first opencode teacher's). Raises UserError."""
     teachers = [teacher for teacher in settings.teachers if teacher.backend == "opencode"]
     if not teachers:
-        raise FoundryError('no teacher has backend = "opencode": there is no server to start')
+        raise UserError('no teacher has backend = "opencode": there is no server to start')
     port = _port(teachers[0]) if port is None else port
     found = tuple(teacher for teacher in teachers if _port(teacher) == port)
     if not found:
         ports = ", ".join(sorted({str(_port(teacher)) for teacher in teachers}))
-        raise FoundryError(f"no opencode teacher has a server_url with port {port}: they have {ports}")
+        raise UserError(f"no opencode teacher has a server_url with port {port}: they have {ports}")
     for teacher in found:
         if urlsplit(teacher.server_url).hostname not in _LOOPBACK:
-            raise FoundryError(f"teacher {teacher.name}: server_url is not on this machine: start the server there")
+            raise UserError(f"teacher {teacher.name}: server_url is not on this machine: start the server there")
     return found
 
 
 def server_config(teachers: Sequence[TeacherSettings]) -> dict[str, Any]:
-    """opencode.json for these teachers. Raises FoundryError where two of them contradict each other."""
+    """opencode.json for these teachers. Raises UserError where two of them contradict each other."""
     providers: dict[str, dict[str, Any]] = {}
     for teacher in teachers:
         name, slash, model = teacher.model.partition("/")
         if not (name and slash and model):
-            raise FoundryError(f'teacher {teacher.name}: model = {teacher.model!r}: must be "provider/model"')
+            raise UserError(f'teacher {teacher.name}: model = {teacher.model!r}: must be "provider/model"')
         wanted = _provider(teacher)
         models = providers.setdefault(name, {**wanted, "models": {}})["models"]
         if {**wanted, "models": models} != providers[name]:
-            raise FoundryError(
+            raise UserError(
                 f"teacher {teacher.name}: another teacher has provider {name!r} with another base_url, key_env or"
                 f" timeout_seconds: give one of them another provider name"
             )
@@ -120,7 +120,7 @@ def _port(teacher: TeacherSettings) -> int:
     except ValueError:
         port = None
     if port is None:
-        raise FoundryError(f"teacher {teacher.name}: server_url needs a port, as in http://127.0.0.1:4096")
+        raise UserError(f"teacher {teacher.name}: server_url needs a port, as in http://127.0.0.1:4096")
     return port
 
 
@@ -161,11 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "config":
                 config = server_config(teachers)
                 if missing := missing_variables(config):
-                    raise FoundryError(f"not set in the environment: {', '.join(missing)}: export the keys first")
+                    raise UserError(f"not set in the environment: {', '.join(missing)}: export the keys first")
                 print(json.dumps(config, indent=2))
             case "check":
                 print(asyncio.run(_check(teachers, options.wait)))
-    except FoundryError as error:
+    except UserError as error:
         print(f"start_server: error: {error}", file=sys.stderr)
         return 2
     return 0

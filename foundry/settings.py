@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from foundry.errors import FoundryError, nearest
+from smelter.base import UserError, nearest
 
 Strategy = Literal["all", "round_robin", "weighted", "fallback", "cascade", "best_of"]
 Backend = Literal["openai", "opencode", "transformers", "local"]
@@ -173,11 +173,11 @@ class TeacherSettings:
         return self.price_input > 0 or self.price_output > 0
 
     def key(self) -> str:
-        """The key from the environment, or "" where none is needed. Raises FoundryError where it is not set."""
+        """The key from the environment, or "" where none is needed. Raises UserError where it is not set."""
         return _from_environment(self.name, "key_env", self.key_env)
 
     def password(self) -> str:
-        """The OpenCode server's password from the environment. Raises FoundryError where it is not set."""
+        """The OpenCode server's password from the environment. Raises UserError where it is not set."""
         return _from_environment(self.name, "password_env", self.password_env)
 
 
@@ -212,13 +212,13 @@ class Settings:
 
 
 def load_settings(path: Path | str) -> Settings:
-    """Read foundry.toml. Raises FoundryError that names the file, the table, the key and the fix."""
+    """Read foundry.toml. Raises UserError that names the file, the table, the key and the fix."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise FoundryError(f"{path}: cannot read the settings: {error.strerror}: check the path") from None
+        raise UserError(f"{path}: cannot read the settings: {error.strerror}: check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FoundryError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{path}: not valid TOML: {error}") from None
     return settings_from_dict(values, str(path))
 
 
@@ -237,8 +237,8 @@ def settings_from_dict(values: Mapping[str, Any], where: str) -> Settings:
     seeds = _table(SeedSettings, values.get("seeds", {}), f"{where}: [seeds]")
     try:
         return Settings(generate=generate, seeds=seeds, teachers=tuple(tables))
-    except FoundryError as error:
-        raise FoundryError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _table(kind: type[T], values: Any, where: str) -> T:
@@ -251,8 +251,8 @@ def _table(kind: type[T], values: Any, where: str) -> T:
     _require("name" not in known or "name" in checked, f"{where}: name is missing: it stands in the records")
     try:
         return kind(**checked)
-    except FoundryError as error:
-        raise FoundryError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -287,4 +287,4 @@ def _from_environment(teacher: str, setting: str, variable: str) -> str:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise FoundryError(message)
+        raise UserError(message)

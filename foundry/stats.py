@@ -21,9 +21,7 @@ import jinja2
 import tyro
 
 from foundry import __version__
-from foundry.cli import parse
-from foundry.errors import FoundryError
-from smelter.base.record import Record, read_records, record_from_json
+from smelter.base import Record, UserError, parse, read_records, record_from_json
 
 MAX_BARS = 14
 """Bars of one plot; what is rarer is added up as the rest."""
@@ -44,9 +42,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.records:
-            raise FoundryError("no file of records: give one, such as data/clean.jsonl")
+            raise UserError("no file of records: give one, such as data/clean.jsonl")
         if self.open and self.html is None:
-            raise FoundryError("--open without --html: say where the page is to be written")
+            raise UserError("--open without --html: say where the page is to be written")
 
 
 @dataclass
@@ -210,27 +208,27 @@ def rarest_joined(counts: Counter[str]) -> dict[str, int]:
 def read_rejects(path: Path) -> Iterator[tuple[Record | None, str]]:
     """(record, reason) of each line: a record's keys with "reason", or {"record": ..., "reason": ...}.
 
-    What comes after a colon in a reason is a detail and left out. Raises FoundryError naming file and line.
+    What comes after a colon in a reason is a detail and left out. Raises UserError naming file and line.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
-                raise FoundryError(f"{path}:{number}: not JSON ({error}): give the rejects of foundry clean") from None
+                raise UserError(f"{path}:{number}: not JSON ({error}): give the rejects of foundry clean") from None
             if not isinstance(values, dict) or not isinstance(values.get("reason"), str):
-                raise FoundryError(f'{path}:{number}: no "reason": give the rejects of foundry clean')
+                raise UserError(f'{path}:{number}: no "reason": give the rejects of foundry clean')
             reason = values["reason"].partition(":")[0].strip() or "unknown"
             content = values.get("record", {key: value for key, value in values.items() if key != "reason"})
             try:
                 yield record_from_json(json.dumps(content)), reason
-            except FoundryError:
+            except UserError:
                 # A line may have been dropped for being no record; its reason counts all the same.
                 yield None, reason
 
 
 def gather(options: Options) -> Stats:
-    """Count everything. Raises FoundryError for a damaged line and where there is no record.
+    """Count everything. Raises UserError for a damaged line and where there is no record.
 
     A record that is kept but has lost one of its answers stands in both files and counts as kept and as dropped.
     """
@@ -242,7 +240,7 @@ def gather(options: Options) -> Stats:
         for rejected, reason in read_rejects(options.rejects):
             stats.add_reject(rejected, reason)
     if not stats.num_records:
-        raise FoundryError(f"{', '.join(map(str, options.records))}: no records: choose a file that holds some")
+        raise UserError(f"{', '.join(map(str, options.records))}: no records: choose a file that holds some")
     return stats
 
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from foundry.errors import FoundryError
+from smelter.base import UserError
 
 _THINK = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 OUT_OF_CREDIT = re.compile(r"insufficient_quota|insufficient balance|billing_hard_limit", re.IGNORECASE)
 """What vendors say with HTTP 429 when it is not the pace that is too high, but the account that is empty."""
 
 
-class TeacherError(FoundryError):
+class TeacherError(UserError):
     """A teacher did not answer. `is_worth_retrying` says whether the same question may fare better later."""
 
     cause = "failed"

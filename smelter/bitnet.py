@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smelter.kernels import Stacked, int8_product, reference, ternary_linears, uses_triton
+from smelter.kernels import Stacked, int8_product, quantize_together, reference, ternary_linears, uses_triton
 
 
 class BitLinear(nn.Module):
@@ -109,13 +109,11 @@ def quantize_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Make the trits of every ternary layer from its latent weight: once per optimizer step."""
     layers = [layer for _, layer in bit_linears(module)]
     if layers and layers[0].weight.device.type == "cuda" and uses_triton(layers[0].weight.device):
-        from smelter.kernels import weights_triton as triton_weights
-
         for layer in layers:
             layer.trits = layer.trits.to(dtype)
         with torch.no_grad():
             lists = zip(*((layer.weight.detach(), layer.trits, layer.scale) for layer in layers), strict=True)
-            triton_weights.quantize_weights(*(list(tensors) for tensors in lists))
+            quantize_together(*(list(tensors) for tensors in lists))
         return
     for layer in layers:
         layer.quantize(dtype)

@@ -5,14 +5,13 @@ nearest known one; the resolved whole is saved in the run folder. Figures that f
 (parameter count, KV-cache size, FLOPs) are properties, so nothing can drift apart.
 """
 
-import difflib
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from smelter.base.errors import ConfigError
-from smelter.training_config import DistillationConfig, TrainingConfig, require, require_finite
+from smelter.base import ConfigError, nearest, require
+from smelter.training_config import DistillationConfig, TrainingConfig, require_finite
 
 __all__ = [  # the four tables are found here, wherever they are written
     "PRESETS",
@@ -26,7 +25,6 @@ __all__ = [  # the four tables are found here, wherever they are written
     "config_to_dict",
     "config_to_toml",
     "load_config",
-    "nearest",
     "preset",
 ]
 
@@ -253,12 +251,6 @@ PRESETS: dict[str, Config] = {
     "125m": Config(model=ModelConfig(num_layers=16)),
     "300m": Config(model=ModelConfig(hidden_size=1_024, num_layers=24, num_heads=16, intermediate_size=2_816)),
 }
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint that names the known word nearest to `name`."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def preset(name: str) -> Config:

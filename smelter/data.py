@@ -29,14 +29,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError
 from smelter.config import DataConfig
-from smelter.tokens.alignment import Chunks, read_as_written, stack_targets
-from smelter.tokens.fim import fit_fim
-from smelter.tokens.shards import Split
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import IGNORED, Chunks, Split, Tokenizer, fit_fim, read_as_written, stack_targets
 
-IGNORED = -100
 """Target that counts for nothing (torch's `ignore_index`)."""
 
 Ids = NDArray[np.int64]
@@ -388,37 +384,3 @@ def prefetch(
     finally:
         stop.set()
         thread.join()
-
-
-def eval_windows(split: Split, seq_len: int, stride: int, max_tokens: int | None = None) -> Iterator[tuple[Ids, Ids]]:
-    """Windows (inputs [seq_len], targets [seq_len]) in which every token of the text is a target exactly once.
-
-    A document is read from left to right with eos before it (its final eos is no target). Of a conversation only the
-    answer counts, without the token that ends it: what the model has to know. Windows of long documents
-    begin every `stride` tokens; what the window before has scored is context here, its targets are -100, as are those
-    of empty positions. With `max_tokens`, documents come in a fixed random order until that many were scored,
-    whole windows only.
-    """
-    if not 1 <= stride <= seq_len:
-        raise ConfigError(f"stride = {stride}: must lie between 1 and the window's length, {seq_len}")
-    order = np.arange(split.num_docs) if max_tokens is None else _permutation(split.num_docs, philox(0, "documents"))
-    scored = 0
-    for doc in order.tolist():
-        ids = np.concatenate(([split.eos_id], split.doc(doc))).astype(np.int64)
-        written, written_end = (int(places[doc]) for places in split.written)
-        size, done = len(ids) - 1, 0
-        for start in range(0, size, stride):
-            if done == size:
-                break
-            if max_tokens is not None and scored >= max_tokens:
-                return
-            end = min(start + seq_len, size)
-            first, last = max(done, written), min(end, written_end)
-            done = end
-            if first >= last:
-                continue
-            inputs, targets = np.full(seq_len, split.eos_id), np.full(seq_len, IGNORED)
-            inputs[: end - start] = ids[start:end]
-            targets[first - start : last - start] = ids[first + 1 : last + 1]
-            yield inputs, targets
-            scored += last - first

@@ -21,18 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.kernels import reference
-from smelter.kernels.soft_cap import capped
-from smelter.losses.cross_entropy import compiled, cross_entropy_and_grad, soft_cross_entropy_and_grad
-from smelter.losses.divergence import Direction, Divergence, divergence, divergence_and_grad
-from smelter.losses.targets import (
+from smelter.kernels import capped, reference
+from smelter.losses import (
+    Direction,
+    Divergence,
     Mixture,
     SparseTeacher,
     Teacher,
     TeacherHead,
     checked_teachers,
+    compiled,
+    cross_entropy_and_grad,
+    divergence,
+    divergence_and_grad,
     mixture,
     needs_no_rows,
+    soft_cross_entropy_and_grad,
     sparse_target,
 )
 

@@ -22,28 +22,35 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smelter.base import cli
-from smelter.base.errors import ConfigError, UserError
+from smelter.base import ConfigError, UserError, cli
 from smelter.bitnet import bit_linears
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
-from smelter.decoding.many import samples
-from smelter.distillation.cache import open_caches
-from smelter.distillation.chunk_cache import ChunkTeacher
-from smelter.distillation.objective import Objective, load_teachers, validation_weights
-from smelter.evaluation.bpb import validation_loss
+from smelter.distillation import ChunkTeacher, Objective, load_teachers, open_caches, validation_weights
+from smelter.evaluation import samples, validation_loss
 from smelter.model import Model
 from smelter.muon import MuonAdamW
+from smelter.run import (
+    MetricsLogger,
+    RunLength,
+    StopSignal,
+    distributed,
+    final_cap,
+    kl_weight,
+    latest_checkpoint,
+    load_checkpoint,
+    load_initial_weights,
+    plan,
+    prepare_run_dir,
+    print0,
+    progress_line,
+    save_checkpoint,
+    set_rates,
+    short_duration,
+    short_number,
+)
 from smelter.run import device as hardware
-from smelter.run import distributed
-from smelter.run.checkpoint import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
-from smelter.run.distributed import print0
-from smelter.run.load import load_initial_weights
-from smelter.run.metrics import MetricsLogger, progress_line, short_duration, short_number
-from smelter.run.plan import plan
-from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
-from smelter.run.signals import StopSignal
-from smelter.tokens.shards import ShardSet
+from smelter.tokens import ShardSet
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10
@@ -60,7 +67,7 @@ class Trainer:
         distributed.start(self.device)
         keeps_memory = self.device.type == "cpu" and hardware.keep_freed_memory()
         self.allocator = "freed memory is kept" if keeps_memory else "memory as the system manages it"
-        self.dtype = hardware.pick_dtype(training.precision, self.device)
+        self.dtype = hardware.pick_dtype(training.precision, self.device, is_training=True)
         self.use_compile = hardware.can_compile(training, self.device)
         self.micro_steps = config.micro_steps(distributed.world_size())
         self.shards = ShardSet.open(Path(config.data.shards))
@@ -396,7 +403,7 @@ def _dry_run(config: Config) -> int:
     else:
         device = hardware.pick_device(training.device)
         kind = device.type
-        dtype = hardware.pick_dtype(training.precision, device)
+        dtype = hardware.pick_dtype(training.precision, device, is_training=True)
         peak = hardware.measure_peak_flops(device, dtype)
         print(hardware.describe(device, dtype, training.use_torch_compile, peak))
     # Newton-Schulz runs in float32 where there is no bf16.

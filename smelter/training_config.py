@@ -4,15 +4,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from smelter.base.errors import ConfigError
+from smelter.base import require
 
 Schedule = Literal["constant", "wsd", "cosine"]
-
-
-def require(condition: bool, message: str) -> None:
-    """ConfigError with `message` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 def require_finite(table: str, config: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("smelter", "foundry")
 
 
@@ -24,7 +25,7 @@ class Import(NamedTuple):
     module: str
     """Dotted name of the file or wing that it imports from."""
     name: str
-    """What is imported; "" for the module itself."""
+    """What it imports of it; "" for `import module`."""
     line: int
 
 
@@ -38,7 +39,7 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def imports_of(path: Path, importer: str, known: dict[str, Path]) -> Iterator[Import]:
+def imports_of(path: Path, importer: str) -> Iterator[Import]:
     """What a file imports from our packages, also inside functions. Relative imports are refused by an assertion."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -50,16 +51,12 @@ def imports_of(path: Path, importer: str, known: dict[str, Path]) -> Iterator[Im
             module = node.module or ""
             if module.split(".")[0] in PACKAGES:
                 for alias in node.names:
-                    is_file = f"{module}.{alias.name}" in known
-                    yield Import(importer, f"{module}.{alias.name}" if is_file else module, "", node.lineno) if (
-                        is_file
-                    ) else Import(importer, module, alias.name, node.lineno)
+                    yield Import(importer, module, alias.name, node.lineno)
 
 
 def all_imports(root: Path) -> list[Import]:
     """The imports of every file of both packages."""
-    known = modules(root)
-    return [each for name, path in known.items() for each in imports_of(path, name, known)]
+    return [each for name, path in modules(root).items() for each in imports_of(path, name)]
 
 
 def place_of(module: str) -> str:
@@ -74,7 +71,12 @@ def is_entrance(place: str) -> bool:
 
 def between_places(imports: list[Import]) -> set[tuple[str, str]]:
     """Pairs of places of which the first imports the second."""
-    pairs = {(place_of(each.importer), place_of(each.module)) for each in imports}
+    # `from smelter import train` names a place by its package.
+    pairs = {
+        (place_of(each.importer), place_of(f"{each.module}.{each.name}" if each.module in PACKAGES else each.module))
+        for each in imports
+        if not each.name.startswith("__")
+    }
     return {(a, b) for a, b in pairs if a != b and not is_entrance(a) and not is_entrance(b)}
 
 
@@ -121,4 +123,4 @@ def report(root: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1]))
+    print(report(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT))

@@ -15,18 +15,12 @@ from hypothesis import strategies as st
 from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
-from smelter.data import IGNORED, BatchStream, eval_windows
-from smelter.evaluation.bpb import (
-    bits_per_byte,
-    compressor_baselines,
-    document_nats,
-    nll_rows,
-    spread_windows,
-    validation_loss,
-)
+from smelter.data import BatchStream
+from smelter.evaluation.bpb import bits_per_byte, compressor_baselines, document_nats, nll_rows, validation_loss
 from smelter.tokens.chat import stop_ids
 from smelter.tokens.shards import ShardSet, Split
 from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.windows import IGNORED, eval_windows, spread_windows
 from tests import tiny
 
 TOKENS = tiny.tokenizer()

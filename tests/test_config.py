@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from smelter.base import cli
-from smelter.base.errors import ConfigError, UserError
+from smelter.base.errors import ConfigError, UserError, nearest
 from smelter.config import (
     PRESETS,
     Config,
@@ -27,7 +27,6 @@ from smelter.config import (
     config_to_dict,
     config_to_toml,
     load_config,
-    nearest,
     preset,
 )
 from smelter.decoding.kv_cache import KVCache

@@ -15,7 +15,7 @@ import torch
 
 from smelter.__main__ import main
 from smelter.config import load_config
-from smelter.decoding.generate import load_model
+from smelter.run.load import load_model
 from smelter.run.metrics import read_metrics
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
 from tests import tiny

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Keep a record, or drop it with a reason."""

@@ -34,10 +34,17 @@ from foundry.cleaning.filter import (
     unfinished,
     wrong_length,
 )
-from foundry.cli import parse
-from foundry.errors import FoundryError
-from smelter.base.record import Record, Response, read_records, write_records
-from smelter.base.sandbox import Limits, SandboxError, run_python
+from smelter.base import (
+    Limits,
+    Record,
+    Response,
+    SandboxError,
+    UserError,
+    parse,
+    read_records,
+    run_python,
+    write_records,
+)
 
 _BATCH = 128
 """Records in memory at a time."""
@@ -89,19 +96,19 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise FoundryError("no file given: name the files of records to clean")
+            raise UserError("no file given: name the files of records to clean")
         for name in ("max_repeated_lines", "min_compressed", "near_duplicates"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise FoundryError(f"--{name.replace('_', '-')} {value}: must be between 0 and 1")
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be between 0 and 1")
         if not 0 <= self.min_chars <= self.max_chars:
-            raise FoundryError(f"--min-chars {self.min_chars}: must be 0 or more and at most --max-chars")
+            raise UserError(f"--min-chars {self.min_chars}: must be 0 or more and at most --max-chars")
         if not (math.isfinite(self.run_seconds) and self.run_seconds > 0 and self.run_memory_mb > 0):
-            raise FoundryError("--run-seconds and --run-memory-mb must be positive")
+            raise UserError("--run-seconds and --run-memory-mb must be positive")
         for terms in self.teacher_terms:
             teacher, equals, _ = terms.partition("=")
             if not (teacher and equals):
-                raise FoundryError(f"--teacher-terms {terms}: must be TEACHER=TERMS")
+                raise UserError(f"--teacher-terms {terms}: must be TEACHER=TERMS")
 
 
 @dataclass(frozen=True)
@@ -253,7 +260,7 @@ class Cleaner:
         try:
             result = run_python(f"{code}\n\n{tests}", limits=limits)
         except SandboxError as error:
-            raise FoundryError(f"--run: {error} (does --run-memory-mb {self.options.run_memory_mb} fit?)") from None
+            raise UserError(f"--run: {error} (does --run-memory-mb {self.options.run_memory_mb} fit?)") from None
         if result.reason == "ok":
             return None
         last_line = _ADDRESS.sub("0x...", result.stderr.strip().rpartition("\n")[2])[:200]
@@ -348,7 +355,7 @@ def _programs(record: Record) -> list[tuple[str, str] | None]:
     """(code, tests) to run: of each answer, or of a text that has tests; None where there is nothing to run."""
     tests = record.meta.get("tests", "")
     if not isinstance(tests, str):
-        raise FoundryError(f'record {record.id}: meta["tests"] must be Python source: a string')
+        raise UserError(f'record {record.id}: meta["tests"] must be Python source: a string')
     if record.language not in ("", "python"):
         return []
     if record.kind == "text":
@@ -362,10 +369,10 @@ def _programs(record: Record) -> list[tuple[str, str] | None]:
 
 
 def _output(path: Path) -> Path:
-    """The file behind a path and its links, which may be replaced. Raises FoundryError if it may not."""
+    """The file behind a path and its links, which may be replaced. Raises UserError if it may not."""
     path = Path(os.path.realpath(path))
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise FoundryError(f"{path}: exists and is not a regular file: choose another output file")
+        raise UserError(f"{path}: exists and is not a regular file: choose another output file")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -393,10 +400,10 @@ def main(argv: list[str]) -> int:
     out = _output(options.out)
     rejects = _output(options.rejects or options.out.with_name(f"{options.out.stem}.rejects.jsonl"))
     if out == rejects:
-        raise FoundryError(f"--rejects {rejects}: is the same file as --out: name another")
+        raise UserError(f"--rejects {rejects}: is the same file as --out: name another")
     files = [path for path in options.files if Path(os.path.realpath(path)) not in (out, rejects)]
     if not files:
-        raise FoundryError(f"{options.files[0]}: is to be read and written: choose another --out")
+        raise UserError(f"{options.files[0]}: is to be read and written: choose another --out")
     for path in options.files:
         if path not in files:
             print(f"left out {path}: it is written by this command", file=sys.stderr)

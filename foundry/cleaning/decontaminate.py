@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from foundry.errors import FoundryError
+from smelter.base import UserError
 
 NGRAM = 13
 """Words in a row that prove contact."""
@@ -31,7 +31,7 @@ class Benchmarks:
     """The tasks of benchmark files: JSONL such as HumanEval's and MBPP's, any string of a line counts.
 
     `num_tasks` counts them, and `num_short` those of fewer than 13 words, which nothing can find.
-    Raises FoundryError, naming file and line, for a line that is no JSON object with a string in it.
+    Raises UserError, naming file and line, for a line that is no JSON object with a string in it.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -48,7 +48,7 @@ class Benchmarks:
                         self.num_tasks += 1
                         self.num_short += not is_findable
             if not num_findable:
-                raise FoundryError(f"{path}: no task of {NGRAM} words or more: name a benchmark's JSONL file")
+                raise UserError(f"{path}: no task of {NGRAM} words or more: name a benchmark's JSONL file")
 
     def __len__(self) -> int:
         return len(self._ngrams) + len(self._functions)
@@ -124,7 +124,7 @@ def _task(where: str, line: bytes) -> dict[str, Any]:
     try:
         task = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8: a compressed file
-        raise FoundryError(f"{where}: not JSON: {error}: name a benchmark's JSONL file") from None
+        raise UserError(f"{where}: not JSON: {error}: name a benchmark's JSONL file") from None
     if not isinstance(task, dict) or not any(_strings(task)):
-        raise FoundryError(f"{where}: no JSON object with a text in it: name a benchmark's JSONL file")
+        raise UserError(f"{where}: no JSON object with a text in it: name a benchmark's JSONL file")
     return task

@@ -36,7 +36,7 @@ from detect_secrets.plugins import (
     stripe,
 )
 
-from smelter.base.record import Response
+from smelter.base import Response
 
 _FENCE = re.compile(
     r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL

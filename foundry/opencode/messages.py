@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from foundry.errors import FoundryError
+from smelter.base import UserError
 
 
-class OpenCodeError(FoundryError):
+class OpenCodeError(UserError):
     """Something between us and an answer went wrong."""
 
 

@@ -1,1 +1,8 @@
-"""TODO."""
+"""What teachers are asked."""
+
+from foundry.seeds.seed import Seed, iterate
+
+__all__ = [
+    "Seed",
+    "iterate",
+]

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from foundry.corpus import Options, Summary, corpus_records, find_trees
-from foundry.errors import FoundryError, nearest
 from foundry.seeds.builtin import pick, shuffled
 from foundry.seeds.functions import FENCE, MIN_DOCSTRING, Function, Source, functions
 from foundry.seeds.uses import UsageIndex
-from smelter.base.record import read_records
+from smelter.base import UserError, nearest, read_records
 
 KINDS = ("oss_instruct", "docstring_to_body", "body_to_docstring", "body_to_tests", "body_to_calls")
 
@@ -43,12 +42,12 @@ class CodePrompt:
 def code_prompts(corpus: Sequence[str], kinds: Sequence[str], seed: int) -> Iterator[Iterator[CodePrompt]]:
     """One stream of prompts for each kind (all kinds if none is named), in an order that `seed` determines.
 
-    `corpus` names JSONL files of records, or "stdlib". Raises FoundryError for an unknown kind and where there is
+    `corpus` names JSONL files of records, or "stdlib". Raises UserError for an unknown kind and where there is
     no Python code.
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise FoundryError(f"[seeds]: kinds = {kind!r}: unknown: {nearest(kind, KINDS)}")
+            raise UserError(f"[seeds]: kinds = {kind!r}: unknown: {nearest(kind, KINDS)}")
     wanted = [kind for kind in KINDS if kind in kinds or not kinds]
     sources = [source for name in dict.fromkeys(corpus) for source in read_sources(name)]
     cache: dict[Source, list[Function]] = {}
@@ -68,7 +67,7 @@ def read_sources(name: str) -> list[Source]:
     """The Python files of a file of records, or of the running Python's library with its tests ("stdlib").
 
     Left out are records that are held out for validation, other languages and records of other kinds. Raises
-    FoundryError where nothing is left.
+    UserError where nothing is left.
     """
     if name == "stdlib":
         options = Options(source=("stdlib",), include_tests=True)
@@ -81,7 +80,7 @@ def read_sources(name: str) -> list[Source]:
         if record.kind == "text" and record.language == "python" and record.split != "val"
     ]
     if not sources:
-        raise FoundryError(f"{name}: no Python text in the training split: make records with `foundry corpus`")
+        raise UserError(f"{name}: no Python text in the training split: make records with `foundry corpus`")
     return sorted(sources, key=lambda source: source.name)
 
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foundry.errors import FoundryError, nearest
 from foundry.seeds.builtin import builtin_prompts
 from foundry.seeds.code import CodePrompt, code_prompts
 from foundry.settings import SeedSettings
-from smelter.base.record import content_id
+from smelter.base import UserError, content_id, nearest
 
 KEYS = ("prompt", "system", "language", "id", "source", "license")
 """What a line of a user's JSONL file may hold; all are strings."""
@@ -53,7 +52,7 @@ class Seed:
 def iterate(settings: SeedSettings) -> Iterator[Seed]:
     """At most `settings.count` seeds, without a repeated id or question.
 
-    Raises FoundryError for a file that cannot be used, naming file and line, and where there is nothing to ask.
+    Raises UserError for a file that cannot be used, naming file and line, and where there is nothing to ask.
     """
     streams = [_builtin(settings.seed)] if settings.builtin else []
     files = list(dict.fromkeys(settings.files))
@@ -77,7 +76,7 @@ def iterate(settings: SeedSettings) -> Iterator[Seed]:
         if len(ids) == settings.count:
             return
     if not ids:
-        raise FoundryError("[seeds]: nothing to ask: the files and the corpus hold no usable prompt")
+        raise UserError("[seeds]: nothing to ask: the files and the corpus hold no usable prompt")
 
 
 def _in_turn(streams: list[Iterator[Seed]]) -> Iterator[Seed]:
@@ -109,21 +108,21 @@ def _from_code(prompts: Iterator[CodePrompt]) -> Iterator[Seed]:
 
 
 def read_seeds(path: Path | str, ids: dict[str, str] | None = None) -> Iterator[Seed]:
-    """A user's prompts: JSONL if the name ends in .jsonl, else a prompt a line. Raises FoundryError with file:line.
+    """A user's prompts: JSONL if the name ends in .jsonl, else a prompt a line. Raises UserError with file:line.
 
     `ids` (id -> file:line) is added to; give the same to several files that must not share an id.
     """
     path = Path(path)
     ids = {} if ids is None else ids
     if not path.is_file():
-        raise FoundryError(f"{path}: no such file: check files in [seeds]")
+        raise UserError(f"{path}: no such file: check files in [seeds]")
     with open(path, "rb") as file:
         for number, data in enumerate(file, start=1):
             where = f"{path}:{number}"
             try:
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise FoundryError(f"{where}: not UTF-8 at byte {error.start}: convert the file with iconv") from None
+                raise UserError(f"{where}: not UTF-8 at byte {error.start}: convert the file with iconv") from None
             if path.suffix.lower() != ".jsonl":
                 if line:
                     yield Seed(prompt=line, source=f"{path.name}:{number}", license="unknown", kind="user")
@@ -132,31 +131,29 @@ def read_seeds(path: Path | str, ids: dict[str, str] | None = None) -> Iterator[
             given = values.pop("id", "")
             if given:
                 if given in ids:
-                    raise FoundryError(f'{where}: "id" {given!r} is that of {ids[given]}: give each its own')
+                    raise UserError(f'{where}: "id" {given!r} is that of {ids[given]}: give each its own')
                 ids[given] = where
             defaults: dict[str, Any] = {"source": f"{path.name}:{number}", "license": "unknown", "kind": "user"}
             yield Seed(id=content_id("user", given) if given else "", **(defaults | values))
 
 
 def _checked(line: str, where: str) -> dict[str, str]:
-    """The object of one line of JSONL. Raises FoundryError."""
+    """The object of one line of JSONL. Raises UserError."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:  # not only malformed: an integer may have too many digits
-        raise FoundryError(
-            f'{where}: not JSON ({error}): each line must be an object such as {{"prompt": ...}}'
-        ) from None
+        raise UserError(f'{where}: not JSON ({error}): each line must be an object such as {{"prompt": ...}}') from None
     if not isinstance(values, dict):
-        raise FoundryError(f'{where}: not an object: write {{"prompt": ...}}')
+        raise UserError(f'{where}: not an object: write {{"prompt": ...}}')
     for key, value in values.items():
         if key not in KEYS:
-            raise FoundryError(f"{where}: unknown key {key!r}: {nearest(key, KEYS)}")
+            raise UserError(f"{where}: unknown key {key!r}: {nearest(key, KEYS)}")
         if not isinstance(value, str):
-            raise FoundryError(f'{where}: "{key}" = {value!r}: must be a string')
+            raise UserError(f'{where}: "{key}" = {value!r}: must be a string')
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise FoundryError(f'{where}: "{key}" has half a surrogate pair: not text') from None
+            raise UserError(f'{where}: "{key}" has half a surrogate pair: not text') from None
     if not values.get("prompt", "").strip():
-        raise FoundryError(f'{where}: "prompt" is missing or empty: say what is asked')
+        raise UserError(f'{where}: "prompt" is missing or empty: say what is asked')
     return {key: value for key, value in values.items() if value}

@@ -5,7 +5,7 @@ from foundry.teacher import Teacher
 
 
 def make_teacher(settings: TeacherSettings) -> Teacher:
-    """The teacher behind its backend. Raises FoundryError where its key is not in the environment."""
+    """The teacher behind its backend. Raises UserError where its key is not in the environment."""
     match settings.backend:
         case "openai":
             from foundry.teachers.openai import OpenAITeacher

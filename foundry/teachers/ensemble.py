@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from foundry.settings import GenerateSettings
 from foundry.teacher import Answer, GarbledAnswerError, Question, TeacherError
 from foundry.teachers.limits import Member
-from smelter.base.record import content_id
+from smelter.base import content_id
 
 
 @dataclass(frozen=True)

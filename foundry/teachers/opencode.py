@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from foundry.opencode.messages import (
+from foundry.opencode import (
     ModelError,
     NoAnswerInTimeError,
     OpenCodeError,
@@ -43,7 +43,7 @@ class OpenCodeTeacher:
     """One model ("provider/model") of one OpenCode server; implements `Teacher`.
 
     `timeout_seconds` runs from when the server has room for the question. `extra` is more of the vendor's request,
-    `omit` what it refuses ("temperature", "top_p", "max_tokens", "seed"). Raises FoundryError for an unusable address.
+    `omit` what it refuses ("temperature", "top_p", "max_tokens", "seed"). Raises UserError for an unusable address.
     """
 
     def __init__(

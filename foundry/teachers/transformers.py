@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from foundry.errors import FoundryError
 from foundry.teacher import (
     Answer,
     GarbledAnswerError,
@@ -34,6 +33,7 @@ from foundry.teacher import (
     UnavailableError,
     split_reasoning,
 )
+from smelter.base import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|AL
 
 
 class TransformersTeacher:
-    """The model in one folder; implements `Teacher`. Raises FoundryError where the folder or a library is missing.
+    """The model in one folder; implements `Teacher`. Raises UserError where the folder or a library is missing.
 
     `device` is "auto" (CUDA where there is one) or torch's name of one. `dtype` "auto" is the one in which the weights
     are stored. `template_values` goes to the chat template as it is, e.g. {"enable_thinking": False}.
@@ -69,16 +69,16 @@ class TransformersTeacher:
         self._template_values = dict(template_values or {})
         for library in ("torch", "transformers"):  # now, not after an hour of other teachers' work
             if importlib.util.find_spec(library) is None:
-                raise FoundryError(f"{name}: {library} is not installed: run: pip install 'smelter-foundry[hf]'")
+                raise UserError(f"{name}: {library} is not installed: run: pip install 'smelter-foundry[hf]'")
         if not (self._folder / "config.json").is_file():
-            raise FoundryError(f"{name}: no Hugging Face model in {folder} (no config.json): set model to its folder")
+            raise UserError(f"{name}: no Hugging Face model in {folder} (no config.json): set model to its folder")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._model: _Model | None = None
 
     async def ask(self, question: Question) -> Answer:
         """The answer, when those asked before have theirs. When cancelled, the generation ends at the next token.
 
-        Raises a TeacherError, or FoundryError where the folder cannot be loaded: then no other question fares better.
+        Raises a TeacherError, or UserError where the folder cannot be loaded: then no other question fares better.
         """
         stop = threading.Event()
         try:
@@ -161,24 +161,24 @@ class _Model:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise FoundryError(f'{name}: device = "{device}", but torch finds no CUDA device: set device = "cpu"')
+            raise UserError(f'{name}: device = "{device}", but torch finds no CUDA device: set device = "cpu"')
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **local)
             model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **local)
         except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-            raise FoundryError(f"{name}: cannot load the model in {folder}: {_one_line(error)}") from None
+            raise UserError(f"{name}: cannot load the model in {folder}: {_one_line(error)}") from None
         try:
             self._model = model.eval().to(device)
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise FoundryError(f'{name}: cannot use device = "{device}": {_one_line(error)}') from None
+            raise UserError(f'{name}: cannot use device = "{device}": {_one_line(error)}') from None
         self._device = self._model.device
         parameters = inspect.signature(self._model.forward).parameters
         if "past_key_values" not in parameters:
             kind = type(self._model).__name__
-            raise FoundryError(f'{name}: {kind} has no key-value cache: serve it and use backend = "openai"')
+            raise UserError(f'{name}: {kind} has no key-value cache: serve it and use backend = "openai"')
         # Where it can, the model computes the last position's logits only: a long prompt's would fill the memory.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)

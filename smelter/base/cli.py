@@ -1,21 +1,63 @@
-"""Command lines from dataclasses (tyro), with one-line errors.
+"""What a person types: a program of commands, and each command's options from a dataclass, with one-line errors.
 
-tyro explains every option from its docstring; its boxed errors become `UserError`, so that every
-mistake, on the command line or in a file, reads alike: one line that names the fix.
+A command's module is imported only when it is called, so `--help` is quick. tyro explains every option from its
+docstring; its boxed errors become `UserError`, so that every mistake, on the command line or in a file, reads alike:
+one line that names the fix.
 """
 
 import contextlib
+import importlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import tyro
-
-from smelter.base.errors import UserError
+from smelter.base.errors import UserError, nearest
 
 T = TypeVar("T")
+
+
+def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
+    """Run one command of a program; 0 on success, 2 on bad input, 130 when interrupted, 141 when nobody reads on.
+
+    `commands` are the module, whose `main(argv)` is called, and a line of help of each; `usage` has a place for them.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        try:
+            return _run(prog, usage, commands, name, rest)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is expected
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader (`| head`) has gone; what Python would still flush at exit goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}: check the path, its permissions and the free disk space"
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    print(f"{prog} {name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], name: str, argv: list[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(usage.format(commands="\n".join(f"  {name:10} {text}" for name, (_, text) in commands.items())), end="")
+        return 0 if name else 2
+    if name == "--version":
+        from smelter import __version__
+
+        print(f"{prog} {__version__}")
+        return 0
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}: {nearest(name, commands)}")
+    return int(importlib.import_module(commands[name][0]).main(argv))
 
 
 def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -23,6 +65,8 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
 
     Nested dataclasses appear without prefix (`--muon-lr`, or `--muon_lr`). Raises UserError.
     """
+    import tyro  # only here: a third of the time of `--help`
+
     noise = io.StringIO()
     wants_help = bool({"-h", "--help"} & set(argv))
     try:

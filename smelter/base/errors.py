@@ -1,9 +1,20 @@
 """Errors that a person can act on.
 
-`UserError` says in one line what was wrong, where (file, line or key), and the fix. The command
-line prints that line and exits with code 2; everything else is a defect of ours and keeps its
-traceback.
+A `UserError` says in one line what was wrong, where (file, line or key), and the fix. The command line prints that
+line and exits with code 2; everything else is a defect of ours and keeps its traceback. The whole tree:
+
+    UserError                       input that cannot be used
+    ├── ConfigError                 a recipe, a foundry.toml, an option
+    ├── DataError                   a record, shard or tokenizer file
+    ├── CheckpointError             missing, truncated, or of another model
+    ├── JournalError                foundry.journal: damaged, or in use
+    ├── BudgetReachedError          foundry.journal: the spending cap
+    ├── OpenCodeError               foundry.opencode: the server cannot be used (seven kinds)
+    └── TeacherError                foundry.teacher: no answer to a question (eight kinds; some are asked again)
 """
+
+import difflib
+from collections.abc import Collection
 
 
 class UserError(ValueError):
@@ -11,7 +22,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A recipe or command-line option that does not make sense."""
+    """A recipe, a foundry.toml or a command-line option that does not make sense."""
 
 
 class DataError(UserError):
@@ -20,3 +31,15 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, truncated or of another model."""
+
+
+def require(condition: bool, message: str) -> None:
+    """ConfigError with `message` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A hint that names the known word nearest to `name`, or all known words where none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

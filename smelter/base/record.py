@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from foundry.errors import FoundryError, nearest
+from smelter.base.errors import UserError, nearest
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read; a source file of this size is no source file."""
@@ -61,7 +61,7 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One document, or one prompt with its answers. Construction checks everything; raises FoundryError."""
+    """One document, or one prompt with its answers. Construction checks everything; raises UserError."""
 
     id: str = ""
     """64 hexadecimal digits; computed from the content if not given."""
@@ -123,22 +123,22 @@ def content_id(*parts: str) -> str:
 
 
 def record_from_json(line: str | bytes) -> Record:
-    """Check one line. Raises FoundryError that says what is wrong, but not where: the caller knows."""
+    """Check one line. Raises UserError that says what is wrong, but not where: the caller knows."""
     try:
         # Bytes are decoded here: json.loads would guess UTF-16 or -32 from a line's first bytes.
         text = line if isinstance(line, str) else line.decode("utf-8")
         values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except UnicodeDecodeError as error:
-        raise FoundryError(f"not UTF-8 at byte {error.start} of the line: convert the file with iconv") from None
+        raise UserError(f"not UTF-8 at byte {error.start} of the line: convert the file with iconv") from None
     except json.JSONDecodeError as error:
         what = "an empty line" if not text.strip() else f"not JSON: {error.msg} at column {error.colno}"
-        raise FoundryError(f"{what}: each line must be one JSON object") from None
+        raise UserError(f"{what}: each line must be one JSON object") from None
     except RecursionError:
-        raise FoundryError("nested too deeply: a record has two levels and its meta a few more") from None
-    except FoundryError:
+        raise UserError("nested too deeply: a record has two levels and its meta a few more") from None
+    except UserError:
         raise
     except ValueError as error:  # an integer of more digits than Python converts
-        raise FoundryError(f"not usable JSON: {error}") from None
+        raise UserError(f"not usable JSON: {error}") from None
     values = _known(values, Record, "the record")
     if "responses" in values:
         _require(isinstance(values["responses"], list), '"responses" must be a list of objects')
@@ -154,18 +154,18 @@ def _response(value: Any, index: int) -> Response:
         _require(key in values, f'{where}: "{key}" is missing')
     try:
         return Response(**values)
-    except FoundryError as error:
-        raise FoundryError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def read_records(
     path: Path | str,
     *,
     skip_invalid: bool = False,
-    on_skip: Callable[[FoundryError], None] | None = None,
+    on_skip: Callable[[UserError], None] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Record]:
-    """Stream a file's records. Raises FoundryError that names file and line, and the fix.
+    """Stream a file's records. Raises UserError that names file and line, and the fix.
 
     With `skip_invalid` a bad line is passed to `on_skip` instead (by default it is printed to
     stderr), so nothing is lost in silence.
@@ -177,10 +177,10 @@ def read_records(
             try:
                 if len(line) > max_line_bytes and not line.endswith(b"\n"):
                     _skip_rest_of_line(file.readline)
-                    raise FoundryError(f"line longer than {max_line_bytes:,} bytes: split the document")
+                    raise UserError(f"line longer than {max_line_bytes:,} bytes: split the document")
                 record = record_from_json(line)
-            except FoundryError as error:
-                located = FoundryError(f"{path}:{number}: {error}")
+            except UserError as error:
+                located = UserError(f"{path}:{number}: {error}")
                 if not skip_invalid:
                     raise located from None
                 (on_skip or _print_skipped)(located)
@@ -191,11 +191,11 @@ def read_records(
 def write_records(path: Path | str, records: Iterable[Record]) -> int:
     """Write all records or leave `path` as it was (temporary file, fsync, rename); returns their number.
 
-    Missing folders are made. Raises FoundryError where `path` is something else than a file.
+    Missing folders are made. Raises UserError where `path` is something else than a file.
     """
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise FoundryError(f"{path}: exists and is not a regular file: choose another output file")
+        raise UserError(f"{path}: exists and is not a regular file: choose another output file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     number = 0
@@ -223,13 +223,13 @@ def _skip_rest_of_line(readline: Callable[[int], bytes]) -> None:
         pass
 
 
-def _print_skipped(error: FoundryError) -> None:
+def _print_skipped(error: UserError) -> None:
     print(f"skipped {error}", file=sys.stderr)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise FoundryError(message)
+        raise UserError(message)
 
 
 def _short(value: object) -> str:
@@ -249,7 +249,7 @@ def _check_types(instance: object, types: dict[str, type]) -> None:
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise FoundryError(f'"{key}" has half a surrogate pair at character {error.start}: not text') from None
+                raise UserError(f'"{key}" has half a surrogate pair at character {error.start}: not text') from None
 
 
 def _known(values: Any, kind: type, where: str) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _known(values: Any, kind: type, where: str) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise FoundryError(f"{name} is not JSON: use a finite number")
+    raise UserError(f"{name} is not JSON: use a finite number")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -269,5 +269,5 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in values if keys.count(key) > 1)
-        raise FoundryError(f"key {_short(twice)} is given twice: keep one")
+        raise UserError(f"key {_short(twice)} is given twice: keep one")
     return values

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from smelter.decoding.generate import MIN_TEMPERATURE, sample, uniforms_of
 from smelter.decoding.healing import Healing
 from smelter.decoding.kv_cache import KVCache
 from smelter.decoding.request import Answer, End, Finish, Piece, Request, Token, Top
+from smelter.decoding.sampling import MIN_TEMPERATURE, sample, uniforms_of
 from smelter.decoding.text import TextStream
 from smelter.model import Model
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer
 
 PREFILL_TOKENS = 256
 """Tokens of prompts that are read between two steps of the others."""

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer
 
 MAX_TAKEN_BACK = 4
 """Tokens of trailing blanks that are taken back at most; of anything else it is one."""

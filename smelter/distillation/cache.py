@@ -31,11 +31,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError, file_sha256
 from smelter.config import Config
 from smelter.data import TeacherRows
 from smelter.distillation.sparse import Entries
-from smelter.tokens.shards import ShardSet, file_sha256
+from smelter.tokens import ShardSet
 
 FORMAT = "smelter-teacher"
 VERSION = 1

@@ -16,9 +16,8 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError, file_sha256
 from smelter.distillation.cache import INDEX, LENGTH_DTYPE, LENGTHS, UNFINISHED, TeacherCache
-from smelter.tokens.shards import file_sha256
 
 Resume = Literal["auto", "must", "never"]
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base.errors import ConfigError, DataError
-from smelter.tokens.alignment import Chunks, chunks_of_slice
-from smelter.tokens.shards import ShardSet, file_sha256
+from smelter.base import ConfigError, DataError, file_sha256
+from smelter.tokens import Chunks, ShardSet, chunks_of_slice
 
 FORMAT, VERSION = "smelter-chunk-teacher", 1
 INDEX, UNFINISHED, VALUES, STATES = "index.json", "unfinished.json", "chunks.f16", "states.u1"

@@ -10,18 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError
 from smelter.config import Config, DistillationConfig
 from smelter.distillation.cache import TeacherCache
 from smelter.distillation.teacher import TeacherModel, load_teacher
-from smelter.evaluation.bpb import spread_windows
 from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
-from smelter.losses.chunks import ChunkBatch, chunk_loss, target_log_probs
+from smelter.losses import ChunkBatch, chunk_loss, target_log_probs
 from smelter.model import Model
-from smelter.run import distributed
-from smelter.run.distributed import print0
-from smelter.tokens.shards import Split
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.run import distributed, print0
+from smelter.tokens import Split, Tokenizer, spread_windows
 
 
 def load_teachers(config: Config, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device) -> list[TeacherModel]:

@@ -20,29 +20,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smelter.base.cli import parse
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError, parse
 from smelter.config import Config, DataConfig, load_config
 from smelter.data import Batch, BatchStream, philox, prefetch
-from smelter.decoding.generate import pick_device
 from smelter.distillation import teach_chunks
 from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, TeacherCache, row_format
 from smelter.distillation.cache_writer import CacheWriter, Resume, begin, free_bytes
 from smelter.distillation.sparse import Entries, count_draws, draw, entropy, likeliest
-from smelter.distillation.teacher import (
-    Precision,
-    TeacherModel,
-    is_hf_folder,
-    load_teacher,
-    teacher_dtype,
-    teacher_name,
-    weights_hash,
-)
+from smelter.distillation.teacher import TeacherModel, is_hf_folder, load_teacher, teacher_name, weights_hash
 from smelter.kernels import reference
-from smelter.run.checkpoint import load_checkpoint
-from smelter.run.metrics import short_duration, short_number
-from smelter.run.signals import StopSignal
-from smelter.tokens.shards import ShardSet
+from smelter.run import Precision, StopSignal, load_checkpoint, pick_device, pick_dtype, short_duration, short_number
+from smelter.tokens import ShardSet
 
 FLUSH_SECONDS = 5.0
 CHUNK_BYTES = 2**28
@@ -293,7 +281,7 @@ def teach(options: TeachOptions) -> int:
     shards = ShardSet.open(options.shards)
     made = plan(options, shards)
     device = pick_device(options.device)
-    dtype = teacher_dtype(options.precision, device)
+    dtype = pick_dtype(options.precision, device)
     teacher = load_teacher(
         options.teacher,
         shards.tokenizer,

@@ -20,9 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smelter.base.cli import parse
-from smelter.base.errors import ConfigError, DataError
-from smelter.decoding.generate import load_model, pick_device
+from smelter.base import ConfigError, DataError, file_sha256, parse
 from smelter.distillation.cache_writer import Resume, free_bytes, fsync_folder, state_of, write_json
 from smelter.distillation.chunk_cache import (
     FORMAT,
@@ -40,18 +38,23 @@ from smelter.distillation.chunk_cache import (
 from smelter.distillation.teacher import (
     CheckpointTeacher,
     FolderTeacher,
-    Precision,
     TeacherModel,
     is_hf_folder,
-    teacher_dtype,
     teacher_name,
     weights_hash,
 )
-from smelter.losses.chunks import target_log_probs
-from smelter.run.metrics import short_duration, short_number
-from smelter.run.signals import StopSignal
-from smelter.tokens.alignment import Ids, Spelling, TeacherTokenizer, check_vocabulary, chunk_log_probs, student_ends
-from smelter.tokens.shards import ShardSet, Split, file_sha256
+from smelter.losses import target_log_probs
+from smelter.run import Precision, StopSignal, load_model, pick_device, pick_dtype, short_duration, short_number
+from smelter.tokens import (
+    Ids,
+    ShardSet,
+    Spelling,
+    Split,
+    TeacherTokenizer,
+    check_vocabulary,
+    chunk_log_probs,
+    student_ends,
+)
 
 BLOCK = 64
 """Documents scored together and written at once."""
@@ -177,7 +180,7 @@ class Reader:
 def _load(options: TeachChunksOptions) -> Reader:
     """The teacher. Raises UserError for one that cannot be used."""
     device = pick_device(options.device)
-    dtype = teacher_dtype(options.precision, device)
+    dtype = pick_dtype(options.precision, device)
     if is_hf_folder(options.teacher):
         tokenizer = TeacherTokenizer(options.teacher)
         folder = FolderTeacher(options.teacher, None, 2**31, device, dtype)

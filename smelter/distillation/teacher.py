@@ -11,19 +11,17 @@ that is done in `smelter.distillation.teach_chunks`, for which their ids are the
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.base.errors import CheckpointError, ConfigError, DataError
-from smelter.decoding.generate import default_dtype, load_model
+from smelter.base import CheckpointError, ConfigError, DataError, file_sha256
 from smelter.kernels import reference
 from smelter.model import Model
-from smelter.run.checkpoint import CONFIG_FILE, find_checkpoint, run_folder
-from smelter.tokens.shards import file_sha256
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.run import CONFIG_FILE, find_checkpoint, load_model, run_folder
+from smelter.tokens import Tokenizer
 
 PROBE_TEXTS = (
     "def add(a: int, b: int) -> int:\n    return a + b\n\n\nclass A(B):\n\tpass\n",
@@ -33,9 +31,6 @@ PROBE_TEXTS = (
     "SELECT name, COUNT(*) FROM users WHERE id != 42 GROUP BY name;",
 )
 """Texts that both tokenizers must give the same ids."""
-
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class TeacherModel(Protocol):
@@ -252,11 +247,3 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
 def teacher_name(path: Path) -> str:
     """What a teacher is called: of one of ours the run's name, else the folder's."""
     return path.resolve().name if is_hf_folder(path) else run_folder(find_checkpoint(path)).name
-
-
-def teacher_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """What a teacher computes in. ConfigError for fp16 on a CPU."""
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError('--precision fp16 needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return named.get(precision, default_dtype(device))

@@ -11,28 +11,22 @@ document by document.
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from smelter.base.errors import DataError
-from smelter.data import eval_windows
+from smelter.base import DataError
 from smelter.model import Model
-from smelter.tokens.shards import Split
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Split, Tokenizer, batches, eval_windows, spread_windows
 
-IGNORED = -100
 LOGITS_AT_ONCE = 2**24
 """Logits that exist at a time: 64 MiB of float32."""
 
 UNKNOWN = "unknown"
 """Language of a document whose record named none."""
-
-Window = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 @torch.no_grad()
@@ -53,41 +47,6 @@ def nll_rows(model: Model, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any
     return totals.numpy()
 
 
-def spread_windows(split: Split, seq_len: int, max_tokens: int, eos_id: int) -> Iterator[Window]:
-    """About `max_tokens` held-out tokens as windows (inputs [T], targets [T]), spread evenly over the split.
-
-    Each document, with eos before it, is cut every `seq_len` tokens without overlap; of all the windows that hold
-    text to score every n-th is taken, so the same are taken each time and every part of the split has its share.
-    """
-    begins, ends = split.written
-    skipped = begins // seq_len
-    counts = np.where(begins < ends, -(-ends // seq_len) - skipped, 0)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    total = int(starts[-1])
-    wanted = min(total, max(1, max_tokens // seq_len))
-    for number in range(wanted):
-        index = number * total // wanted
-        doc = int(np.searchsorted(starts, index, side="right")) - 1
-        ids = np.concatenate(([eos_id], split.doc(doc))).astype(np.int64)
-        first = (index - int(starts[doc]) + int(skipped[doc])) * seq_len
-        inputs, targets = np.full(seq_len, eos_id), np.full(seq_len, IGNORED)
-        begin, end = max(first, int(begins[doc])), min(first + seq_len, int(ends[doc]))
-        inputs[: end - first], targets[begin - first : end - first] = ids[first:end], ids[begin + 1 : end + 1]
-        yield inputs, targets
-
-
-def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[Window]:
-    """Windows stacked to [batch_size, T]; the last batch is filled with rows that do not count."""
-    windows = iter(windows)
-    while rows := list(islice(windows, batch_size)):
-        missing = batch_size - len(rows)
-        filler = np.full_like(rows[0][1], IGNORED)
-        yield (
-            np.stack([row[0] for row in rows] + [rows[0][0]] * missing),
-            np.stack([row[1] for row in rows] + [filler] * missing),
-        )
-
-
 def validation_loss(
     model: Model, split: Split, max_tokens: int, *, tokenizer: Tokenizer, batch_size: int = 8
 ) -> tuple[float, float]:
@@ -101,7 +60,7 @@ def validation_loss(
     nats, num_tokens, num_bytes = 0.0, 0, 0
     lengths = tokenizer.token_num_bytes
     windows = spread_windows(split, model.config.max_seq_len, max_tokens, tokenizer.eos_id)
-    for inputs, targets in _batches(windows, batch_size):
+    for inputs, targets in batches(windows, batch_size):
         nats += float(nll_rows(model, inputs, targets).sum())
         scored = targets[targets >= 0]
         num_tokens += scored.size
@@ -127,7 +86,7 @@ def document_nats(
         raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
     ends = np.cumsum(split.written[1] - split.written[0])  # scored tokens up to the end of each document
     totals, num_tokens = np.zeros(split.num_docs), 0
-    for inputs, targets in _batches(eval_windows(split, model.config.max_seq_len, stride), batch_size):
+    for inputs, targets in batches(eval_windows(split, model.config.max_seq_len, stride), batch_size):
         scored = (targets >= 0).sum(axis=1)
         used = int(np.flatnonzero((targets >= 0).any(axis=0)).max(initial=-1)) + 1  # short documents: empty columns
         nats = nll_rows(model, inputs[:, :used], targets[:, :used])

@@ -18,11 +18,9 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from smelter.base.cli import parse
-from smelter.base.errors import CheckpointError, DataError, UserError
+from smelter.base import CheckpointError, UserError, parse
 from smelter.bitnet import bit_linears
-from smelter.decoding.generate import load_model, pick_device
-from smelter.decoding.many import Prompt, complete_many, infill_lines
+from smelter.decoding import Prompt, complete_many
 from smelter.evaluation.bpb import (
     UNKNOWN,
     bits_per_byte,
@@ -32,15 +30,22 @@ from smelter.evaluation.bpb import (
     validation_loss,
 )
 from smelter.evaluation.compare import Measured, comparison
-from smelter.evaluation.gaps import InfillCase, InfillKind, choose_cases, edit_similarity, exact_match, is_exact
+from smelter.evaluation.gaps import (
+    InfillCase,
+    InfillKind,
+    choose_cases,
+    edit_similarity,
+    exact_match,
+    infill_lines,
+    is_exact,
+)
 from smelter.evaluation.pass_at_k import Attempt, attempt, summary
 from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
 from smelter.evaluation.results import Case, Results, read_results, write_results
 from smelter.evaluation.results import summary as text_summary
 from smelter.model import Model
-from smelter.run.checkpoint import run_folder
-from smelter.tokens.shards import ShardSet, Split
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.run import load_model, pick_device, run_folder
+from smelter.tokens import Split, Tokenizer, open_shards
 
 __all__ = ["bits_per_byte", "evaluate", "validation_loss"]
 
@@ -138,14 +143,6 @@ class EvaluateOptions:
         if found[0] < 1 or found[-1] > self.num_completions:
             raise UserError(f"--k {self.k}: must lie between 1 and --num-completions, which is {self.num_completions}")
         return found
-
-
-def open_shards(path: Path, tokenizer: Tokenizer) -> ShardSet:
-    """Shards made with this very tokenizer. Raises DataError that names the folder and the fix."""
-    shards = ShardSet.open(path)
-    if shards.tokenizer.hash != tokenizer.hash:
-        raise DataError(f"{path}: made with another tokenizer than the model's: give the shards it was trained on")
-    return shards
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,16 @@ much of an answer would have to be typed anew.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rapidfuzz.distance import Levenshtein
+
+from smelter.decoding import FimOrder, Prompt, complete_many
+from smelter.model import Model
+from smelter.tokens import Tokenizer
 
 InfillKind = Literal["single_line", "multi_line", "random_span"]
 
@@ -153,12 +158,46 @@ def exact_match(written: Sequence[str], cases: Sequence[InfillCase]) -> float | 
     return sum(is_exact(a, case.middle) for a, case in zip(written, cases, strict=True)) / len(cases)
 
 
-def fit_context(prefix: list[int], suffix: list[int], budget: int) -> tuple[list[int], list[int]]:
-    """The tokens nearest to the cursor that fit `budget`: the prefix's end and the suffix's beginning.
+LINE_BREAK = re.compile(rb"\n")
 
-    A quarter of the room is the suffix's; what one side does not need goes to the other.
+
+def infill_lines(
+    model: Model,
+    tokenizer: Tokenizer,
+    cases: Sequence[InfillCase],
+    *,
+    order: FimOrder = "spm",
+    max_tokens: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy line for every case: up to its end of text or the first line break."""
+    prompts = [Prompt(case.prefix, case.suffix, LINE_BREAK) for case in cases]
+    return complete_many(model, tokenizer, prompts, max_tokens=max_tokens, order=order, progress=progress)
+
+
+def samples(
+    model: Model,
+    tokenizer: Tokenizer,
+    num_docs: int,
+    doc: Callable[[int], Sequence[int]],
+    *,
+    num_samples: int = 4,
+    max_tokens: int = 48,
+    context_characters: int = 400,
+    seed: int = 0,
+) -> list[dict[str, str]]:
+    """What the model writes into the same few held-out lines, as {prefix, suffix, completion, expected}.
+
+    `doc(i)` is held-out document i as token ids (`split.num_docs, split.doc`). Prefix and suffix are shortened
+    to `context_characters` each, in the prompt too, so that samples stay cheap and readable.
     """
-    budget = max(budget, 0)
-    num_suffix = min(len(suffix), max(budget // 4, budget - len(prefix)))
-    num_prefix = min(len(prefix), budget - num_suffix)
-    return prefix[len(prefix) - num_prefix :], suffix[:num_suffix]
+    found = choose_cases(num_docs, lambda i: tokenizer.decode([int(t) for t in doc(i)]), num_samples, seed)
+    cases = [
+        InfillCase(case.doc, case.prefix[-context_characters:], case.middle, case.suffix[:context_characters])
+        for case in found
+    ]
+    lines = infill_lines(model, tokenizer, cases, max_tokens=max_tokens)
+    return [
+        {"prefix": case.prefix, "suffix": case.suffix, "completion": line, "expected": case.middle}
+        for case, line in zip(cases, lines, strict=True)
+    ]

@@ -15,13 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from smelter.base.errors import UserError
-from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
-from smelter.decoding.many import complete_many
+from smelter.base import Limits, Reason, SandboxError, UserError, run_python
+from smelter.decoding import complete_many
 from smelter.evaluation.gaps import edit_similarity, is_exact
 from smelter.evaluation.problems import Problem
 from smelter.model import Model
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "processes"]
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=3)

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smelter.base.errors import DataError
-from smelter.decoding.many import END_OF_LINE, Prompt, stop_pattern
+from smelter.base import DataError
+from smelter.decoding import END_OF_LINE, Prompt, stop_pattern
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a HumanEval completion."""

@@ -22,12 +22,11 @@ import jinja2
 import tyro
 
 from smelter import __version__
-from smelter.base.cli import parse
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError, parse
 from smelter.config import load_config
 from smelter.evaluation.intervals import wilson
 from smelter.evaluation.results import tables
-from smelter.run.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, short_duration, short_number
+from smelter.run import METRICS_FILE, SAMPLES_FILE, read_metrics, short_duration, short_number
 
 BOX = 1000
 MAX_POINTS = 500

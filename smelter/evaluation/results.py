@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from smelter.base.errors import DataError
+from smelter.base import DataError
 from smelter.evaluation.intervals import wilson
 
 Results = dict[str, Any]

@@ -14,8 +14,8 @@ from typing import Any
 from smelter import __version__
 from smelter.config import config_to_toml
 from smelter.export.check import infill_prompt
-from smelter.run.checkpoint import Checkpoint
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.run import Checkpoint
+from smelter.tokens import Tokenizer
 
 CARD = """---
 license: {license}

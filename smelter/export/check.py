@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smelter.base.errors import DataError, UserError
+from smelter.base import DataError, UserError
 from smelter.config import ActivationQuant
-from smelter.evaluation.evaluate import open_shards
 from smelter.export.hf import hf_name
 from smelter.kernels import reference
 from smelter.model import Attention, Model
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer, open_shards
 
 MAX_CAP_KL = 1e-2
 """Nats per token that leaving the caps out may cost."""

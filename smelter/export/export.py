@@ -18,10 +18,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from smelter.base.cli import parse
-from smelter.base.errors import UserError
-from smelter.decoding.generate import load_model
-from smelter.evaluation.results import table, write_json
+from smelter.base import UserError, parse
+from smelter.evaluation import table, write_json
 from smelter.export.card import model_card, modelfile, server_command, use_section
 from smelter.export.check import (
     CapReport,
@@ -39,9 +37,8 @@ from smelter.export.check import (
 from smelter.export.gguf import check_gguf, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, check_expressible, compare_trits, read_hf, write_hf
 from smelter.model import Model
-from smelter.run.checkpoint import Checkpoint, run_folder
-from smelter.run.packed import write_packed
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.run import Checkpoint, load_model, run_folder, write_packed
+from smelter.tokens import Tokenizer
 
 MUST_BE_ZERO = (
     *("trits_changed", "weights_changed", "scales_changed", "tokenizer_differences"),

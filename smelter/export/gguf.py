@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smelter.base.errors import UserError
+from smelter.base import UserError
 from smelter.config import ModelConfig
 from smelter.export.hf import baked_tensors
 from smelter.model import Model
-from smelter.tokens.chat import TEMPLATE
-from smelter.tokens.tokenizer import QWEN2_SPLIT_PATTERN, Tokenizer
+from smelter.tokens import QWEN2_SPLIT_PATTERN, TEMPLATE, Tokenizer
 
 BLOCK = 256
 """Weights that TQ1_0 and TQ2_0 store together."""

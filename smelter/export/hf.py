@@ -15,12 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from smelter.base.errors import UserError
+from smelter.base import UserError
 from smelter.bitnet import bit_linears
 from smelter.config import ModelConfig
 from smelter.model import Model
-from smelter.tokens.chat import TEMPLATE, stop_ids
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import TEMPLATE, Tokenizer, stop_ids
 
 WEIGHTS = "model.safetensors"
 

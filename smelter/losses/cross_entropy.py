@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.kernels.soft_cap import COMPILER_OPTIONS, capped, capped_exp, is_bounded
+from smelter.kernels import COMPILER_OPTIONS, capped, capped_exp, is_bounded
 from smelter.losses.targets import SparseTarget, mass_of_same_id
 
 MAX_RATIO = 1e30

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.base.errors import ConfigError
+from smelter.base import ConfigError
 from smelter.kernels import reference
 from smelter.losses.divergence import Direction
 

@@ -1,1 +1,62 @@
-"""TODO."""
+"""A run: where it computes, what it costs, what it leaves behind."""
+
+from smelter.run import device, distributed
+from smelter.run.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    prepare_run_dir,
+    run_folder,
+    save_checkpoint,
+)
+from smelter.run.device import Precision, pick_device, pick_dtype
+from smelter.run.distributed import print0
+from smelter.run.load import load_initial_weights, load_model
+from smelter.run.metrics import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    MetricsLogger,
+    progress_line,
+    read_metrics,
+    short_duration,
+    short_number,
+)
+from smelter.run.packed import write_packed
+from smelter.run.plan import plan
+from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
+from smelter.run.signals import StopSignal
+
+__all__ = [
+    "CONFIG_FILE",
+    "METRICS_FILE",
+    "SAMPLES_FILE",
+    "Checkpoint",
+    "MetricsLogger",
+    "Precision",
+    "RunLength",
+    "StopSignal",
+    "device",
+    "distributed",
+    "final_cap",
+    "find_checkpoint",
+    "kl_weight",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_initial_weights",
+    "load_model",
+    "pick_device",
+    "pick_dtype",
+    "plan",
+    "prepare_run_dir",
+    "print0",
+    "progress_line",
+    "read_metrics",
+    "run_folder",
+    "save_checkpoint",
+    "set_rates",
+    "short_duration",
+    "short_number",
+    "write_packed",
+]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from smelter import __version__
-from smelter.base.errors import CheckpointError, ConfigError
+from smelter.base import CheckpointError, ConfigError
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
 from smelter.run.distributed import is_main
 

@@ -6,18 +6,23 @@ Decided once, at the start, and said: `smelter train` prints the line that `desc
 import ctypes
 import os
 import shutil
+import sys
 import time
+from typing import Literal
 
 import torch
 
-from smelter.base.errors import ConfigError
+from smelter.base import ConfigError
 from smelter.config import TrainingConfig
-from smelter.kernels.capability import capability
+from smelter.kernels import capability_of
 from smelter.run import distributed
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this rank. Raises ConfigError where CUDA is asked for and absent, or the name is unknown."""
+    """The device called `name`, of this rank; "auto" is the GPU if there is one. ConfigError for one that is not."""
+    wanted = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -25,24 +30,30 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f'training.device = "{name}": not a device: use auto, cpu, cuda or cuda:N') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f'training.device = "{name}": this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh'
-        )
+        raise ConfigError(f"device {wanted!r}: unknown: use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f'training.device = "{name}": use auto, cpu, cuda or cuda:N')
+        raise ConfigError(f"device {wanted!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {wanted!r}: this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {wanted!r}: there are {torch.cuda.device_count()} CUDA devices here: use auto or cpu"
+        )
     return device
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Compute dtype: bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on CPU."""
+def pick_dtype(precision: Precision, device: torch.device, *, is_training: bool = False) -> torch.dtype:
+    """What to compute in. ConfigError for fp16 on a CPU.
+
+    auto is bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on a CPU. A CPU takes bf16 by itself only
+    for training: reading and writing, fp32 is exact there and no slower at small batches.
+    """
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError('training.precision = "fp16" needs a GPU: use "auto", "bf16" or "fp32" on a CPU')
+        raise ConfigError("precision fp16 needs a GPU: use auto, bf16 or fp32 on a CPU")
     if precision in named:
         return named[precision]
-    return capability(device).dtype
+    return capability_of(device).dtype if is_training or device.type == "cuda" else torch.float32
 
 
 def can_compile(config: TrainingConfig, device: torch.device) -> bool:
@@ -91,7 +102,6 @@ def peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
-    import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -101,6 +111,5 @@ def describe(device: torch.device, dtype: torch.dtype, use_compile: bool, peak_f
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     how = "compiled blocks" if use_compile else "eager"
     peak = f"measured peak {peak_flops / 1e9:,.0f} GFLOP/s"
-    return (
-        f"{name} | {capability(device).describe()} | computing in {str(dtype).removeprefix('torch.')}, {how} | {peak}"
-    )
+    kernels, computing = capability_of(device).describe(), str(dtype).removeprefix("torch.")
+    return f"{name} | {kernels} | computing in {computing}, {how} | {peak}"

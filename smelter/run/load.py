@@ -8,12 +8,16 @@ with a new optimizer from step 0. Full precision first and ternary after it cost
 from dataclasses import fields
 from pathlib import Path
 
-from smelter.base.errors import ConfigError
+import torch
+
+from smelter.base import CheckpointError, ConfigError
 from smelter.config import Config, ModelConfig
 from smelter.model import Model
-from smelter.run.checkpoint import load_checkpoint
+from smelter.run.checkpoint import Checkpoint, load_checkpoint
+from smelter.run.device import pick_dtype
 from smelter.run.distributed import print0
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.run.packed import is_packed, load_packed
+from smelter.tokens import Tokenizer
 
 SHAPES = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
@@ -46,3 +50,31 @@ def load_initial_weights(model: Model, config: Config, tokenizer: Tokenizer) -> 
     model.load_state_dict(loaded.tensors)
     print0(f"weights from {loaded.path}" + (f" ({', '.join(changes)})" if changes else ""))
     return loaded.path
+
+
+def load_model(
+    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, with_state: bool = False
+) -> tuple[Model, Tokenizer, Checkpoint]:
+    """A run folder's newest checkpoint, a checkpoint or a packed model, ready to use: trits made, in evaluation mode.
+
+    `dtype` is the compute dtype, by default `pick_dtype`'s for reading. Raises CheckpointError or DataError.
+    """
+    checkpoint = load_packed(path) if is_packed(path) else load_checkpoint(path, with_state=with_state)
+    where = torch.device(device)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's numbers alone
+        model = Model(checkpoint.config.model, dtype or pick_dtype("auto", where))
+    try:
+        model.load_state_dict(checkpoint.tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint.path}: the weights are of another model: {reason}") from None
+    model = model.to(where).eval()
+    model.quantize_weights()
+    model.freeze()
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
+    if tokenizer.vocab_size > checkpoint.config.model.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.tokenizer_file}: has {tokenizer.vocab_size} tokens, the model's embedding "
+            f"{checkpoint.config.model.vocab_size}: copy the checkpoint again, with its own tokenizer"
+        )
+    return model, tokenizer, checkpoint

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from smelter.base.errors import ConfigError, DataError
+from smelter.base import ConfigError, DataError
 from smelter.config import Config, config_to_dict
 
 METRICS_FILE, SAMPLES_FILE, WANDB_ID_FILE = "metrics.jsonl", "samples.jsonl", "wandb_id.txt"

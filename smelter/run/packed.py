@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from smelter import __version__
-from smelter.base.errors import CheckpointError, UserError
+from smelter.base import CheckpointError, UserError
 from smelter.bitnet import bit_linears, pack_trits, unpack_trits
 from smelter.config import Config, config_from_dict, config_to_dict
 from smelter.model import Model
 from smelter.run.checkpoint import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, Checkpoint
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer
 
 FORMAT = "smelter-packed"
 FORMAT_VERSION = 1

@@ -10,11 +10,10 @@ from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from smelter.decoding.engine import Engine, EngineBusy, EngineStopped
-from smelter.decoding.request import Answer, End, Piece, Request, Token
+from smelter.decoding import Answer, End, Engine, EngineBusy, EngineStopped, Piece, Request, Token
 from smelter.serving.errors import ApiError
 from smelter.serving.stats import Stats
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer
 
 RETRY_SECONDS = 1
 CLIENT_GONE = 499

@@ -8,12 +8,11 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from smelter.decoding.generate import make_prompt
-from smelter.decoding.request import End, Request, Token
+from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.openai_routes import ERRORS, Asked, check_ids, check_max_tokens, pick_seed
 from smelter.serving.schema import InfillRequest, LlamaCompletionRequest, TokenizeRequest
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import Tokenizer
 
 
 def _request(

@@ -11,9 +11,8 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from smelter.base.errors import DataError
-from smelter.decoding.generate import make_prompt
-from smelter.decoding.request import End, Request, Token
+from smelter.base import DataError
+from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.errors import ApiError
 from smelter.serving.schema import (
@@ -25,8 +24,7 @@ from smelter.serving.schema import (
     CompletionResponse,
     ErrorResponse,
 )
-from smelter.tokens.chat import ChatFormat, stop_ids
-from smelter.tokens.tokenizer import Tokenizer
+from smelter.tokens import ChatFormat, Tokenizer, stop_ids
 
 DEFAULT_MAX_TOKENS = 64
 ERRORS: dict[int | str, dict[str, Any]] = {

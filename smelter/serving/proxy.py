@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from smelter.base.errors import UserError
+from smelter.base import UserError
 from smelter.serving.app import new_app
 from smelter.serving.bridge import gone, to_json, unless_gone
 from smelter.serving.errors import ApiError

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from smelter.base.cli import parse
-from smelter.base.errors import UserError
+from smelter.base import UserError, parse
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from smelter.run.checkpoint import Checkpoint
+    from smelter.run import Checkpoint
     from smelter.serving.gate import Rules
 
 KEY_VARIABLE = "SMELTER_API_KEY"
@@ -154,8 +153,8 @@ def main(argv: list[str]) -> int:
 def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
     import torch
 
-    from smelter.decoding.engine import Engine
-    from smelter.decoding.generate import load_model, pick_device
+    from smelter.decoding import Engine
+    from smelter.run import load_model, pick_device
     from smelter.serving.app import make_app
     from smelter.serving.bridge import Service
     from smelter.serving.stats import Stats
@@ -176,7 +175,7 @@ def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
 
 
 def _serve_llama_cpp(options: ServeOptions, listener: socket.socket) -> None:
-    from smelter.run.checkpoint import load_checkpoint
+    from smelter.run import load_checkpoint
     from smelter.serving.proxy import find_llama_server, make_proxy_app, start_llama_server
 
     checkpoint = load_checkpoint(options.checkpoint, with_state=False)

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from smelter.base.errors import DataError
+from smelter.base import DataError
 from smelter.tokens.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]

@@ -18,7 +18,7 @@ The ids are the same but for an answer that begins with a line break.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from smelter.base.errors import DataError
+from smelter.base import DataError
 from smelter.tokens.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from smelter.base.errors import ConfigError, DataError
-from smelter.config import nearest
+from smelter.base import ConfigError, DataError, nearest
 
 MAX_WEIGHT = 1_000_000_000
 """A response that counts for more is a slip of the pen."""

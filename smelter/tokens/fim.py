@@ -29,7 +29,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base.errors import DataError
+from smelter.base import DataError
 from smelter.tokens.tokenizer import QWEN2_SPLIT_PATTERN, Tokenizer
 
 MIN_FIM_CHARACTERS = 8

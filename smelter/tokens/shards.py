@@ -9,7 +9,6 @@ targets. `smelter.tokens.tokenize` writes shards; this file reads them and check
 Version 1 knew neither conversations nor languages; it is still read.
 """
 
-import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base.errors import DataError
+from smelter.base import DataError, file_sha256
 from smelter.tokens.tokenizer import Tokenizer
 
 FORMAT = "smelter-shards"
@@ -200,7 +199,9 @@ def file_entries(index: dict[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def open_shards(path: Path, tokenizer: Tokenizer) -> ShardSet:
+    """Shards made with this very tokenizer. Raises DataError that names the folder and the fix."""
+    shards = ShardSet.open(path)
+    if shards.tokenizer.hash != tokenizer.hash:
+        raise DataError(f"{path}: made with another tokenizer than the model's: give the shards it was trained on")
+    return shards

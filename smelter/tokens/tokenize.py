@@ -25,12 +25,10 @@ from typing import IO, Any
 import numpy as np
 import tyro
 
-from smelter.base.cli import parse
-from smelter.base.errors import ConfigError, DataError
-from smelter.config import nearest
+from smelter.base import ConfigError, DataError, file_sha256, nearest, parse
 from smelter.tokens.chat import ChatFormat, head
 from smelter.tokens.documents import Document, Records, parse_teacher_weights
-from smelter.tokens.shards import DOCUMENT_TABLE, FORMAT, SPLITS, VERSION, file_entries, file_sha256
+from smelter.tokens.shards import DOCUMENT_TABLE, FORMAT, SPLITS, VERSION, file_entries
 from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
 
 DEFAULT_VOCAB_SIZE = 32_000

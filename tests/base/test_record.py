@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry.errors import FoundryError
+from smelter.base.errors import UserError
 from smelter.base.record import Record, Response, content_id, read_records, record_from_json, write_records
 from smelter.tokens.documents import Records
 
@@ -132,7 +132,7 @@ def test_a_given_id_stays() -> None:
 def test_a_wrong_record_is_named_with_file_and_line(tmp_path: Path, values: Any, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(TEXT) + "\n" + json.dumps(values) + "\n")
-    with pytest.raises(FoundryError) as caught:
+    with pytest.raises(UserError) as caught:
         list(read_records(path))
     assert str(caught.value).startswith(f"{path}:2: ")
     assert message in str(caught.value)
@@ -156,14 +156,14 @@ def test_a_wrong_record_is_named_with_file_and_line(tmp_path: Path, values: Any,
 def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(line)
-    with pytest.raises(FoundryError, match=message):
+    with pytest.raises(UserError, match=message):
         list(read_records(path))
 
 
 def test_skipping_tells_each_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(["{}", json.dumps(TEXT), "nonsense"]))
-    skipped: list[FoundryError] = []
+    skipped: list[UserError] = []
     assert [record.text for record in read_records(path, skip_invalid=True, on_skip=skipped.append)] == ["x = 1\n"]
     assert [str(error).split(": ")[0] for error in skipped] == [f"{path}:1", f"{path}:3"]
     assert len(list(read_records(path, skip_invalid=True))) == 1
@@ -176,7 +176,7 @@ def test_the_longest_line_is_read_and_one_byte_more_is_not(tmp_path: Path) -> No
     path.write_text(line + "\n" + line + " \n" + line)
     found = list(read_records(path, skip_invalid=True, on_skip=lambda _: None, max_line_bytes=len(line)))
     assert len(found) == 2
-    with pytest.raises(FoundryError, match=rf":2: line longer than {len(line)} bytes"):
+    with pytest.raises(UserError, match=rf":2: line longer than {len(line)} bytes"):
         list(read_records(path, max_line_bytes=len(line)))
 
 
@@ -237,7 +237,7 @@ def test_writing_follows_a_link_and_refuses_a_device(tmp_path: Path) -> None:
     write_records(link, [Record(kind="text", text="x")])
     assert link.is_symlink()
     assert (tmp_path / "real" / "r.jsonl").is_file()
-    with pytest.raises(FoundryError, match="not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         write_records("/dev/null", [])
-    with pytest.raises(FoundryError, match="not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         write_records(tmp_path, [])

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smelter.decoding import engine as engine_module
+from smelter.decoding.complete import complete_text
 from smelter.decoding.engine import Engine, EngineBusy, EngineStopped
-from smelter.decoding.generate import complete_text, generate, make_prompt
+from smelter.decoding.generate import generate
 from smelter.decoding.healing import Healing
 from smelter.decoding.kv_cache import KVCache
+from smelter.decoding.prompts import make_prompt
 from smelter.decoding.request import Answer, Piece, Request
 from smelter.decoding.text import TextStream
 from smelter.kernels import head as screened

@@ -12,19 +12,17 @@ from torch import Tensor
 
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, ConfigError, UserError
-from smelter.decoding.generate import (
-    complete_text,
-    fim_prompt,
-    generate,
-    load_model,
-    pick_device,
-    sample,
-)
+from smelter.decoding.complete import complete_text
+from smelter.decoding.generate import generate
 from smelter.decoding.healing import Healing
 from smelter.decoding.kv_cache import KVCache
-from smelter.evaluation.gaps import candidate_lines, choose_cases, fit_context
+from smelter.decoding.prompts import fim_prompt, fit_context
+from smelter.decoding.sampling import sample
+from smelter.evaluation.gaps import candidate_lines, choose_cases
 from smelter.kernels import head as screened
 from smelter.model import Model
+from smelter.run.device import pick_device
+from smelter.run.load import load_model
 from tests import tiny
 
 PROMPTS = [[5, 9, 300], [17], list(range(40, 75)), [3, 3, 3, 8, 1, 0, 2]]

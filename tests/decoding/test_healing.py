@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smelter.decoding.generate import complete_text, generate
+from smelter.decoding.complete import complete_text
+from smelter.decoding.generate import generate
 from smelter.decoding.healing import MAX_TAKEN_BACK, Healing, take_back
 from tests import tiny
 

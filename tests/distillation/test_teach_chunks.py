@@ -15,12 +15,12 @@ from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import BatchStream
-from smelter.decoding.generate import load_model
 from smelter.distillation import teach_chunks
 from smelter.distillation.cache_writer import write_json
 from smelter.distillation.chunk_cache import ChunkTeacher
 from smelter.distillation.teach_chunks import BLOCK, Window, windows
 from smelter.distillation.teacher import CheckpointTeacher
+from smelter.run.load import load_model
 from smelter.run.metrics import read_metrics
 from smelter.tokens.alignment import TeacherTokenizer
 from smelter.tokens.shards import ShardSet

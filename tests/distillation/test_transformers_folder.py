@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from foundry.errors import FoundryError
 from foundry.teacher import RejectedQuestionError
 from foundry.teachers.transformers import TransformersTeacher
+from smelter.base.errors import UserError
 from tests.tiny_hf import IDS, ask, save_random, save_spelling, save_tokenizer
 
 
@@ -18,15 +18,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random(tmp_path_factory.mktemp("llama"))
 
 
-def one_line(caught: pytest.ExceptionInfo[FoundryError]) -> str:
-    assert type(caught.value) is FoundryError  # the run stops: no question will fare better
+def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
+    assert type(caught.value) is UserError  # the run stops: no question will fare better
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("hf/tiny: ")
     return str(caught.value)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(FoundryError, match=r"no Hugging Face model in .*absent \(no config.json\)") as caught:
+    with pytest.raises(UserError, match=r"no Hugging Face model in .*absent \(no config.json\)") as caught:
         ask(tmp_path / "absent")
     one_line(caught)
     save_spelling(tmp_path, *"?ok", "<end>")
@@ -35,14 +35,14 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").unlink()
         if broken is not None:
             (tmp_path / "model.safetensors").write_bytes(broken)
-        with pytest.raises(FoundryError, match="cannot load the model in") as caught:
+        with pytest.raises(UserError, match="cannot load the model in") as caught:
             ask(tmp_path)
         one_line(caught)
         (tmp_path / "model.safetensors").touch()
     (tmp_path / "model.safetensors").write_bytes(weights)
     assert ask(tmp_path, "?").text == "ok"
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(FoundryError, match="cannot load the model in") as caught:
+    with pytest.raises(UserError, match="cannot load the model in") as caught:
         ask(tmp_path)
     one_line(caught)
 
@@ -51,7 +51,7 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}')
-    with pytest.raises(FoundryError, match="cannot load the model in") as caught:
+    with pytest.raises(UserError, match="cannot load the model in") as caught:
         ask(tmp_path)
     one_line(caught)
     assert not (tmp_path / "ran").exists()
@@ -61,7 +61,7 @@ def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=len(IDS), hidden_size=8, state_size=4, num_hidden_layers=1)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(FoundryError, match="MambaForCausalLM has no key-value cache") as caught:
+    with pytest.raises(UserError, match="MambaForCausalLM has no key-value cache") as caught:
         ask(tmp_path)
     one_line(caught)
 
@@ -80,7 +80,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there(device: str, llama: Path) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(FoundryError, match=f'device = "{device}"') as caught:
+    with pytest.raises(UserError, match=f'device = "{device}"') as caught:
         ask(llama, device=device)
     one_line(caught)
 
@@ -88,5 +88,5 @@ def test_a_device_that_is_not_there(device: str, llama: Path) -> None:
 @pytest.mark.parametrize("library", ["torch", "transformers"])
 def test_a_missing_library_names_the_extra(library: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(FoundryError, match=rf"{library} is not installed: run: pip install 'smelter-foundry\[hf\]'"):
+    with pytest.raises(UserError, match=rf"{library} is not installed: run: pip install 'smelter-foundry\[hf\]'"):
         TransformersTeacher("hf/tiny", folder=llama)

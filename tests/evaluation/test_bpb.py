@@ -19,11 +19,11 @@ from smelter.evaluation.bpb import (
     compressor_baselines,
     document_nats,
     nll_rows,
-    spread_windows,
     validation_loss,
 )
 from smelter.model import Model
 from smelter.tokens.shards import ShardSet
+from smelter.tokens.windows import spread_windows
 from tests import tiny
 from tests.shards_of_pieces import PIECES, make_shards
 

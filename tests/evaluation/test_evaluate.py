@@ -10,11 +10,12 @@ import torch
 from smelter.__main__ import main
 from smelter.evaluation import evaluate as module
 from smelter.evaluation.bpb import compressor_baselines
-from smelter.evaluation.evaluate import bits_per_byte, open_shards, trit_counts, untrained
+from smelter.evaluation.evaluate import bits_per_byte, trit_counts, untrained
 from smelter.evaluation.problems import OWN_PROBLEMS
 from smelter.evaluation.results import read_results
 from smelter.model import Model
 from smelter.run.checkpoint import run_folder
+from smelter.tokens.shards import open_shards
 from tests import tiny
 from tests.shards_of_pieces import PIECES, make_shards
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from smelter.base.errors import DataError
-from smelter.decoding.many import END_OF_LINE
+from smelter.decoding.complete import END_OF_LINE
 from smelter.evaluation.pass_at_k import judge
 from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
 

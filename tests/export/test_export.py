@@ -16,11 +16,12 @@ from smelter import kernels
 from smelter.__main__ import main
 from smelter.base.errors import UserError
 from smelter.bitnet import bit_linears
-from smelter.decoding.generate import generate, load_model
+from smelter.decoding.generate import generate
 from smelter.export.check import CapReport, compare, logits_of, measure_caps, probe_windows, runtime_model
 from smelter.export.gguf import check_gguf, gguf_name, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, compare_trits, qwen3_config, read_hf, write_hf
 from smelter.model import Model
+from smelter.run.load import load_model
 from smelter.tokens.chat import TEMPLATE, ChatFormat, stop_ids
 from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
 from tests import tiny

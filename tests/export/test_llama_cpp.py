@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.decoding.generate import complete_text, generate, load_model
+from smelter.decoding.complete import complete_text
+from smelter.decoding.generate import generate
 from smelter.evaluation.gaps import choose_cases
 from smelter.export.check import EXAMPLE, compare, infill_prompt, llama_cpp_ids, logits_of, runtime_model
 from smelter.export.gguf import write_gguf
 from smelter.model import Model
+from smelter.run.load import load_model
 from smelter.tokens.shards import ShardSet, Split
 from smelter.tokens.tokenizer import Tokenizer
 from tests.export.real_llama_cpp import Server, build_logits_program, llama_cpp_folder, llama_logits, serve

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from smelter.decoding.generate import load_model
 from smelter.evaluation.evaluate import bits_per_byte
 from smelter.evaluation.gaps import choose_cases
 from smelter.export.check import runtime_model
 from smelter.export.hf import read_hf
 from smelter.model import Model
+from smelter.run.load import load_model
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
 from smelter.tokens.tokenizer import Tokenizer

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, UserError
 from smelter.bitnet import bit_linears
-from smelter.decoding.generate import complete_text, load_model
+from smelter.decoding.complete import complete_text
 from smelter.export.card import data_section, modelfile, server_command
 from smelter.export.check import check_llama_cpp_tokenizer, infill_prompt, llama_cpp_ids
 from smelter.export.gguf import read_gguf, write_gguf
+from smelter.run.load import load_model
 from smelter.run.packed import is_packed, load_packed, write_packed
 from tests import tiny
 from tests.export.test_export import GGUF_SHAPE, calm_model, run_export

@@ -12,7 +12,7 @@ import pytest
 
 from foundry.__main__ import main
 from foundry.corpus import Options, Summary, corpus_records, decode_source, find_trees, split_of, unfit
-from foundry.errors import FoundryError
+from smelter.base.errors import UserError
 from smelter.base.record import Record, read_records
 
 
@@ -142,7 +142,7 @@ def test_several_sources_keep_their_names(tmp_path: Path) -> None:
     write(tmp_path, {"one/src/a.py": "a\n", "two/src/b.py": "b\n"})
     options = Options(source=(f"{tmp_path}/one/src", f"other={tmp_path}/two/src"))
     assert set(collect(tmp_path, options)[0]) == {"src/a.py", "other/b.py"}
-    with pytest.raises(FoundryError, match="src is taken: name this one"):
+    with pytest.raises(UserError, match="src is taken: name this one"):
         find_trees(Options(source=(f"{tmp_path}/one/src", f"{tmp_path}/two/src")))
 
 

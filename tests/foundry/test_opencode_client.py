@@ -12,7 +12,6 @@ import pytest
 from aiohttp import web
 
 from foundry import opencode_client
-from foundry.errors import FoundryError
 from foundry.opencode.messages import (
     ModelError,
     NoAnswerInTimeError,
@@ -36,6 +35,7 @@ from foundry.teacher import (
     UnavailableError,
 )
 from foundry.teachers.opencode import OpenCodeTeacher
+from smelter.base.errors import UserError
 
 PASSWORD = "correct-horse-battery"
 PROMPT = Prompt(text="Why?", model="teacher/stub-1", temperature=0.5, max_tokens=64)
@@ -424,6 +424,6 @@ def test_the_password_is_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:4096", "ftp://x", "http://opencode:hunter2@127.0.0.1:1"])
 def test_an_unusable_address_is_refused(url: str) -> None:
-    with pytest.raises(FoundryError, match="server_url") as caught:
+    with pytest.raises(UserError, match="server_url") as caught:
         OpenCodeClient(url)
     assert "hunter2" not in str(caught.value)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from foundry.errors import FoundryError
 from foundry.opencode_client import PLUGIN_AGENT, PLUGIN_MARK
 from foundry.opencode_server import PLUGIN, main, missing_variables, server_config, server_teachers
 from foundry.settings import load_settings, settings_from_dict
+from smelter.base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "foundry.toml"
@@ -91,7 +91,7 @@ def test_client_and_plugin_are_of_one_version() -> None:
     ],
 )
 def test_mistakes_are_named(teachers: list[dict[str, Any]], port: int | None, message: str) -> None:
-    with pytest.raises(FoundryError, match=message):
+    with pytest.raises(UserError, match=message):
         config(*teachers, port=port)
 
 

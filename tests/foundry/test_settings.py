@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from foundry.errors import FoundryError
 from foundry.settings import load_settings
+from smelter.base.errors import UserError
 
 TEACHER = """
 [[teacher]]
@@ -19,7 +19,7 @@ def load(tmp_path: Path, text: str) -> str:
     """The error's message."""
     path = tmp_path / "foundry.toml"
     path.write_text(text)
-    with pytest.raises(FoundryError) as caught:
+    with pytest.raises(UserError) as caught:
         load_settings(path)
     message = str(caught.value)
     assert message.startswith(str(path))
@@ -71,7 +71,7 @@ def test_each_mistake_has_its_line(tmp_path: Path, text: str, expected: str) -> 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FoundryError, match=r"nowhere\.toml: cannot read the settings"):
+    with pytest.raises(UserError, match=r"nowhere\.toml: cannot read the settings"):
         load_settings(tmp_path / "nowhere.toml")
 
 
@@ -80,7 +80,7 @@ def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.
     path.write_text(TEACHER + 'key_env = "SOME_TEACHER_KEY"\n')
     (teacher,) = load_settings(path).teachers
     monkeypatch.delenv("SOME_TEACHER_KEY", raising=False)
-    with pytest.raises(FoundryError, match='teacher a/b: key_env = "SOME_TEACHER_KEY" is not set'):
+    with pytest.raises(UserError, match='teacher a/b: key_env = "SOME_TEACHER_KEY" is not set'):
         teacher.key()
     monkeypatch.setenv("SOME_TEACHER_KEY", "s3cret")
     assert teacher.key() == "s3cret"

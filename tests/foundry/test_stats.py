@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundry.__main__ import main as foundry
-from foundry.errors import FoundryError
 from foundry.stats import (
     MAX_BARS,
     Options,
@@ -27,6 +26,7 @@ from foundry.stats import (
     render,
     short_number,
 )
+from smelter.base.errors import UserError
 from smelter.base.record import Record, Response, write_records
 
 HOSTILE = '</title><script>alert("1")</script>\'{{ 7 * 6 }}&\u2028'
@@ -206,7 +206,7 @@ def test_rejects_may_hold_the_record_beside_the_reason_or_none_at_all(tmp_path: 
 def test_a_malformed_reject_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "rejects.jsonl"
     path.write_bytes(reject_lines()[0].encode() + b"\n" + line + b"\n")
-    with pytest.raises(FoundryError, match=rf"^{re.escape(str(path))}:2: {message}"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2: {message}"):
         list(read_rejects(path))
 
 

@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 
-from smelter.decoding.generate import complete_text, generate
+from smelter.decoding.complete import complete_text
+from smelter.decoding.generate import generate
 from smelter.serving.bridge import Service
 from smelter.serving.gate import MAX_BODY_BYTES, Rules
 from smelter.tokens.chat import ChatFormat, stop_ids

@@ -14,7 +14,8 @@ from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.decoding import complete
 from smelter.decoding.complete import answer_messages
-from smelter.decoding.generate import Generation, load_model
+from smelter.decoding.generate import Generation
+from smelter.run.load import load_model
 from smelter.tokens import tokenize as write_shards
 from smelter.tokens.chat import TEMPLATE, ChatFormat, head, stop_ids
 from smelter.tokens.shards import ShardSet

@@ -26,7 +26,7 @@ from foundry.cleaning.dedup import (
     shingle_hashes,
     signatures,
 )
-from foundry.errors import FoundryError
+from smelter.base.errors import UserError
 
 MODULES = (
     "argparse calendar configparser csv difflib fractions heapq inspect pathlib shutil statistics tarfile textwrap"
@@ -235,5 +235,5 @@ def test_code_nested_too_deeply_is_passed_over() -> None:
 def test_a_bad_benchmark_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(data)
-    with pytest.raises(FoundryError, match=re.escape(f"{path}{message}")):
+    with pytest.raises(UserError, match=re.escape(f"{path}{message}")):
         Benchmarks([path])

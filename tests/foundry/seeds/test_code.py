@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from foundry.errors import FoundryError
 from foundry.seeds.code import KINDS, CodePrompt, code_prompts
 from foundry.seeds.functions import Source, functions, parses
 from foundry.seeds.uses import UsageIndex
+from smelter.base.errors import UserError
 from smelter.base.record import Record, write_records
 
 SHAPES = '''\
@@ -265,7 +265,7 @@ def test_held_out_and_foreign_records_are_not_read(tmp_path: Path) -> None:
     for kind in KINDS:
         assert prompts(corpus, kind) == prompts(plain, kind)
     only = write_corpus(tmp_path / "val.jsonl", {}, val, go)
-    with pytest.raises(FoundryError, match=r"val\.jsonl: no Python text in the training split: make records with"):
+    with pytest.raises(UserError, match=r"val\.jsonl: no Python text in the training split: make records with"):
         list(code_prompts([only], ["oss_instruct"], 0))
 
 
@@ -275,9 +275,7 @@ def test_prompts_follow_the_seed_and_not_the_other_kinds(corpus: str) -> None:
         assert list(stream) == alone
         assert {item.material["task"] for item in alone} == {kind}
     assert prompts(corpus, "oss_instruct", 3) != prompts(corpus, "oss_instruct", 4)
-    with pytest.raises(
-        FoundryError, match=r"^\[seeds\]: kinds = 'body_to_test': unknown: did you mean '?body_to_tests"
-    ):
+    with pytest.raises(UserError, match=r"^\[seeds\]: kinds = 'body_to_test': unknown: did you mean '?body_to_tests"):
         code_prompts([corpus], ["body_to_test"], 0)
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry.errors import FoundryError
 from foundry.seeds.builtin import builtin_prompts, draw, fill, load_areas
 from foundry.seeds.seed import Seed, iterate, read_seeds
 from foundry.settings import SeedSettings
+from smelter.base.errors import UserError
 from smelter.base.record import Record, write_records
 
 NUM_PROMPTS = 5_000
@@ -138,22 +138,22 @@ def test_a_jsonl_file_holds_prompts_of_several_lines(tmp_path: Path, name: str) 
 def test_a_bad_line_is_named_with_the_fix_before_anything_is_asked(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b'{"prompt": "a", "id": "one"}\n' + line + b"\n")
-    with pytest.raises(FoundryError, match=rf"^{re.escape(str(path))}:2: {message}"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2: {message}"):
         next(iterate(SeedSettings(files=(str(path),), count=1)))
 
 
 def test_a_text_file_that_is_not_utf8_and_one_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_bytes(b"good\nna\xefve\n")
-    with pytest.raises(FoundryError, match=r"mine\.txt:2: not UTF-8 at byte 2: convert the file with iconv"):
+    with pytest.raises(UserError, match=r"mine\.txt:2: not UTF-8 at byte 2: convert the file with iconv"):
         list(read_seeds(path))
-    with pytest.raises(FoundryError, match=r"none\.txt: no such file: check files in \[seeds\]"):
+    with pytest.raises(UserError, match=r"none\.txt: no such file: check files in \[seeds\]"):
         list(read_seeds(tmp_path / "none.txt"))
 
 
 def test_two_files_cannot_lose_a_prompt_by_using_one_id(tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{name}.jsonl", {"prompt": name, "id": "1"}) for name in "ab"]
-    with pytest.raises(FoundryError, match=r"b\.jsonl:1: \"id\" '1' is that of .*a\.jsonl:1: give each its own"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: \"id\" '1' is that of .*a\.jsonl:1: give each its own"):
         list(iterate(SeedSettings(builtin=False, files=tuple(map(str, files)))))
     # The same file named twice is no conflict.
     assert len(list(iterate(SeedSettings(builtin=False, files=(str(files[0]),) * 2)))) == 1
@@ -195,5 +195,5 @@ def test_the_same_question_is_asked_once(tmp_path: Path) -> None:
 
 def test_nothing_to_ask_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
-    with pytest.raises(FoundryError, match=r"^\[seeds\]: nothing to ask: the files and the corpus hold no usable"):
+    with pytest.raises(UserError, match=r"^\[seeds\]: nothing to ask: the files and the corpus hold no usable"):
         list(iterate(SeedSettings(builtin=False, files=(str(tmp_path / "empty.txt"),))))

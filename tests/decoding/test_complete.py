@@ -2,10 +2,10 @@
 
 import pytest
 
-from smelter.decoding import many as decode
-from smelter.decoding.generate import FimOrder, complete_text
-from smelter.decoding.many import END_OF_LINE, Prompt, complete_many, infill_lines, samples, stop_pattern
-from smelter.evaluation.gaps import InfillCase
+from smelter.decoding import complete as decode
+from smelter.decoding.complete import END_OF_LINE, Prompt, complete_many, complete_text, stop_pattern
+from smelter.decoding.prompts import FimOrder
+from smelter.evaluation.gaps import InfillCase, infill_lines, samples
 from tests import tiny
 
 PROMPTS = [

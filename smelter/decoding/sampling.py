@@ -1,0 +1,55 @@
+"""One token out of logits: greedy, or by the random numbers that a seed alone decides."""
+
+import torch
+from torch import Tensor
+
+MIN_TEMPERATURE = 1e-5
+
+
+NUCLEUS_TOKENS = 256
+"""The likeliest tokens that top_p looks at first; where they do not reach it, all are sorted, for 20 times as long."""
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """One token id [B] per row of logits [B, V]; `uniforms` [B] in [0, 1) decide.
+
+    temperature 0, or too little to divide by, takes the likeliest. Otherwise the top_k likeliest (0: all) are kept, of
+    them the fewest whose share reaches top_p (nucleus sampling, arXiv 1904.09751), and the inverse of their cumulative
+    distribution is read at the uniform number: the same number gives the same token in any batch.
+    """
+    if temperature < MIN_TEMPERATURE:
+        return logits.argmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
+    if not top_k and top_p >= 1:  # nothing is left out, so nothing need be sorted
+        return _inverse(probs.cumsum(dim=-1, dtype=torch.double), uniforms)
+    count = min(top_k or NUCLEUS_TOKENS, probs.shape[-1])
+    kept, ids = probs.topk(count)
+    chosen = _from_sorted(kept, ids, uniforms, top_p, whole=bool(top_k))
+    if not top_k and count < probs.shape[-1]:
+        flat = (kept.sum(dim=-1, dtype=torch.double) < top_p).nonzero().flatten()
+        if len(flat):
+            ordered = probs[flat].sort(dim=-1, descending=True)
+            chosen[flat] = _from_sorted(*ordered, uniforms[flat], top_p, whole=False)
+    return chosen
+
+
+def _from_sorted(probs: Tensor, ids: Tensor, uniforms: Tensor, top_p: float, *, whole: bool) -> Tensor:
+    """One of `ids` [B, K] by falling probabilities [B, K], whose sum counts as 1 if they are the `whole`."""
+    probs = probs.double()
+    if whole:
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    before = probs.cumsum(dim=-1) - probs  # share of all likelier tokens
+    kept = probs.masked_fill(before >= top_p, 0.0)
+    return ids.gather(-1, _inverse(kept.cumsum(dim=-1), uniforms)[:, None]).squeeze(-1)
+
+
+def _inverse(cumulative: Tensor, uniforms: Tensor) -> Tensor:
+    """Where each row [B, K] of sums, divided by the last, exceeds its uniform number [B]: [B]."""
+    total = cumulative[:, -1:].contiguous()
+    index = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
+    return index.minimum(torch.searchsorted(cumulative, total)).squeeze(-1)
+
+
+def uniforms_of(seed: int, count: int) -> Tensor:
+    """The `count` random numbers of a row, float64 in [0, 1); nothing but the seed decides them."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
