@@ -23,23 +23,42 @@ from typing import Any
 import numpy as np
 
 IGNORED_KEYS = (
-    # Times, speeds and memory in metrics.jsonl, results.json and checkpoints' counters.
-    *("tok_per_sec", "mfu", "peak_memory_mib", "elapsed_seconds", "train_seconds", "seconds"),
-    # The server's: when it answered, and llama.cpp's timings. The counts (prompt_n, predicted_n, cache_n) are compared.
+    # Times, speeds and memory in metrics.jsonl, results.json and the counters of a checkpoint.
+    *("tok_per_sec", "mfu", "peak_memory_mib", "elapsed_seconds", "train_seconds"),
+    # When the server answered, and llama.cpp's timings; its counts (prompt_n, predicted_n, cache_n) are compared.
     *("created", "prompt_ms", "prompt_per_token_ms", "prompt_per_second"),
     *("predicted_ms", "predicted_per_token_ms", "predicted_per_second"),
 )
 """Fields of JSON whose values are not compared; that they are there is."""
 
+JSON, WORDS, PAGES = (".json", ".jsonl", ".txt"), (".out", ".err"), (".html", ".md")
 IGNORED_TEXT = (
-    # JSON: the fields above, the random names of answers, and the size of a file in which a training time stands.
-    (r'"(%s)": ?[-+.0-9e]+' % "|".join(IGNORED_KEYS), r'"\1": IGNORED'),
-    (r'"(id)": ?"(cmpl|chatcmpl)-[0-9a-f]+"', r'"\1": "\2-IGNORED"'),
-    (r'"README\.md": \d+', '"README.md": IGNORED'),
+    (JSON, r'"({})": ?[-+.0-9e]+'.format("|".join(IGNORED_KEYS)), r'"\1": "IGNORED"'),
+    # Random names of answers.
+    (JSON, r'"id": ?"(cmpl|chatcmpl)-[0-9a-f]+"', r'"id": "\1-IGNORED"'),
+    # The model card has the training time in it, and a checkpoint's state its seconds: their size, and its hash.
+    (JSON, r'"README\.md": \d+', '"README.md": "IGNORED"'),
+    (JSON, r'("state/state\.pt": \{\s*"bytes": \d+,\s*"sha256": )"\w+"', r'\1"IGNORED"'),
+    (PAGES, r"in all, [\d.,]+ (seconds|minutes|hours)", r"in all, IGNORED \1"),
+    # The report: when it was written, how fast training was, and the figure of that.
+    (PAGES, r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "DATE"),
+    (PAGES, r"[\d.,]+[kM]? tokens a second", "IGNORED tokens a second"),
+    (PAGES, r"(<code>train_seconds</code></th><td[^>]*>)[\d.,]+", r"\1IGNORED"),
+    (PAGES, r'(?s)(<dt>Training time.*?<dd>|data-chart="throughput").*?(</dd>|</figcaption>)', r"\1IGNORED\2"),
+    (PAGES, r'"throughput": \{.*?\}\}\}', '"throughput": IGNORED'),
+    (WORDS, r"report\.html \(\d+ KiB\)", "report.html (IGNORED KiB)"),
+    # Speeds, times, free space and the free port in what commands say.
+    (WORDS, r"[\d.,]+[kM]? tok/s \| mfu [\d.]+% ", "IGNORED tok/s | mfu IGNORED "),
+    (WORDS, r"ETA \w+|\bin [\d.]+ ?s\b|\bin \d+[mhd]\d+[smh]", "IGNORED"),
+    (WORDS, r"measured peak [\d.,]+ \w+/s", "measured peak IGNORED"),
+    (WORDS, r"[\d.,]+ (\w+) at \d+% of the measured peak", r"IGNORED \1 of the measured peak"),
+    (WORDS, r"[\d.,]+ MB are free", "IGNORED MB are free"),
+    (WORDS, r"127\.0\.0\.1:\d+", "127.0.0.1:PORT"),
+    # Lines that come every few seconds: how many there are depends on the speed.
+    (WORDS, r"(?m)^(.* (left|s to go)|  [\d,]+(/[\d,]+ seeds| files, ).*)\n", ""),
 )
-"""Patterns in any text that is compared, and what stands in their place."""
+"""Kinds of files, a pattern that is not compared in them, and what stands in its place."""
 
-IGNORED_NPZ: tuple[str, ...] = ()
 MOST_LINES = 4
 """Differences that are shown of one group; the others are counted."""
 
@@ -49,13 +68,13 @@ MOST_LINES = 4
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n"
 GREEDY = {"prompt": CODE, "max_tokens": 16, "temperature": 0}
 SAMPLED = {"prompt": "def f(", "max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "top_k": 60, "seed": 5}
-GAP = {"input_prefix": CODE, "input_suffix": "\n    return total\n", "n_predict": 12, "n_probs": 2}
+GAP = {"input_prefix": CODE, "input_suffix": "\n    return total\n", "n_predict": 12, "n_probs": 2, "seed": 1}
 CHAT = {"messages": [{"role": "user", "content": "Add two numbers."}], "max_tokens": 16, "seed": 3}
 REQUESTS: dict[str, tuple[str, Any]] = {
     "models": ("/v1/models", None),
     "props": ("/props", None),
     "health": ("/health", None),
-    "page": ("/", None),
+    "page": ("/page.js", None),
     "openapi": ("/openapi.json", None),
     "greedy": ("/v1/completions", {**GREEDY, "logprobs": 3}),
     "seeded": ("/v1/completions", {**SAMPLED, "logprobs": 2, "n": 2}),
@@ -67,14 +86,14 @@ REQUESTS: dict[str, tuple[str, Any]] = {
     "chat-streamed": ("/v1/chat/completions", {**CHAT, "stream": True}),
     "infill": ("/infill", GAP),
     "infill-extra": ("/infill", {**GAP, "input_extra": [{"filename": "a.py", "text": "x = 1\n"}], "stream": True}),
-    "completion": ("/completion", {"prompt": CODE, "n_predict": 12, "n_probs": 2}),
+    "completion": ("/completion", {"prompt": CODE, "n_predict": 12, "n_probs": 2, "seed": 1}),
     "completion-seeded": ("/completion", {"prompt": CODE, "n_predict": 12, "temperature": 1.1, "seed": 9}),
     "tokenize": ("/tokenize", {"content": CODE + "naïve 東京"}),
     "no-prompt": ("/v1/completions", {"max_tokens": 4}),
     "no-temperature": ("/v1/completions", {**GREEDY, "temperature": -1}),
     "no-such-field": ("/v1/completions", {**GREEDY, "logit_bias": {"5": 1}}),
     "no-such-path": ("/v1/nothing", None),
-    "metrics-unasked": ("/v1/completions", "{"),
+    "no-json": ("/v1/completions", "{"),
 }
 """Name of an answer: the path, and the body to post (text as it is)."""
 
@@ -106,13 +125,14 @@ def ask(said: Path, folder: Path) -> None:
 # --- comparing -------------------------------------------------------------------------------------------
 
 
-def masked(data: bytes, folders: tuple[str, str]) -> str:
+def masked(data: bytes, suffix: str, folders: tuple[str, str]) -> str:
     """Text with what cannot be equal replaced: the patterns above, and where the two sides lie."""
     text = data.decode("utf-8", "backslashreplace")
     for folder, name in zip(folders, ("SIDE", "CHECKOUT"), strict=True):
         text = text.replace(folder, name)
-    for pattern, replacement in IGNORED_TEXT:
-        text = re.sub(pattern, replacement, text)
+    for suffixes, pattern, replacement in IGNORED_TEXT:
+        if suffix in suffixes:
+            text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -137,7 +157,7 @@ def in_values(old: Any, new: Any, path: str = "") -> str | None:
             if found := in_values(one, other, f"{path}[{index}]"):
                 return found
         return None if len(old) == len(new) else f"{path}: {len(old)} entries -> {len(new)}"
-    if type(old) is type(new) and (old == new or old != old and new != new):
+    if type(old) is type(new) and (old == new or (old != old and new != new)):
         return None
     if isinstance(old, str) and isinstance(new, str):
         return f"{path}: {in_text(old, new, '')}"
@@ -149,7 +169,7 @@ def in_text(old: str, new: str, unit: str = "line ") -> str | None:
     ours, theirs = old.split("\n"), new.split("\n")
     for number, (one, other) in enumerate(zip(ours, theirs, strict=False), 1):
         if one != other:
-            same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+            same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
             start = max(0, same - 30)
             where = f"{unit}{number}: " if unit else ""
             return f"{where}{short(repr(one[start:]))} -> {short(repr(other[start:]))}"
@@ -189,7 +209,7 @@ def in_bytes(old: bytes, new: bytes) -> str:
 
 
 Parts = dict[str, tuple[str, bytes]]
-"""Name of a part of a file: the type of its numbers for numpy (empty where it has none) with its shape, and its bytes."""
+"""Name of a part: the type of its numbers for numpy (empty: it has none) and its shape, and its bytes."""
 
 
 def safetensors_parts(data: bytes) -> Parts:
@@ -268,7 +288,8 @@ def in_state(old: Path, new: Path) -> str | None:
             return "other tensors"
         for name in ours.namelist():
             before, after = ours.read(name), theirs.read(name)
-            if before == after:
+            # A number that torch draws from the whole file, times included.
+            if before == after or name.endswith("serialization_id"):
                 continue
             if not name.endswith("data.pkl"):
                 return f"{name} {in_bytes(before, after)}"
@@ -292,3 +313,90 @@ def in_parts(old: Parts, new: Parts, old_bytes: bytes, new_bytes: bytes) -> str:
     else:
         found = in_array(before, after, kind.split()[0])
     return f"{names[0]}: {found}" + (f"; and {len(names) - 1} more: {short(', '.join(names[1:]))}" * (len(names) > 1))
+
+
+def difference(old: Path, new: Path, folders: tuple[tuple[str, str], tuple[str, str]]) -> str | None:
+    """What differs in a file, or None."""
+    if not (old.is_file() and new.is_file()):
+        return "only the old one is there" if old.is_file() else "only the new one is there"
+    ours, theirs = old.read_bytes(), new.read_bytes()
+    if ours == theirs:
+        return None
+    try:
+        match old.suffix:
+            case ".safetensors":
+                return in_parts(safetensors_parts(ours), safetensors_parts(theirs), ours, theirs)
+            case ".gguf":
+                return in_parts(gguf_parts(ours), gguf_parts(theirs), ours, theirs)
+            case ".pt":
+                return in_state(old, new)
+            case ".bin" | ".npy":
+                return in_bytes(ours, theirs)
+        one, other = masked(ours, old.suffix, folders[0]), masked(theirs, old.suffix, folders[1])
+        if one == other:
+            return None
+        found = in_json(one, other, old.suffix == ".jsonl") if old.suffix in (".json", ".jsonl") else None
+        return found or in_text(one, other)
+    except (ValueError, LookupError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        return f"differs, and cannot be read as what its name says: {error}"
+
+
+def group_of(path: Path) -> str:
+    """The artefact that a file belongs to: its line in the verdict."""
+    if path.parts[0] == "commands":
+        return {".err": "standard error", ".code": "exit codes"}.get(path.suffix, "standard output")
+    return "/".join(path.parts[:2]) if path.parts[0] in ("runs", "export", "data") else path.parts[0]
+
+
+def files(side: Path) -> Iterator[Path]:
+    """Every file that was made, by its path within the side."""
+    for path in sorted(side.rglob("*")):
+        if path.is_file() and path.relative_to(side).parts[0] not in ("source", "recipes"):
+            yield path.relative_to(side)
+
+
+def compare(old: Path, new: Path, checkouts: tuple[str, str], strict: bool) -> int:
+    """Print a line for each group, and the verdict."""
+    failed = [
+        path for path in sorted((old / "commands").glob("*.code")) if len(set(path.read_text().split()[::2])) != 1
+    ]
+    for path in failed:
+        words = path.with_suffix(".err").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        code = path.read_text().strip()
+        print(f"same: the old {path.stem} ended with {code}: {words[-1] if words else 'no words'}", file=sys.stderr)
+    if failed or not (old / "answers").is_dir():
+        print("same: the old checkout does not do what it should, so nothing is shown", file=sys.stderr)
+        return 2
+    groups: dict[str, dict[Path, str | None]] = {}
+    folders = (str(old), checkouts[0]), (str(new), checkouts[1])
+    for path in sorted({*files(old), *files(new)}):
+        groups.setdefault(group_of(path), {})[path] = difference(old / path, new / path, folders)
+    count = 0
+    for group, found in groups.items():
+        differing = [(path, text) for path, text in found.items() if text]
+        soft = group == "standard error" and not strict
+        if not differing:
+            print(f"same     {group}  ({len(found)} {'file' if len(found) == 1 else 'files'})")
+        for path, text in differing[:MOST_LINES]:
+            print(f"{'words  ' if soft else 'DIFFERS'}  {path}: {text}")
+        if len(differing) > MOST_LINES:
+            print(f"         and {len(differing) - MOST_LINES} more of {group}")
+        count += 0 if soft else len(differing)
+    print(f"same: {f'{count} differ' if count else 'nothing differs'}")
+    return 1 if count else 0
+
+
+def main(arguments: list[str]) -> int:
+    """`ask` or `compare`; see the module."""
+    match arguments:
+        case ["ask", said, folder]:
+            ask(Path(said), Path(folder))
+            return 0
+        case ["compare", *strict, old, new, old_checkout, new_checkout] if strict in ([], ["--strict"]):
+            return compare(Path(old), Path(new), (old_checkout, new_checkout), bool(strict))
+    print("same.py: ask SERVER-OUTPUT FOLDER, or compare [--strict] OLD NEW OLD-CHECKOUT NEW-CHECKOUT", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -94,7 +94,7 @@ run() { # NAME EXIT-CODE PROGRAM ARGUMENTS...: keep what it says, and how it end
     local name=$1 wanted=$2 code=0 start=$SECONDS
     shift 2
     "$python" -m "$@" >"commands/$name.out" 2>"commands/$name.err" </dev/null || code=$?
-    echo "$code, expected $wanted" >"commands/$name.code"
+    echo "$code expected $wanted" >"commands/$name.code"
     if ((SECONDS - start >= 2)); then
         echo "  $side: $name $((SECONDS - start)) s" >&2
     fi
@@ -150,7 +150,7 @@ training() { # shards, then runs that take different ways
     run train-cached 0 smelter train "${tiny[@]}" --shards shards --run-dir runs/cached --num-steps 6 \
         --cached shards/teachers/sampled shards/teachers/top-k --sample-every 0 --ternary-start-step 3
     run train-online 0 smelter train "${tiny[@]}" --shards shards --run-dir runs/online --num-steps 6 \
-        --teachers runs/main --chunk-teachers shards/teachers/chunks --kl-direction js --temperature 2 \
+        --teachers runs/main --chunk-teachers shards/teachers/chunks --kl-direction js --kl-weight 0.4 --temperature 2 \
         --sample-every 0 --init-from runs/resumed/checkpoints/step_0000008 --use-sub-norm
     if ((!quick)); then
         run train-compiled 0 smelter train "${tiny[@]}" --shards shards --run-dir runs/compiled --num-steps 3 \
@@ -165,7 +165,7 @@ uses() { # what is done with a trained model
     run compare 0 smelter evaluate --compare runs/main runs/resumed --device cpu
     run export 0 smelter export runs/main --format all --packed --license mit --out export/all
     run export-tq1 0 smelter export runs/main --format gguf --gguf-type TQ1_0 --gguf-embedding F32 --out export/tq1
-    run export-refused 1 smelter export runs/resumed --format hf --out export/refused
+    run export-refused 2 smelter export runs/resumed --format hf --out export/refused
     run report 0 smelter report runs/main
     run report-cached 0 smelter report runs/cached
     local greedy=(smelter complete runs/main --device cpu --max-tokens 24)
@@ -199,7 +199,7 @@ serving() { # requests to a server, which then is told to end
     "$python" "$here/same.py" ask commands/serve.out answers || true
     kill -TERM "$server" 2>/dev/null || true
     wait "$server" || code=$?
-    echo "$code, expected 0" >commands/serve.code
+    echo "$code expected 0" >commands/serve.code
 }
 
 one_side() { # NAME CHECKOUT
@@ -237,15 +237,16 @@ END
     cp -r "$old/recipes" "$work/$side/recipes"
     printf 'preset = "tiny"\n\n[training]\nnum_stepz = 3\n' >"$work/$side/recipes/misspelt.toml"
     printf '{"kind": "text", "text": "x = 1", "licence": "MIT"}\n' >"$work/$side/data/bad.jsonl"
-    # Records for every reason to put one aside: the first two are kept.
-    cat >"$work/$side/data/mixed.jsonl" <<'END'
+    # Records for many reasons to put one aside; the first, and one answer of the second, are kept.
+    printf '{"kind": "text", "text": "%s", "source": "f.py", "license": "MIT"}\n' \
+        "$(printf 'total = total + 1\\n%.0s' {1..40})" >"$work/$side/data/mixed.jsonl"
+    cat >>"$work/$side/data/mixed.jsonl" <<'END'
 {"kind": "text", "text": "def add(a, b):\n    return a + b\n", "language": "python", "source": "a.py", "license": "MIT", "meta": {"tests": "assert add(1, 2) == 3"}}
 {"kind": "instruct", "prompt": "Say hello.", "responses": [{"teacher": "one", "text": "```python\nprint('hello, world')\n```", "finish": "stop"}, {"teacher": "two", "text": "```python\nraise SystemExit(3)\n```", "finish": "stop"}], "language": "python", "license": "MIT"}
 {"kind": "text", "text": "def add(a, b):\n    return a - b  # wrong\n", "language": "python", "source": "b.py", "license": "MIT", "meta": {"tests": "assert add(1, 2) == 3"}}
 {"kind": "text", "text": "def add(a, b):\n\n    return a + b\n", "language": "python", "source": "c.py", "license": "MIT"}
 {"kind": "text", "text": "def broken(:\n    return nothing at all\n", "language": "python", "source": "d.py", "license": "MIT"}
 {"kind": "text", "text": "x = 1\n", "language": "python", "source": "e.py", "license": "MIT"}
-{"kind": "text", "text": "y = 1\ny = 1\ny = 1\ny = 1\ny = 1\ny = 1\ny = 1\ny = 1\n", "language": "python", "source": "f.py", "license": "MIT"}
 {"kind": "text", "text": "def other(values):\n    return sorted(values)[0]\n", "language": "python", "source": "g.py", "license": "GPL-3.0-only"}
 {"kind": "instruct", "prompt": "Count.", "responses": [{"teacher": "two", "text": "```python\nfor number in range(10):\n    print(num", "finish": "length"}], "language": "python", "license": "MIT"}
 END

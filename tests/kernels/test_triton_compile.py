@@ -1,8 +1,8 @@
 """Every kernel compiles for every GPU that the capability table sends it to, with the instructions meant.
 
 Triton compiles ahead of time without a GPU: to PTX, and with its own `ptxas` to machine code. What is read here
-is whether the integer product is on tensor cores, whether memory is read 16 bytes at a time, whether rounding
-survived the optimizer, and whether registers sufficed.
+is whether the integer product is on tensor cores, whether memory is read 16 bytes at a time, and whether registers
+sufficed. What is computed, rounding too, is checked in Triton's interpreter (`test_linear_triton.py`).
 """
 
 import re
@@ -65,6 +65,11 @@ def ptx(kernel: Any) -> str:
     return text
 
 
+def reads_wide(text: str) -> bool:
+    """Whether memory is read 16 bytes at a time, with whatever hint to the caches."""
+    return re.search(r"\bld\.global\S*\.v4\b", text) is not None
+
+
 def local_bytes(kernel: Any, folder: Path) -> int:
     """Bytes a thread keeps in memory for want of registers, from the machine code's own table."""
     path = folder / "kernel.cubin"
@@ -119,22 +124,10 @@ def test_row_kernels(kernel: Any, dtype: torch.dtype, capability: int, tmp_path:
         code = row_kernel(kernel, capability, dtype, columns)
         text = ptx(code)
         assert f".target sm_{capability}" in text
-        assert "ld.global.v4" in text or "ld.global.L1::evict_last.v4" in text
-        # Half to even: the rounder is added and taken away again, and the quotient is the exact one.
-        assert "0f4B400000" in text
-        assert "0fCB400000" in text
-        assert "div.rn.f32" in text
+        assert reads_wide(text)
         assert not re.search(r"\bfma\.", text)  # a product and a sum in one rounding
         assert "mma" not in text
         assert local_bytes(code, tmp_path) == 0
-
-
-def test_normed_values_are_rounded_to_their_dtype() -> None:
-    assert "cvt.rn.f16.f32" in ptx(row_kernel(rms_norm_quantize_kernel, TURING, torch.float16, 768))
-    # To bf16 in integers: 0x7FFF added, the lower half cut off.
-    text = ptx(row_kernel(rms_norm_quantize_kernel, HOPPER, torch.bfloat16, 768))
-    assert "32767" in text
-    assert "-65536" in text
 
 
 @pytest.mark.parametrize("capability", TARGETS)
@@ -142,7 +135,7 @@ def test_normed_values_are_rounded_to_their_dtype() -> None:
 def test_trits(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
     code = weight_kernel(trits_kernel, capability, dtype)
     text = ptx(code)
-    assert "ld.global.v4" in text  # although the address comes from a table
+    assert reads_wide(text)  # although the address comes from a table
     assert re.search(r"st\.global\.v[24]", text)
     assert "atom" not in text
     assert local_bytes(code, tmp_path) == 0
@@ -151,7 +144,7 @@ def test_trits(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", TARGETS)
 def test_magnitude_sums(capability: int, tmp_path: Path) -> None:
     code = weight_kernel(magnitude_sums_kernel, capability)
-    assert "ld.global.v4" in ptx(code)
+    assert reads_wide(ptx(code))
     assert "atom" not in ptx(code)  # whose order of summation would be another every time
     assert local_bytes(code, tmp_path) == 0
 
