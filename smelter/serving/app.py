@@ -12,7 +12,7 @@ from smelter.serving import llama_routes, openai_routes
 from smelter.serving.bridge import Service
 from smelter.serving.errors import ApiError, install_handlers
 from smelter.serving.gate import Gate, Rules
-from smelter.serving.schema import Health
+from smelter.serving.schema import ERRORS, Health
 
 MEDIA = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
 PAGES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/docs": "docs.html", "/docs.js": "docs.js"}
@@ -56,7 +56,7 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
     app.include_router(openai_routes.make_router(service))
     app.include_router(llama_routes.make_router(service))
 
-    @app.get("/health", responses={500: openai_routes.ERRORS[500]})
+    @app.get("/health", responses={500: ERRORS[500]})
     async def health() -> Health:
         """Whether the engine works, and how much it has to do."""
         engine = service.engine

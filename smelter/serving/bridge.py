@@ -31,12 +31,12 @@ class Service:
     num_params: int
     stats: Stats
 
-    def check_model(self, asked: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
         """404 for another model's name."""
-        if asked not in (None, "", self.name):
+        if name not in (None, "", self.name):
             raise ApiError(
                 404,
-                f"model {asked!r} is not here: this server has {self.name!r}",
+                f"model {name!r} is not here: this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -71,13 +71,13 @@ class Stream:
         loop = asyncio.get_running_loop()
 
         def deliver_to(index: int) -> Callable[[Piece], None]:
-            held: list[Piece] = []
+            waiting: list[Piece] = []
 
             def deliver(piece: Piece) -> None:
-                held.append(piece)
+                waiting.append(piece)
                 if piece.end is not None or not at_end:
-                    loop.call_soon_threadsafe(self._put, index, tuple(held))
-                    held.clear()
+                    loop.call_soon_threadsafe(self._put, index, tuple(waiting))
+                    waiting.clear()
 
             return deliver
 

@@ -48,7 +48,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}")
     # Of a union's alternatives, one that was meant says more than one of another type.
-    meant = [each for each in errors if not str(each["type"]).endswith("_type")]
+    meant = [error for error in errors if not str(error["type"]).endswith("_type")]
     if len(errors) > 1 and meant:
         first = meant[0]
     field = _field(first["loc"])

@@ -51,14 +51,14 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                found = MutableHeaders(scope=message)
-                found["X-Content-Type-Options"] = "nosniff"
-                found["Content-Security-Policy"] = POLICY
-                found["Referrer-Policy"] = "no-referrer"
-                found["Cache-Control"] = "no-store"
+                sent_headers = MutableHeaders(scope=message)
+                sent_headers["X-Content-Type-Options"] = "nosniff"
+                sent_headers["Content-Security-Policy"] = POLICY
+                sent_headers["Referrer-Policy"] = "no-referrer"
+                sent_headers["Cache-Control"] = "no-store"
                 if (origin := headers.get("origin")) in self.rules.origins:
-                    found["Access-Control-Allow-Origin"] = str(origin)
-                    found["Vary"] = "Origin"
+                    sent_headers["Access-Control-Allow-Origin"] = str(origin)
+                    sent_headers["Vary"] = "Origin"
             await send(message)
 
         try:
@@ -88,9 +88,9 @@ class Gate:
         if origin is not None and origin not in self.rules.origins and urlsplit(origin).netloc != host:
             return ApiError(403, "pages of other sites may not ask this server (see --allow-origin)")
         if self.rules.api_key is not None and path not in OPEN_PATHS and method != "OPTIONS":
-            scheme, _, given = headers.get("authorization", "").partition(" ")
+            scheme, _, key = headers.get("authorization", "").partition(" ")
             # Compared as bytes and in constant time, so that the time tells nothing about the key.
-            equal = hmac.compare_digest(given.strip().encode("latin-1"), self.rules.api_key.encode())
+            equal = hmac.compare_digest(key.strip().encode("latin-1"), self.rules.api_key.encode())
             if scheme.lower() != "bearer" or not equal:
                 headers_ = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "a valid key is needed: Authorization: Bearer KEY", headers=headers_)
@@ -114,13 +114,13 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """`receive` that gives the body once more, and then what comes after it: that the client went away."""
-    given = False
+    is_read = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal is_read
+        if is_read:
             return await receive()
-        given = True
+        is_read = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay

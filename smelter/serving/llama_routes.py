@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Service, Stream, answer, collect, gone, to_json, token_text
-from smelter.serving.openai_routes import ERRORS, Asked, check_ids, check_max_tokens, pick_seed
-from smelter.serving.schema import InfillRequest, LlamaCompletionRequest, TokenizeRequest
+from smelter.serving.prompts import Prepared, check_ids, check_max_tokens, pick_seed
+from smelter.serving.schema import ERRORS, InfillRequest, LlamaCompletionRequest, TokenizeRequest
 from smelter.tokens import Tokenizer
 
 
@@ -34,7 +34,7 @@ def _request(
     )
 
 
-def _asked(body: InfillRequest | LlamaCompletionRequest, service: Service) -> Asked:
+def _prepare(body: InfillRequest | LlamaCompletionRequest, service: Service) -> Prepared:
     tokenizer, context = service.tokenizer, service.engine.context
     check_max_tokens(body.n_predict, context, "n_predict")
     room = context // 4 if body.n_predict < 0 else body.n_predict
@@ -47,9 +47,11 @@ def _asked(body: InfillRequest | LlamaCompletionRequest, service: Service) -> As
         text, suffix = body.prompt, None
     else:
         check_ids(body.prompt, tokenizer, context, max(body.n_predict, 1))
-        return Asked(_request(body, service, body.prompt, b""), tokenizer.decode(body.prompt), len(body.prompt))
-    made = make_prompt(tokenizer, context, text, suffix, max_tokens=room)
-    return Asked(_request(body, service, made.ids, made.pending), text, made.num_tokens, made.num_dropped)
+        return Prepared(_request(body, service, body.prompt, b""), tokenizer.decode(body.prompt), len(body.prompt))
+    encoded = make_prompt(tokenizer, context, text, suffix, max_tokens=room)
+    return Prepared(
+        _request(body, service, encoded.ids, encoded.pending), text, encoded.num_tokens, encoded.num_dropped
+    )
 
 
 def _timings(end: End) -> dict[str, Any]:
@@ -86,9 +88,9 @@ def _probabilities(tokens: Sequence[Token], tokenizer: Tokenizer) -> list[dict[s
     ]
 
 
-def _final(service: Service, asked: Asked, content: str, text: str, end: End) -> dict[str, Any]:
+def _final(service: Service, prepared: Prepared, content: str, text: str, end: End) -> dict[str, Any]:
     """The last message: all that llama.cpp's clients look at. `content` is what was not sent yet of `text`."""
-    request = asked.request
+    request = prepared.request
     word = end.stop is not None
     kinds = {"stop": "word" if word else "eos", "length": "limit", "time": "limit"}
     return {
@@ -111,7 +113,7 @@ def _final(service: Service, asked: Asked, content: str, text: str, end: End) ->
             "n_probs": request.num_top or 0,
         },
         "has_new_line": "\n" in text,
-        "truncated": asked.num_dropped > 0,
+        "truncated": prepared.num_dropped > 0,
         "stop_type": kinds.get(end.finish, "none"),
         "stopping_word": end.stop or "",
         "timings": _timings(end),
@@ -119,21 +121,21 @@ def _final(service: Service, asked: Asked, content: str, text: str, end: End) ->
 
 
 def _chosen(message: dict[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
-    """Only the fields asked for; "timings/prompt_n" is one inside another, and keeps that name."""
+    """Only the fields prepared for; "timings/prompt_n" is one inside another, and keeps that name."""
     if not fields:
         return message
-    found: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for path in fields:
         value: Any = message
         for key in path.split("/"):
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
-            found[path] = value
-    return found
+            chosen[path] = value
+    return chosen
 
 
 async def _answer(body: InfillRequest | LlamaCompletionRequest, http: HttpRequest, service: Service) -> Response:
-    asked = await asyncio.to_thread(_asked, body, service)
+    prepared = await asyncio.to_thread(_prepare, body, service)
 
     async def events(stream: Stream) -> AsyncIterator[str]:
         text, count = "", 0
@@ -147,23 +149,23 @@ async def _answer(body: InfillRequest | LlamaCompletionRequest, http: HttpReques
                 "stop": False,
                 "id_slot": 0,
                 "tokens_predicted": count,
-                "tokens_evaluated": len(asked.request.ids),
+                "tokens_evaluated": len(prepared.request.ids),
             }
             if piece.end is not None:
-                message = _final(service, asked, piece.text, text, piece.end)
+                message = _final(service, prepared, piece.text, text, piece.end)
             if body.n_probs:
                 message["completion_probabilities"] = _probabilities(piece.tokens, service.tokenizer)
             yield to_json(_chosen(message, body.response_fields))
 
     if body.stream:
-        stream = Stream(service, [asked.request])
+        stream = Stream(service, [prepared.request])
         return EventStream(stream, events(stream))
-    results = await collect(service, http, [asked.request])
+    results = await collect(service, http, [prepared.request])
     if results is None:
         return gone()
     (result,) = results
     assert result.end is not None
-    message = _final(service, asked, result.text, result.text, result.end)
+    message = _final(service, prepared, result.text, result.text, result.end)
     message["tokens"] = [token.id for token in result.tokens]
     if body.n_probs:
         message["completion_probabilities"] = _probabilities(result.tokens, service.tokenizer)

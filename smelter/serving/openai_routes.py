@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,74 +15,27 @@ from smelter.base import DataError
 from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.errors import ApiError
+from smelter.serving.prompts import DEFAULT_MAX_TOKENS, Prepared, check_ids, check_max_tokens, pick_seed
 from smelter.serving.schema import (
+    ERRORS,
     MAX_CHOICES,
-    MAX_SEED,
     ChatRequest,
     ChatResponse,
     CompletionRequest,
     CompletionResponse,
-    ErrorResponse,
 )
 from smelter.tokens import ChatFormat, Tokenizer, stop_ids
-
-DEFAULT_MAX_TOKENS = 64
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 422, 429, 500, 503)
-}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request to the engine, the text of its prompt, and how many tokens of that did not fit."""
-
-    request: Request
-    text: str
-    num_tokens: int
-    num_dropped: int = 0
-
-
-def pick_seed(seed: int | None) -> int:
-    """The seed, or where there is none (or -1) another one each time."""
-    return secrets.randbelow(MAX_SEED) if seed in (None, -1) else int(seed or 0)
-
-
-def check_max_tokens(max_tokens: int, context: int, name: str = "max_tokens") -> None:
-    """400 for more tokens than the model's context holds beside a prompt."""
-    if max_tokens >= context:
-        raise ApiError(
-            400,
-            f"{name} = {max_tokens}: the model's context is {context} tokens, the prompt's included: "
-            f"ask for at most {context - 1}",
-            param=name,
-            code="context_length_exceeded",
-        )
-
-
-def check_ids(ids: Sequence[int], tokenizer: Tokenizer, context: int, max_tokens: int) -> None:
-    """400 for a prompt of token ids that are none, or too many."""
-    if not ids:
-        raise ApiError(400, "prompt: an empty list of token ids", param="prompt")
-    if max(ids) >= tokenizer.vocab_size:
-        raise ApiError(400, f"prompt: token id {max(ids)} is none of {tokenizer.vocab_size}", param="prompt")
-    if len(ids) + max_tokens > context:
-        raise ApiError(
-            400,
-            f"prompt: {len(ids)} tokens and max_tokens = {max_tokens} are more than the context of {context}",
-            param="prompt",
-            code="context_length_exceeded",
-        )
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     """The prompts as a list, whichever of the four forms they came in."""
     if isinstance(body.prompt, str):
         return [body.prompt]
-    ids = [each for each in body.prompt if isinstance(each, int)]
-    return [ids] if ids else [each for each in body.prompt if not isinstance(each, int)]
+    ids = [item for item in body.prompt if isinstance(item, int)]
+    return [ids] if ids else [item for item in body.prompt if not isinstance(item, int)]
 
 
-def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
+def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
     """One for each prompt, with the seed of its first answer."""
     tokenizer, context = service.tokenizer, service.engine.context
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -98,12 +51,17 @@ def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
         raise ApiError(400, "max_tokens = 0: nothing to do without echo", param="max_tokens")
     if body.echo and body.suffix is not None:
         raise ApiError(400, "echo: makes no sense together with suffix", param="echo")
-    found = []
+    prepared = []
     for prompt in prompts:
         pending, num_dropped = b"", 0
         if isinstance(prompt, str) and not prompt_logprobs:
-            made = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=max_tokens)
-            ids, pending, num_tokens, num_dropped = made.ids, made.pending, made.num_tokens, made.num_dropped
+            encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=max_tokens)
+            ids, pending, num_tokens, num_dropped = (
+                encoded.ids,
+                encoded.pending,
+                encoded.num_tokens,
+                encoded.num_dropped,
+            )
             text = prompt
         else:
             if body.suffix is not None:
@@ -124,25 +82,25 @@ def _asked(body: CompletionRequest, service: Service) -> list[Asked]:
             num_top=num_top,
             prompt_logprobs=prompt_logprobs,
         )
-        found.append(Asked(request, text, num_tokens, num_dropped))
-    return found
+        prepared.append(Prepared(request, text, num_tokens, num_dropped))
+    return prepared
 
 
-def spread(asked: Sequence[Asked], n: int) -> list[Request]:
+def spread(prepared: Sequence[Prepared], n: int) -> list[Request]:
     """`n` requests for each, which differ in their seeds as the rows of `generate` do."""
-    return [replace(each.request, seed=each.request.seed + i) for each in asked for i in range(n)]
+    return [replace(item.request, seed=item.request.seed + i) for item in prepared for i in range(n)]
 
 
-def usage(asked: Sequence[Asked], ends: Sequence[End]) -> dict[str, Any]:
+def usage(prepared: Sequence[Prepared], ends: Sequence[End]) -> dict[str, Any]:
     """OpenAI's usage; `dropped_tokens` of the context did not fit."""
-    prompt, written = sum(each.num_tokens for each in asked), sum(end.num_tokens for end in ends)
+    prompt, written = sum(item.num_tokens for item in prepared), sum(end.num_tokens for end in ends)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
         "prompt_tokens_details": {
             "cached_tokens": sum(end.num_cached for end in ends),
-            "dropped_tokens": sum(each.num_dropped for each in asked),
+            "dropped_tokens": sum(item.num_dropped for item in prepared),
         },
     }
 
@@ -199,7 +157,7 @@ def _events(
     stream: Stream,
     head: dict[str, Any],
     choice: Choice,
-    asked: Sequence[Asked],
+    prepared: Sequence[Prepared],
     first: list[dict[str, Any]],
     *,
     total: bool,
@@ -208,8 +166,8 @@ def _events(
 
     async def events() -> AsyncIterator[str]:
         ends = []
-        for each in first:
-            yield to_json({**head, "choices": [each]})
+        for opening in first:
+            yield to_json({**head, "choices": [opening]})
         async for index, piece in stream:
             reason = None if piece.end is None else finish_reason(piece.end)
             tokens: Sequence[Token] = [*piece.prompt, *piece.tokens]
@@ -218,7 +176,7 @@ def _events(
             if piece.end is not None:
                 ends.append(piece.end)
         if total:
-            yield to_json({**head, "choices": [], "usage": usage(asked, ends)})
+            yield to_json({**head, "choices": [], "usage": usage(prepared, ends)})
         yield "[DONE]"
 
     return events()
@@ -236,12 +194,13 @@ def _chat_ids(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:
         message = f"messages: {error}; /v1/completions and /infill need none"
         raise ApiError(400, message, param="messages", code="chat_not_supported") from None
     messages = [
-        {"role": "system" if each.role == "developer" else each.role, "content": each.text()} for each in body.messages
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
+        for message in body.messages
     ]
     return layout.render(messages, add_generation_prompt=True).ids
 
 
-def _asked_chat(body: ChatRequest, service: Service) -> Asked:
+def _prepare_chat(body: ChatRequest, service: Service) -> Prepared:
     tokenizer, context = service.tokenizer, service.engine.context
     ids = _chat_ids(body, tokenizer)
     limit = body.max_completion_tokens or body.max_tokens
@@ -261,7 +220,7 @@ def _asked_chat(body: ChatRequest, service: Service) -> Asked:
         stop_ids=stop_ids(tokenizer),
         num_top=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Asked(request, "", len(ids))
+    return Prepared(request, "", len(ids))
 
 
 def make_router(service: Service) -> APIRouter:
@@ -285,45 +244,45 @@ def make_router(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue `prompt`, or fill in between `prompt` and `suffix`."""
         service.check_model(body.model)
-        asked = await asyncio.to_thread(_asked, body, service)
+        prepared = await asyncio.to_thread(_prepare, body, service)
         n = body.n or 1
         head = _head(service, "text_completion", "cmpl-")
-        echoes = [each.text if body.echo else "" for each in asked for _ in range(n)]
+        echoes = [item.text if body.echo else "" for item in prepared for _ in range(n)]
         wants_logprobs = body.logprobs is not None and body.logprobs is not False
-        shown = [len(echo) for echo in echoes]  # characters of each answer so far
+        num_shown = [len(echo) for echo in echoes]  # characters of each answer so far
 
         def choice(index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
             has_prompt = bool(tokens) and tokens[0].logprob is None
-            offset = 0 if has_prompt else shown[index]
-            shown[index] += len(text)
+            offset = 0 if has_prompt else num_shown[index]
+            num_shown[index] += len(text)
             logprobs = _logprobs(tokens, service.tokenizer, offset) if wants_logprobs else None
             return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
         if body.stream:
-            stream = Stream(service, spread(asked, n))
+            stream = Stream(service, spread(prepared, n))
             first = [
                 {"index": i, "text": echo, "logprobs": None, "finish_reason": None}
                 for i, echo in enumerate(echoes)
                 if echo
             ]
             total = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(stream, _events(stream, head, choice, asked, first, total=total))
-        results = await collect(service, http, spread(asked, n))
+            return EventStream(stream, _events(stream, head, choice, prepared, first, total=total))
+        results = await collect(service, http, spread(prepared, n))
         if results is None:
             return gone()
         choices = [
             choice(index, result.text, [*result.prompt, *result.tokens], finish_reason(end))
             for index, (result, end) in enumerate(zip(results, _ends(results), strict=True))
         ]
-        for each, echo in zip(choices, echoes, strict=True):
-            each["text"] = echo + each["text"]
-        return answer(head | {"choices": choices, "usage": usage(asked, _ends(results))})
+        for whole, echo in zip(choices, echoes, strict=True):
+            whole["text"] = echo + whole["text"]
+        return answer(head | {"choices": choices, "usage": usage(prepared, _ends(results))})
 
     @router.post("/chat/completions", response_model=None, responses={200: {"model": ChatResponse}})
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """The assistant's next turn (ChatML)."""
         service.check_model(body.model)
-        asked = [await asyncio.to_thread(_asked_chat, body, service)]
+        prepared = [await asyncio.to_thread(_prepare_chat, body, service)]
         n = body.n or 1
 
         def choice(key: str, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
@@ -333,15 +292,15 @@ def make_router(service: Service) -> APIRouter:
 
         if body.stream:
             head = _head(service, "chat.completion.chunk", "chatcmpl-")
-            stream = Stream(service, spread(asked, n))
+            stream = Stream(service, spread(prepared, n))
             first = [
                 {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
                 for i in range(n)
             ]
             total = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(stream, head, lambda *values: choice("delta", *values), asked, first, total=total)
+            events = _events(stream, head, lambda *values: choice("delta", *values), prepared, first, total=total)
             return EventStream(stream, events)
-        results = await collect(service, http, spread(asked, n))
+        results = await collect(service, http, spread(prepared, n))
         if results is None:
             return gone()
         choices = [
@@ -349,7 +308,7 @@ def make_router(service: Service) -> APIRouter:
             for index, (result, end) in enumerate(zip(results, _ends(results), strict=True))
         ]
         head = _head(service, "chat.completion", "chatcmpl-")
-        return answer(head | {"choices": choices, "usage": usage(asked, _ends(results))})
+        return answer(head | {"choices": choices, "usage": usage(prepared, _ends(results))})
 
     return router
 

@@ -30,8 +30,9 @@ from smelter.serving.app import new_app
 from smelter.serving.bridge import gone, to_json, unless_gone
 from smelter.serving.errors import ApiError
 from smelter.serving.gate import Gate, Rules
-from smelter.serving.openai_routes import ERRORS, check_max_tokens, pick_seed
+from smelter.serving.prompts import check_max_tokens, pick_seed
 from smelter.serving.schema import (
+    ERRORS,
     ChatRequest,
     CompletionRequest,
     InfillRequest,
@@ -75,12 +76,12 @@ class LlamaServer:
             self.process.wait()
 
 
-def find_llama_server(given: Path | None) -> str:
+def find_llama_server(program: Path | None) -> str:
     """The program's path. Raises UserError where there is none."""
-    found = shutil.which(str(given or "llama-server"))
-    if found is None:
-        raise UserError(f"{given or 'llama-server'}: no such program: install llama.cpp, or give --llama-server PATH")
-    return found
+    path = shutil.which(str(program or "llama-server"))
+    if path is None:
+        raise UserError(f"{program or 'llama-server'}: no such program: install llama.cpp, or give --llama-server PATH")
+    return path
 
 
 def start_llama_server(program: str, gguf: Path, *, context: int, num_slots: int, threads: int | None) -> LlamaServer:
@@ -219,23 +220,23 @@ def _infill_body(body: CompletionRequest) -> dict[str, Any]:
     }
 
 
-def _as_completion(found: dict[str, Any], name: str, identity: str, *, with_usage: bool) -> dict[str, Any]:
+def _as_completion(message: dict[str, Any], name: str, identity: str, *, with_usage: bool) -> dict[str, Any]:
     """A message of /infill in OpenAI's form."""
-    probabilities = found.get("completion_probabilities")
+    probabilities = message.get("completion_probabilities")
     logprobs = probabilities and {
-        "tokens": [each["token"] for each in probabilities],
-        "token_logprobs": [each["logprob"] for each in probabilities],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in probabilities],
+        "tokens": [token["token"] for token in probabilities],
+        "token_logprobs": [token["logprob"] for token in probabilities],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in probabilities],
         "text_offset": [],
     }
-    reason = ("length" if found.get("stop_type") == "limit" else "stop") if found["stop"] else None
-    choice = {"index": 0, "text": found["content"], "logprobs": logprobs or None, "finish_reason": reason}
+    reason = ("length" if message.get("stop_type") == "limit" else "stop") if message["stop"] else None
+    choice = {"index": 0, "text": message["content"], "logprobs": logprobs or None, "finish_reason": reason}
     head = {"id": identity, "object": "text_completion", "created": int(time.time()), "model": name}
-    made: dict[str, Any] = head | {"choices": [choice]}
-    if with_usage and found["stop"]:
-        prompt, written = found["tokens_evaluated"], found["tokens_predicted"]
-        made["usage"] = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-    return made
+    completion: dict[str, Any] = head | {"choices": [choice]}
+    if with_usage and message["stop"]:
+        prompt, written = message["tokens_evaluated"], message["tokens_predicted"]
+        completion["usage"] = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    return completion
 
 
 def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int) -> ASGIApp:
@@ -307,26 +308,26 @@ def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int)
         """Continue `prompt`, or fill in between `prompt` and `suffix`."""
         check(body.model, body.max_tokens)
         if body.suffix is None:
-            asked = {"max_tokens": 64} | sent(body)
-            return await upstream.pass_on(http, "/v1/completions", asked)
-        asked, identity = _infill_body(body), f"cmpl-{secrets.token_hex(12)}"
+            request = {"max_tokens": 64} | sent(body)
+            return await upstream.pass_on(http, "/v1/completions", request)
+        request, identity = _infill_body(body), f"cmpl-{secrets.token_hex(12)}"
         if body.stream:
-            return await _stream_infill(upstream, asked, body, name, identity)
-        response = await upstream.pass_on(http, "/infill", asked)
+            return await _stream_infill(upstream, request, body, name, identity)
+        response = await upstream.pass_on(http, "/infill", request)
         if response.status_code != 200:
             return response
-        found = json.loads(bytes(response.body))
-        return JSONResponse(_as_completion(found, name, identity, with_usage=True))
+        message = json.loads(bytes(response.body))
+        return JSONResponse(_as_completion(message, name, identity, with_usage=True))
 
     return Gate(app, rules, stats)
 
 
 async def _stream_infill(
-    upstream: _Upstream, asked: dict[str, Any], body: CompletionRequest, name: str, identity: str
+    upstream: _Upstream, request: dict[str, Any], body: CompletionRequest, name: str, identity: str
 ) -> Response:
     """/infill's events as those of /v1/completions."""
     total = body.stream_options is not None and body.stream_options.include_usage
-    opened = upstream.open("POST", "/infill", asked)
+    opened = upstream.open("POST", "/infill", request)
     response = await opened.__aenter__()
     if response.status != 200:
         content = await response.read()
@@ -337,11 +338,11 @@ async def _stream_infill(
         try:
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    made = _as_completion(json.loads(line[6:]), name, identity, with_usage=total)
-                    usage = made.pop("usage", None)
-                    yield f"data: {to_json(made)}\n\n".encode()
+                    completion = _as_completion(json.loads(line[6:]), name, identity, with_usage=total)
+                    usage = completion.pop("usage", None)
+                    yield f"data: {to_json(completion)}\n\n".encode()
                     if usage:
-                        yield f"data: {to_json(made | {'choices': [], 'usage': usage})}\n\n".encode()
+                        yield f"data: {to_json(completion | {'choices': [], 'usage': usage})}\n\n".encode()
             yield b"data: [DONE]\n\n"
         finally:
             response.close()

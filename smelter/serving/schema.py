@@ -221,3 +221,8 @@ class Health(_Body):
     active: int
     slots: int
     waiting: int
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 422, 429, 500, 503)
+}
