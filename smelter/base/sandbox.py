@@ -168,9 +168,9 @@ def _supervise() -> None:
         code = 128 + signal.SIGKILL
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     seen: set[int] = set()
-    while (found := set(_pids_below(posix.getpid()))) - seen:
-        _signal(found - seen, signal.SIGSTOP)  # before any is killed: a stopped one cannot fork while we look again
-        seen |= found
+    while (pids := set(_pids_below(posix.getpid()))) - seen:
+        _signal(pids - seen, signal.SIGSTOP)  # before any is killed: a stopped one cannot fork while we look again
+        seen |= pids
     _signal(seen, signal.SIGKILL)
     try:
         while True:
@@ -190,17 +190,17 @@ def _signal(pids: set[int], number: int) -> None:
 
 def _pids_below(pid: int, most: int = 2**31) -> list[int]:
     """All descendants of a process, those of its threads too; the search ends when more than `most` are found."""
-    found = [pid]
-    for parent in found:  # grows as we go
-        if len(found) > most + 1:
+    pids = [pid]
+    for parent in pids:  # grows as we go
+        if len(pids) > most + 1:
             break
         try:
             for task in posix.listdir(f"/proc/{parent}/task"):
                 with open(f"/proc/{parent}/task/{task}/children") as file:
-                    found += map(int, file.read().split())
+                    pids += map(int, file.read().split())
         except OSError:
             continue  # it has just ended; what was below it is now elsewhere, and the next look finds it there
-    return found[1:]
+    return pids[1:]
 
 
 _LAUNCHER = """import marshal, posix, sys; fd = int(sys.argv[1])

@@ -116,20 +116,20 @@ def _cpu_features() -> dict[str, bool]:
 
 def cpu_has_int8() -> bool:
     """Whether the CPU multiplies int8 faster than floats (AVX-512 VNNI or AMX)."""
-    found = _cpu_features()
-    return bool(found.get("avx512_vnni") or found.get("amx_int8"))
+    features = _cpu_features()
+    return bool(features.get("avx512_vnni") or features.get("amx_int8"))
 
 
 def cpu_has_bf16() -> bool:
     """Whether matrix products in bf16 are native (AVX-512 BF16, AMX); emulated ones are far slower than fp32."""
-    found = _cpu_features()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    features = _cpu_features()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def cpu_has_kernels() -> bool:
     """Whether the C++ kernels run: AVX-512 with BF16 and VNNI, and a compiler."""
-    found = _cpu_features()
-    return bool(found.get("avx512_bf16") and found.get("avx512_vnni")) and native.library() is not None
+    features = _cpu_features()
+    return bool(features.get("avx512_bf16") and features.get("avx512_vnni")) and native.library() is not None
 
 
 def cpu_has_tiles() -> bool:

@@ -166,8 +166,8 @@ class Decoder:
         slots = torch.arange(cache.first, cache.first + batch)[:, None].expand(batch, length)
         step = max(1, MAX_ROWS // batch)
         parts = [slice(start, start + step) for start in range(0, length, step)]
-        found = [self._run(tokens[:, at], slots[:, at], positions[:, at], keys, values) for at in parts]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        hidden = [self._run(tokens[:, at], slots[:, at], positions[:, at], keys, values) for at in parts]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
     def _run(self, tokens: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         rows = [x.to(torch.int64).contiguous() for x in (tokens, slots, positions)]

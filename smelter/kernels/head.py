@@ -57,9 +57,9 @@ class ScreenedHead:
         length, lost = hidden.norm(dim=-1, keepdim=True), (hidden - q * scale).norm(dim=-1, keepdim=True)
         # In units of each row's scale, as what follows.
         reach = ((self.error + ROUNDING * self.norm) * length + self.norm * lost) / scale
-        found = torch._int_mm(q.to(torch.int8), self.q.T).float().mul_(self.scale)  # [B, V]
-        found[:, count:] = -torch.inf
-        blocks = found.view(len(hidden), -1, BLOCK)
+        approximate = torch._int_mm(q.to(torch.int8), self.q.T).float().mul_(self.scale)  # [B, V]
+        approximate[:, count:] = -torch.inf
+        blocks = approximate.view(len(hidden), -1, BLOCK)
         largest = blocks.amax(dim=-1)
         floor = largest.amax(dim=-1, keepdim=True) - 2 * reach
         # "Not below", so that numbers that are none leave everything in.

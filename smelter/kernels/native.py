@@ -31,7 +31,7 @@ TIMEOUT = 300
 def compiler() -> str | None:
     """The C++ compiler: what CXX names, g++, or clang++; None where there is none."""
     names = [os.environ.get("CXX", ""), "g++", "clang++"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
@@ -60,9 +60,9 @@ def build(command: str, folder: Path) -> Path:
         print("compiling the C++ kernels, once, some seconds", file=sys.stderr)
     # Under another name first: processes that start together each make one, and the last to finish replaces it.
     with tempfile.TemporaryDirectory(dir=folder) as room:
-        made = Path(room) / library.name
-        run(*FLAGS, *(str(path) for path in sources if path.suffix == ".cpp"), "-o", str(made))
-        made.replace(library)
+        compiled = Path(room) / library.name
+        run(*FLAGS, *(str(path) for path in sources if path.suffix == ".cpp"), "-o", str(compiled))
+        compiled.replace(library)
     return library
 
 
