@@ -330,7 +330,7 @@ def difference(old: Path, new: Path, folders: tuple[tuple[str, str], tuple[str, 
                 return in_parts(gguf_parts(ours), gguf_parts(theirs), ours, theirs)
             case ".pt":
                 return in_state(old, new)
-            case ".bin" | ".npy":
+            case ".bin" | ".npy" | ".f16":
                 return in_bytes(ours, theirs)
         one, other = masked(ours, old.suffix, folders[0]), masked(theirs, old.suffix, folders[1])
         if one == other:
@@ -374,6 +374,8 @@ def compare(old: Path, new: Path, checkouts: tuple[str, str], strict: bool) -> i
     count = 0
     for group, found in groups.items():
         differing = [(path, text) for path, text in found.items() if text]
+        # Where training went another way, its metrics tell from which step on.
+        differing.sort(key=lambda entry: entry[0].name != "metrics.jsonl")
         soft = group == "standard error" and not strict
         if not differing:
             print(f"same     {group}  ({len(found)} {'file' if len(found) == 1 else 'files'})")
