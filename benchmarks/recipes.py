@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick_form
 
-from smelter.base.errors import UserError
-from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml, nearest
+from smelter.base.errors import UserError, nearest
+from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
 from smelter.decoding.prompts import make_prompt
 from smelter.evaluation.bpb import validation_loss
 from smelter.evaluation.gaps import InfillCase, choose_cases, exact_match, infill_lines

@@ -39,8 +39,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smelter.base.errors import UserError
-from smelter.config import Config, config_from_dict, load_config, nearest
+from smelter.base.errors import UserError, nearest
+from smelter.config import Config, config_from_dict, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("model", "data", "distillation", "training")

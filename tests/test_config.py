@@ -160,16 +160,16 @@ def test_base_replaces_the_preset() -> None:
         ("preset = []", ["preset = []", "quotes"]),
         ("model = 3", ["model", "table", "[model]"]),
         ("[model\nx = 1", ["not valid TOML", "line 1"]),
-        ("[model]\nnum_layers = 2.0", ["num_layers = 2.0", "int"]),
-        ("[model]\nnum_layers = true", ["num_layers = True", "int"]),
-        ('[model]\nnum_layers = "2"', ["num_layers = '2'", "int"]),
-        ("[model]\nuse_qk_norm = 1", ["use_qk_norm = 1", "bool"]),
-        ("[training]\nmuon_lr = true", ["muon_lr = True", "float"]),
-        ("[training]\nrun_dir = 3", ["run_dir = 3", "str"]),
+        ("[model]\nnum_layers = 2.0", ["[model]: num_layers = 2.0", "a whole number"]),
+        ("[model]\nnum_layers = true", ["num_layers = True", "a whole number"]),
+        ('[model]\nnum_layers = "2"', ["num_layers = '2'", "a whole number"]),
+        ("[model]\nuse_qk_norm = 1", ["use_qk_norm = 1", "true or false"]),
+        ("[training]\nmuon_lr = true", ["muon_lr = True", "a number"]),
+        ("[training]\nrun_dir = 3", ["run_dir = 3", "text in quotes"]),
         ('[training]\nadamw_schedule = "linear"', ["adamw_schedule = 'linear'", "'wsd'", "'cosine'"]),
         ('[training]\ntrackers = "wandb"', ["trackers = 'wandb'", "list"]),
         ('[training]\ntrackers = ["wand"]', ["'wand'", "'wandb'"]),
-        ("[distillation]\nteachers = [1]", ["teachers = 1", "str"]),
+        ("[distillation]\nteachers = [1]", ["teachers = 1", "text in quotes"]),
         ("[model]\nnum_heads = 12\nnum_kv_heads = 5", ["num_kv_heads = 5", "num_heads = 12", "[1, 2, 3, 4, 6, 12]"]),
         ("[model]\nhead_dim = 63", ["head_dim = 63", "even"]),
         ("[model]\nnum_layers = 0", ["num_layers = 0", "at least 1"]),
@@ -193,6 +193,7 @@ def test_base_replaces_the_preset() -> None:
         ("[distillation]\njs_beta = 0", ["js_beta = 0", "both excluded"]),
         ('[distillation]\nkl_direction = "sideways"', ["'sideways'", "'skew'", "'js'"]),
         ('[distillation]\nteachers = ["a", "b"]\nteacher_weights = [1]', ["1 entries", "2 teachers"]),
+        ('[distillation]\nteachers = ["a"]\nteacher_weights = [inf]', ["teacher_weights = inf", "finite"]),
         ('[distillation]\nteachers = ["a"]\nteacher_weights = [0]', ["teacher_weights", "positive"]),
     ],
 )
@@ -204,6 +205,57 @@ def test_mistakes_name_file_key_and_fix(text: str, words: list[str], tmp_path: P
     assert message.startswith(f"{path}: ")
     for word in words:
         assert word in message
+
+
+RANGES: list[tuple[str, str, tuple[float, ...], str]] = [
+    ("model", "vocab_size hidden_size num_layers num_heads num_kv_heads", (0, -1), "must be at least 1"),
+    ("model", "head_dim intermediate_size max_seq_len", (0, -1), "must be at least 1"),
+    ("model", "rope_base", (1.0, 0.0), "must be above 1"),
+    ("model", "rms_norm_eps", (0.0, -0.5), "must be positive"),
+    ("model", "attn_logit_soft_cap final_logit_soft_cap", (-0.5,), "must be positive, or 0 for no cap"),
+    ("data", "fim_rate fim_spm_rate", (-0.5, 1.5), "must lie between 0 and 1"),
+    ("data", "instruct_share", (1.5,), "must lie between 0 and 1, or be negative for as they come"),
+    ("data", "instruct_weight", (0.0, -0.5), "must be positive (instruct_share = 0 leaves them out)"),
+    ("distillation", "kl_weight kl_weight_end chunk_weight", (-0.5, 1.5), "must lie between 0 and 1"),
+    ("distillation", "temperature validation_tau chunk_temperature", (0.0, -0.5), "must be positive"),
+    ("distillation", "skew_alpha", (-0.5, 1.0), "must lie in [0, 1)"),
+    ("distillation", "js_beta", (0.0, 1.0), "must lie between 0 and 1, both excluded"),
+    ("training", "num_steps device_batch_size total_batch_size loss_chunk_size", (0, -1), "must be positive"),
+    ("training", "log_every eval_tokens muon_newton_schulz_steps", (0, -1), "must be positive"),
+    ("training", "muon_lr adamw_lr embedding_lr", (0.0, -0.5), "must be positive"),
+    ("training", "muon_weight_decay adamw_weight_decay grad_clip z_loss", (-0.5,), "must not be negative"),
+    ("training", "train_minutes", (-0.5,), "must not be negative"),
+    ("training", "warmup_steps muon_momentum_warmup eval_every sample_every", (-1,), "must not be negative"),
+    ("training", "checkpoint_every keep_checkpoints", (-1,), "must not be negative"),
+    ("training", "ternary_start_step ternary_warmup_steps", (-1,), "must not be negative"),
+    ("training", "muon_momentum adamw_beta1 adamw_beta2", (-0.5, 1.0), "must lie in [0, 1)"),
+    ("training", "cooldown_fraction min_lr_ratio final_cap_anneal_fraction", (-0.5, 1.5), "must lie between 0 and 1"),
+    ("training", "seed", (-1, 2**63), "must lie in [0, 2**63)"),
+]
+"""Table, keys, values beyond each end, and what is said: written down once more, so that a lost range is noticed."""
+
+
+@pytest.mark.parametrize(("table", "keys", "values", "demand"), RANGES)
+def test_every_range_stands(table: str, keys: str, values: tuple[float, ...], demand: str) -> None:
+    for key in keys.split():
+        for value in values:
+            with pytest.raises(ConfigError) as error:
+                config_from_dict({table: {key: value}}, "r.toml")
+            assert str(error.value) == f"r.toml: [{table}]: {key} = {value}: {demand}"
+
+
+def test_the_list_of_ranges_is_whole() -> None:
+    listed = {(table, key) for table, keys, _, _ in RANGES for key in keys.split()}
+    hints = {item.name: get_type_hints(item.type, include_extras=True) for item in fields(Config)}
+    assert listed == {
+        (table, key) for table, keys in hints.items() for key, hint in keys.items() if "Annotated" in str(hint)
+    }
+
+
+def test_ranges_hold_on_the_command_line() -> None:
+    with pytest.raises(UserError) as error:
+        parse_options(["--muon-lr", "-1"])
+    assert one_line(error) == "muon_lr = -1.0: must be positive (see smelter train --help)"
 
 
 def test_unreadable_recipes_are_named(tmp_path: Path) -> None:

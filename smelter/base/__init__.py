@@ -6,6 +6,7 @@ from smelter.base.errors import CheckpointError, ConfigError, DataError, UserErr
 from smelter.base.files import file_sha256
 from smelter.base.record import Record, Response, content_id, read_records, record_from_json, write_records
 from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
+from smelter.base.strict import check_ranges, from_table, read_toml
 
 __all__ = [
     "CheckpointError",
@@ -17,12 +18,15 @@ __all__ = [
     "Response",
     "SandboxError",
     "UserError",
+    "check_ranges",
     "cli",
     "content_id",
     "file_sha256",
+    "from_table",
     "nearest",
     "parse",
     "read_records",
+    "read_toml",
     "record_from_json",
     "require",
     "run",

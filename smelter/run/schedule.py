@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from smelter.config import DistillationConfig, TrainingConfig
-from smelter.training_config import Schedule
+from smelter.config import DistillationConfig, Schedule, TrainingConfig
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int | None, config: TrainingConfig) -> float:

@@ -75,7 +75,7 @@ except cli.UserError as error:
     )
     assert done.stderr == ""
     assert done.stdout == (
-        "model.num_kv_heads = 5 does not divide num_heads = 12: "
+        "num_kv_heads = 5 does not divide num_heads = 12: "
         "choose one of [1, 2, 3, 4, 6, 12] (see smelter train --help)\n"
     )
 

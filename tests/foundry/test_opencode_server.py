@@ -12,8 +12,9 @@ import pytest
 
 from foundry.opencode_client import PLUGIN_AGENT, PLUGIN_MARK
 from foundry.opencode_server import PLUGIN, main, missing_variables, server_config, server_teachers
-from foundry.settings import load_settings, settings_from_dict
+from foundry.settings import Settings, load_settings
 from smelter.base.errors import UserError
+from smelter.base.strict import from_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "foundry.toml"
@@ -27,7 +28,7 @@ def teacher(name: str = "t", **changes: Any) -> dict[str, Any]:
 
 
 def config(*teachers: dict[str, Any], port: int | None = None) -> dict[str, Any]:
-    return server_config(server_teachers(settings_from_dict({"teacher": list(teachers)}, "x.toml"), port))
+    return server_config(server_teachers(from_table(Settings, {"teacher": list(teachers)}, "x.toml"), port))
 
 
 def test_the_shipped_recipe_names_its_keys_and_holds_none() -> None:

@@ -1,10 +1,11 @@
 """foundry.toml: what is wrong is said in one line, with the place and the fix."""
 
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from foundry.settings import load_settings
+from foundry.settings import GenerateSettings, SeedSettings, TeacherSettings, load_settings
 from smelter.base.errors import UserError
 
 TEACHER = """
@@ -68,6 +69,39 @@ def test_a_small_file_is_enough(tmp_path: Path) -> None:
 )
 def test_each_mistake_has_its_line(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in load(tmp_path, text)
+
+
+RANGES: list[tuple[str, str, tuple[float, ...], str]] = [
+    ("[seeds]", "count", (0, -1), "must be at least 1"),
+    ("[generate]", "samples in_flight", (0, -1), "must be at least 1"),
+    ("[generate]", "max_cost grace_seconds", (-0.5,), "must not be negative"),
+    ("[[teacher]] a/b", "max_tokens concurrency", (0, -1), "must be at least 1"),
+    ("[[teacher]] a/b", "timeout_seconds give_up_seconds weight", (0.0, -0.5), "must be positive"),
+    ("[[teacher]] a/b", "price_input price_output price_cache_read", (-0.5,), "must not be negative"),
+    ("[[teacher]] a/b", "requests_per_minute tokens_per_minute", (-0.5,), "must not be negative"),
+    ("[[teacher]] a/b", "retries", (-1,), "must not be negative"),
+    ("[[teacher]] a/b", "temperature", (-0.5, 2.5), "must lie between 0 and 2"),
+    ("[[teacher]] a/b", "top_p", (0.0, 1.5), "must lie above 0 and at most at 1"),
+]
+"""Table, keys, values beyond each end, and what is said: written down once more, so that a lost range is noticed."""
+
+
+@pytest.mark.parametrize(("table", "keys", "values", "demand"), RANGES)
+def test_every_range_stands(tmp_path: Path, table: str, keys: str, values: tuple[float, ...], demand: str) -> None:
+    for key in keys.split():
+        for value in values:
+            line = f"{key} = {value}\n"
+            text = TEACHER + line if "teacher" in table else f"{table}\n{line}{TEACHER}"
+            assert load(tmp_path, text) == f": {table}: {key} = {value}: {demand}"
+
+
+def test_the_list_of_ranges_is_whole() -> None:
+    kinds = {"[seeds]": SeedSettings, "[generate]": GenerateSettings, "[[teacher]] a/b": TeacherSettings}
+    hints = {table: get_type_hints(kind, include_extras=True) for table, kind in kinds.items()}
+    with_range = {
+        (table, key) for table, keys in hints.items() for key, hint in keys.items() if "Annotated" in str(hint)
+    }
+    assert with_range == {(table, key) for table, keys, _, _ in RANGES for key in keys.split()}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
