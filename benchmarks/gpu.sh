@@ -3,14 +3,15 @@
 #
 #   benchmarks/gpu.sh [--quick]          # --quick: every benchmark in its short form
 #
-# Needs no network and no installation of Smelter; what is missing on the machine is named, and the rest runs.
+# Needs no network and no installation of Smelter, but the package annotated-types (in WHEELS, see below, where the machine
+# lacks it); what else is missing is named, and the rest runs.
 # Each benchmark leaves one JSON file with date, device, command and result; one that fails does not stop the others.
 #
 # Settings, as environment variables:
 #   OUT         folder of the JSON files                         (benchmarks/results/DATE-DEVICE)
 #   PYTHON      an interpreter with PyTorch for CUDA             (.venv/bin/python, else python3)
 #   WHEELS      folder of wheels to use for this call only       (none)
-#               e.g. from: pip download --no-deps -d wheels torchao==0.18.0 onebitllms==0.0.4 tomli-w==1.2.0
+#               e.g. from: pip download --no-deps -d wheels torchao==0.18.0 onebitllms==0.0.4 tomli-w==1.2.0 annotated-types==0.8.0
 #   TRACE       also write the profiler's record of a step here  (none)
 #   TIME_LIMIT  seconds for everything                           (570)
 #
@@ -51,6 +52,10 @@ if [[ -n ${WHEELS:-} ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl
     PYTHONPATH=$PYTHONPATH:$work/site
 fi
+"$python" -c 'import annotated_types' 2>/dev/null || {
+    echo "gpu.sh: the package annotated-types is missing: install it, or put its wheel into WHEELS (see --help)" >&2
+    exit 2
+}
 date=$(date -u +%Y-%m-%d)
 name_of_device=$(tr -c 'A-Za-z0-9\n' - <<<"$device")
 out=${OUT:-benchmarks/results/$date-$name_of_device}
