@@ -26,7 +26,7 @@ from typing import Annotated
 
 import tyro
 
-from smelter.base import Record, UserError, nearest, parse, write_records
+from smelter.base import ConfigError, DataError, Record, nearest, parse, write_records
 
 LANGUAGES = {
     "assembly": "s asm",
@@ -96,14 +96,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise UserError("--source is missing: give --source stdlib or --source FOLDER")
+            raise ConfigError("--source is missing: give --source stdlib or --source FOLDER")
         if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction {self.val_fraction}: must be at least 0 and below 1")
+            raise ConfigError(f"--val-fraction {self.val_fraction}: must be at least 0 and below 1")
         if self.max_file_kb < 1:
-            raise UserError(f"--max-file-kb {self.max_file_kb}: must be at least 1")
+            raise ConfigError(f"--max-file-kb {self.max_file_kb}: must be at least 1")
         for language in self.language:
             if language not in LANGUAGES:
-                raise UserError(f"--language {language}: unknown: {nearest(language, LANGUAGES)}")
+                raise ConfigError(f"--language {language}: unknown: {nearest(language, LANGUAGES)}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Summary:
 
 
 def find_trees(options: Options) -> list[Tree]:
-    """The folders that `--source` names. Raises UserError for a missing folder or a name used twice."""
+    """The folders that `--source` names. Raises ConfigError for a missing folder or a name used twice."""
     trees: dict[str, Tree] = {}
     for source in options.source:
         if source == "stdlib":
@@ -146,11 +146,11 @@ def find_trees(options: Options) -> list[Tree]:
             match = re.fullmatch(r"([\w.-]+)=(.+)", source)
             path = Path(match[2] if match and not Path(source).exists() else source).expanduser()
             if not path.is_dir():
-                raise UserError(f"--source {source}: no such folder: give stdlib or a folder's path")
+                raise ConfigError(f"--source {source}: no such folder: give stdlib or a folder's path")
             name = match[1] if match and not Path(source).exists() else path.resolve().name
             tree = Tree(name or "root", path, options.license, options.language or tuple(LANGUAGES))
         if tree.name in trees:
-            raise UserError(f"--source {source}: {tree.name} is taken: name this one, OTHERNAME={tree.root}")
+            raise ConfigError(f"--source {source}: {tree.name} is taken: name this one, OTHERNAME={tree.root}")
         trees[tree.name] = tree
     return list(trees.values())
 
@@ -164,7 +164,7 @@ def split_of(source: str, val_fraction: float) -> str:
 def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) -> Iterator[Record]:
     """Records of the trees' files in sorted order, counted in `summary` as they come.
 
-    Raises UserError if there is none, and OSError where the disk fails.
+    Raises DataError if there is none, and OSError where the disk fails.
     """
     seen: set[str] = set()
     for tree in trees:
@@ -192,13 +192,13 @@ def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) ->
             yield record
     if not seen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.left_out.most_common())
-        raise UserError(
+        raise DataError(
             f"no usable source file in {', '.join(str(tree.root) for tree in trees)} "
             f"(left out: {reasons or 'nothing'}): choose another --source"
         )
 
 
-def _files(tree: Tree, options: Options, summary: Summary) -> Iterator[Path]:
+def _files(tree: Tree, options: Options, summary: Summary) -> list[Path]:
     """Candidate files of a tree, sorted by path; tests and links are counted as left out."""
     root = tree.root
 
@@ -208,7 +208,7 @@ def _files(tree: Tree, options: Options, summary: Summary) -> Iterator[Path]:
         summary.left_out["folders without permission"] += 1
 
     wanted = {ext for ext, language in _BY_EXTENSION.items() if language in tree.languages}
-    found = []
+    paths = []
     for folder, folders, names in os.walk(root, onerror=fail):
         below = Path(folder).relative_to(root).parts
         folders[:] = [
@@ -228,8 +228,8 @@ def _files(tree: Tree, options: Options, summary: Summary) -> Iterator[Path]:
             elif not stat.S_ISREG(path.lstat().st_mode):
                 summary.left_out["links and special files"] += 1
             else:
-                found.append(path)
-    return iter(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
+                paths.append(path)
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _read(path: Path, source: str, language: str, options: Options, summary: Summary) -> str | None:

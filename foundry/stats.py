@@ -21,7 +21,7 @@ import jinja2
 import tyro
 
 from foundry import __version__
-from smelter.base import Record, UserError, parse, read_records, record_from_json
+from smelter.base import ConfigError, DataError, Record, RecordError, parse, read_records
 
 MAX_BARS = 14
 """Bars of one plot; what is rarer is added up as the rest."""
@@ -42,9 +42,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.records:
-            raise UserError("no file of records: give one, such as data/clean.jsonl")
+            raise ConfigError("no file of records: give one, such as data/clean.jsonl")
         if self.open and self.html is None:
-            raise UserError("--open without --html: say where the page is to be written")
+            raise ConfigError("--open without --html: say where the page is to be written")
 
 
 @dataclass
@@ -150,8 +150,8 @@ class Stats:
         if self.num_dropped:
             lines[0] += f"; {self.num_dropped:,} dropped ({self.num_kept / self.num_records:.1%} of all kept)"
         if self.cost:
-            each = f", ${self.cost_per_kept:,.6f} for each kept record" if self.cost_per_kept is not None else ""
-            lines.append(f"cost      ${self.cost:>9,.4f}{each}")
+            price = f", ${self.cost_per_kept:,.6f} for each kept record" if self.cost_per_kept is not None else ""
+            lines.append(f"cost      ${self.cost:>9,.4f}{price}")
         groups = {"kind": self.kinds, "from": self.origins, "language": self.languages, "licence": self.licenses}
         groups |= {"split": self.splits, "dropped": self.reasons}
         for name, counts in groups.items():
@@ -208,27 +208,28 @@ def rarest_joined(counts: Counter[str]) -> dict[str, int]:
 def read_rejects(path: Path) -> Iterator[tuple[Record | None, str]]:
     """(record, reason) of each line: a record's keys with "reason", or {"record": ..., "reason": ...}.
 
-    What comes after a colon in a reason is a detail and left out. Raises UserError naming file and line.
+    What comes after a colon in a reason is a detail and left out. Raises DataError naming file and line.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}): give the rejects of foundry clean") from None
+                raise DataError(f"{path}:{number}: not JSON ({error}): give the rejects of foundry clean") from None
             if not isinstance(values, dict) or not isinstance(values.get("reason"), str):
-                raise UserError(f'{path}:{number}: no "reason": give the rejects of foundry clean')
+                raise DataError(f'{path}:{number}: no "reason": give the rejects of foundry clean')
             reason = values["reason"].partition(":")[0].strip() or "unknown"
             content = values.get("record", {key: value for key, value in values.items() if key != "reason"})
             try:
-                yield record_from_json(json.dumps(content)), reason
-            except UserError:
-                # A line may have been dropped for being no record; its reason counts all the same.
-                yield None, reason
+                record = Record.from_values(content)
+                record.check_provenance()
+            except RecordError:  # a line may have been dropped for being no record; its reason counts all the same
+                record = None
+            yield record, reason
 
 
 def gather(options: Options) -> Stats:
-    """Count everything. Raises UserError for a damaged line and where there is no record.
+    """Count everything. Raises DataError for a damaged line and where there is no record.
 
     A record that is kept but has lost one of its answers stands in both files and counts as kept and as dropped.
     """
@@ -240,7 +241,7 @@ def gather(options: Options) -> Stats:
         for rejected, reason in read_rejects(options.rejects):
             stats.add_reject(rejected, reason)
     if not stats.num_records:
-        raise UserError(f"{', '.join(map(str, options.records))}: no records: choose a file that holds some")
+        raise DataError(f"{', '.join(map(str, options.records))}: no records: choose a file that holds some")
     return stats
 
 
@@ -327,7 +328,7 @@ def main(argv: list[str]) -> int:
         options.html.parent.mkdir(parents=True, exist_ok=True)
         # A file's name need not be UTF-8; the page is.
         names = [os.fsencode(path).decode(errors="replace") for path in options.records]
-        options.html.write_text(render(stats, names), encoding="utf-8")
+        options.html.write_text(render(stats, names), encoding="utf-8", errors="backslashreplace")
         print(f"wrote {options.html} ({options.html.stat().st_size / 1024:,.0f} KiB)")
         if options.open:
             webbrowser.open(options.html.resolve().as_uri())

@@ -19,10 +19,10 @@ from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import Batch, BatchStream, prefetch
-from smelter.tokens.fim import undo_fim
 from smelter.tokens.shards import ShardSet, Split
 from smelter.tokens.windows import IGNORED, eval_windows
 from tests import tiny
+from tests.tokens.test_fim import undo_fim
 
 TOKENS = tiny.tokenizer()
 EOS, PAD = TOKENS.eos_id, TOKENS.pad_id
@@ -147,7 +147,7 @@ def test_fim_rows_hold_whole_examples_of_the_documents(shards: ShardSet, index: 
     texts = [TOKENS.decode_bytes(ids) for ids in documents(shards.split("train"))]
     for piece in pieces_of(stream(shards, DataConfig(fim_rate=1.0), seq_len=seq_len).row(index).tolist()):
         if piece and piece[0] == SENTINELS[0]:
-            raw = undo_fim(TOKENS, [*piece, EOS])
+            raw = undo_fim([*piece, EOS])
             assert raw
         else:
             assert not set(SENTINELS) & set(piece)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,11 +34,14 @@ from foundry.cleaning.filter import (
     wrong_length,
 )
 from smelter.base import (
+    ConfigError,
+    DataError,
     Limits,
     Record,
     Response,
     SandboxError,
     UserError,
+    output_file,
     parse,
     read_records,
     run_python,
@@ -96,19 +98,19 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise UserError("no file given: name the files of records to clean")
+            raise ConfigError("no file given: name the files of records to clean")
         for name in ("max_repeated_lines", "min_compressed", "near_duplicates"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be between 0 and 1")
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be between 0 and 1")
         if not 0 <= self.min_chars <= self.max_chars:
-            raise UserError(f"--min-chars {self.min_chars}: must be 0 or more and at most --max-chars")
+            raise ConfigError(f"--min-chars {self.min_chars}: must be 0 or more and at most --max-chars")
         if not (math.isfinite(self.run_seconds) and self.run_seconds > 0 and self.run_memory_mb > 0):
-            raise UserError("--run-seconds and --run-memory-mb must be positive")
+            raise ConfigError("--run-seconds and --run-memory-mb must be positive")
         for terms in self.teacher_terms:
             teacher, equals, _ = terms.partition("=")
             if not (teacher and equals):
-                raise UserError(f"--teacher-terms {terms}: must be TEACHER=TERMS")
+                raise ConfigError(f"--teacher-terms {terms}: must be TEACHER=TERMS")
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ class Cleaner:
         rows = signatures([_whole(record) for record in left]) if self._near else itertools.repeat(None)
         for record, row in zip(left, rows, strict=False):
             duplicate = self._exact_duplicate(record)
-            if duplicate is None and self._near and (found := self._near.add(record.id, row)):
-                duplicate = Drop("near duplicate", f"{found[1]:.0%} like {found[0]}")
+            if duplicate is None and self._near and (earlier := self._near.add(record.id, row)):
+                duplicate = Drop("near duplicate", f"{earlier[1]:.0%} like {earlier[0]}")
             if not self._drop(record, duplicate):
                 self._keep(record)
                 yield self._with_terms(record)
@@ -239,11 +241,11 @@ class Cleaner:
         drops = iter(list(self._pool.map(self._run, itertools.chain.from_iterable(programs))))
         left = []
         for record, own in zip(records, programs, strict=True):
-            found = list(itertools.islice(drops, len(own)))
+            own_drops = list(itertools.islice(drops, len(own)))
             if record.kind == "instruct" and own:
-                kept = self._answers(record, found)
+                kept = self._answers(record, own_drops)
                 left += [kept] if kept else []
-            elif not any(self._drop(record, drop) for drop in found):
+            elif not any(self._drop(record, drop) for drop in own_drops):
                 left.append(record)
         return left
 
@@ -322,14 +324,14 @@ class Cleaner:
         blocks = [(record.language, record.text)] if record.text else []
         for answer in record.responses:
             blocks += code_blocks(answer.text, record.language)
-        found = set()
+        gaps = set()
         if self.options.parse:
             languages = {language for language, code in blocks if not is_session(code)}
-            found = {f"{name or 'unknown'} not parsed" for name in languages if not has_parser(name)}
+            gaps = {f"{name or 'unknown'} not parsed" for name in languages if not has_parser(name)}
         is_asked = record.kind == "instruct" or "tests" in record.meta
         if self.options.run and is_asked and not any(_programs(record)):
-            found.add("no Python to run")
-        return found
+            gaps.add("no Python to run")
+        return gaps
 
     def _with_terms(self, record: Record) -> Record:
         terms = {
@@ -355,7 +357,7 @@ def _programs(record: Record) -> list[tuple[str, str] | None]:
     """(code, tests) to run: of each answer, or of a text that has tests; None where there is nothing to run."""
     tests = record.meta.get("tests", "")
     if not isinstance(tests, str):
-        raise UserError(f'record {record.id}: meta["tests"] must be Python source: a string')
+        raise DataError(f'record {record.id}: meta["tests"] must be Python source: a string')
     if record.language not in ("", "python"):
         return []
     if record.kind == "text":
@@ -368,20 +370,11 @@ def _programs(record: Record) -> list[tuple[str, str] | None]:
     return programs
 
 
-def _output(path: Path) -> Path:
-    """The file behind a path and its links, which may be replaced. Raises UserError if it may not."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: exists and is not a regular file: choose another output file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def _write(options: Options, files: list[Path], out: Path, rejects: Path) -> Summary:
     """Clean the files. Both outputs are complete on disk before either takes its name, so they belong together."""
     new_out, new_rejects = (path.with_name(f".{path.name}.{os.getpid()}.new") for path in (out, rejects))
     try:
-        with open(new_rejects, "w", encoding="utf-8", newline="\n") as rejected:
+        with open(new_rejects, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as rejected:
             cleaner = Cleaner(options, rejected)
             write_records(new_out, cleaner.clean(itertools.chain.from_iterable(map(read_records, files))))
             rejected.flush()
@@ -397,13 +390,13 @@ def _write(options: Options, files: list[Path], out: Path, rejects: Path) -> Sum
 def main(argv: list[str]) -> int:
     """`foundry clean`: write what is kept and what is not, and print how many for which reason."""
     options = parse(Options, argv, "foundry clean")
-    out = _output(options.out)
-    rejects = _output(options.rejects or options.out.with_name(f"{options.out.stem}.rejects.jsonl"))
+    out = output_file(options.out)
+    rejects = output_file(options.rejects or options.out.with_name(f"{options.out.stem}.rejects.jsonl"))
     if out == rejects:
-        raise UserError(f"--rejects {rejects}: is the same file as --out: name another")
+        raise ConfigError(f"--rejects {rejects}: is the same file as --out: name another")
     files = [path for path in options.files if Path(os.path.realpath(path)) not in (out, rejects)]
     if not files:
-        raise UserError(f"{options.files[0]}: is to be read and written: choose another --out")
+        raise ConfigError(f"{options.files[0]}: is to be read and written: choose another --out")
     for path in options.files:
         if path not in files:
             print(f"left out {path}: it is written by this command", file=sys.stderr)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from smelter.base import UserError
+from smelter.base import DataError
 
 NGRAM = 13
 """Words in a row that prove contact."""
@@ -31,7 +31,7 @@ class Benchmarks:
     """The tasks of benchmark files: JSONL such as HumanEval's and MBPP's, any string of a line counts.
 
     `num_tasks` counts them, and `num_short` those of fewer than 13 words, which nothing can find.
-    Raises UserError, naming file and line, for a line that is no JSON object with a string in it.
+    Raises DataError, naming file and line, for a line that is no JSON object with a string in it.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -48,7 +48,7 @@ class Benchmarks:
                         self.num_tasks += 1
                         self.num_short += not is_findable
             if not num_findable:
-                raise UserError(f"{path}: no task of {NGRAM} words or more: name a benchmark's JSONL file")
+                raise DataError(f"{path}: no task of {NGRAM} words or more: name a benchmark's JSONL file")
 
     def __len__(self) -> int:
         return len(self._ngrams) + len(self._functions)
@@ -59,13 +59,13 @@ class Benchmarks:
         # A solution may be the rest of a function that the prompt begins.
         prompt, rest = task.get("prompt"), task.get("canonical_solution")
         whole = [prompt + rest] if isinstance(prompt, str) and isinstance(rest, str) else []
-        found = [key for text in strings for key in ngrams(text)]
+        quotes = [key for text in strings for key in ngrams(text)]
         functions = [key for code in [*strings, *whole] for key in function_keys(code)]
-        for key in found:
+        for key in quotes:
             self._ngrams.setdefault(key, name)
         for key in functions:
             self._functions.setdefault(key, name)
-        return bool(found or functions)
+        return bool(quotes or functions)
 
     def find(self, text: str, code: str) -> str:
         """The task that a text or its code holds, and how it was found; "" if none."""
@@ -124,7 +124,7 @@ def _task(where: str, line: bytes) -> dict[str, Any]:
     try:
         task = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8: a compressed file
-        raise UserError(f"{where}: not JSON: {error}: name a benchmark's JSONL file") from None
+        raise DataError(f"{where}: not JSON: {error}: name a benchmark's JSONL file") from None
     if not isinstance(task, dict) or not any(_strings(task)):
-        raise UserError(f"{where}: no JSON object with a text in it: name a benchmark's JSONL file")
+        raise DataError(f"{where}: no JSON object with a text in it: name a benchmark's JSONL file")
     return task

@@ -99,14 +99,14 @@ def code_blocks(answer: str, language: str = "") -> list[tuple[str, str]]:
     Blocks without a tag are taken to be in `language` if no block is tagged with it: beside one that is, they hold
     what a program prints. An answer without fences has none.
     """
-    found = []
+    blocks = []
     for match in _FENCE.finditer(answer):
         tag = match[2].lower()
-        found.append((_NAMES.get(tag, tag), textwrap.dedent(match[3])))
+        blocks.append((_NAMES.get(tag, tag), textwrap.dedent(match[3])))
     if not language:
-        return found
-    tagged = [block for block in found if block[0] == language]
-    return tagged or [(language, code) for tag, code in found if not tag]
+        return blocks
+    tagged = [block for block in blocks if block[0] == language]
+    return tagged or [(language, code) for tag, code in blocks if not tag]
 
 
 def is_session(code: str) -> bool:
@@ -195,14 +195,14 @@ def secret(text: str) -> str:
     for detector in _DETECTORS:
         for pattern in detector.denylist:
             for match in pattern.finditer(text):
-                found = match[0]
-                if "EXAMPLE" in found.upper():  # as every provider's own documentation has it
+                credential = match[0]
+                if "EXAMPLE" in credential.upper():  # as every provider's own documentation has it
                     continue
                 if detector.secret_type == "Private Key" and not _KEY_BODY.match(
                     text, max(0, text.find("PRIVATE KEY", match.start()))
                 ):
                     continue  # code that looks for keys names the header alone
-                if isinstance(detector, jwt.JwtTokenDetector) and not detector.is_formally_valid(found):
+                if isinstance(detector, jwt.JwtTokenDetector) and not detector.is_formally_valid(credential):
                     continue
                 return f"{detector.secret_type} in line {text.count(chr(10), 0, match.start()) + 1}"
     return ""

@@ -4,17 +4,34 @@ from smelter.base import cli, sandbox
 from smelter.base.cli import parse, run
 from smelter.base.errors import CheckpointError, ConfigError, DataError, UserError, nearest, require
 from smelter.base.files import file_sha256
-from smelter.base.record import Record, Response, content_id, read_records, record_from_json, write_records
+from smelter.base.record import (
+    MAX_LINE_BYTES,
+    MAX_WEIGHT,
+    InputFile,
+    Record,
+    RecordError,
+    RecordReader,
+    Response,
+    content_id,
+    output_file,
+    read_records,
+    write_records,
+)
 from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
 from smelter.base.strict import check_ranges, from_table, read_toml
 
 __all__ = [
+    "MAX_LINE_BYTES",
+    "MAX_WEIGHT",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "InputFile",
     "Limits",
     "Reason",
     "Record",
+    "RecordError",
+    "RecordReader",
     "Response",
     "SandboxError",
     "UserError",
@@ -24,10 +41,10 @@ __all__ = [
     "file_sha256",
     "from_table",
     "nearest",
+    "output_file",
     "parse",
     "read_records",
     "read_toml",
-    "record_from_json",
     "require",
     "run",
     "run_python",

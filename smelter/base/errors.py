@@ -6,6 +6,7 @@ line and exits with code 2; everything else is a defect of ours and keeps its tr
     UserError                       input that cannot be used
     ├── ConfigError                 a recipe, a foundry.toml, an option
     ├── DataError                   a record, shard or tokenizer file
+    │   └── RecordError             smelter.base.record: a line that is no record
     ├── CheckpointError             missing, truncated, or of another model
     ├── JournalError                foundry.journal: damaged, or in use
     ├── BudgetReachedError          foundry.journal: the spending cap

@@ -1,35 +1,70 @@
 """The JSONL record: the one thing that Foundry hands to Smelter, checked where it enters.
 
-One JSON object a line, either a text (`kind = "text"`: a source file) or a prompt with teachers'
-answers (`kind = "instruct"`). Only `kind` and the content are required. A key that we do not know is
-an error and not a shrug: a misspelt `licence` would otherwise train on code that nobody cleared.
+One JSON object a line, either a text (`kind = "text"`: a source file) or a prompt with teachers' answers
+(`kind = "instruct"`). Only `kind` and the content are required; null stands for what is not given. A key that we do
+not know is an error and not a shrug: a misspelt `split` would otherwise train on what was meant to be held out, a
+misspelt `licence` on code that nobody cleared.
 
-`id` is the sha256 of what determines the content. For a text that is the text itself, so equal files
-have equal ids wherever they were found (`sha256sum` prints the same), and making the records twice
-cannot duplicate any. Whoever makes instruct records gives the id (of seed, prompt and teachers), so
-that asking again replaces; without one it is the hash of prompt and answers.
+`id` is the sha256 of what determines the content. For a text that is the text itself, so equal files have equal ids
+wherever they were found (`sha256sum` prints the same), and making the records twice cannot duplicate any. Whoever
+makes instruct records gives the id (of seed, prompt and teachers), so that asking again replaces; without one it is
+the hash of prompt and answers.
+
+Whatever makes a `Record` is checked for what training needs. Foundry also counts on where a record comes from, which
+`check_provenance` looks at when a record is written and when Foundry reads it. `smelter tokenize` does not, so that
+records from elsewhere can be trained on whatever their ids are and however they count tokens and money.
 
 Reading holds one line in memory, at most `MAX_LINE_BYTES`, however long the file's lines are.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import stat
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal
 
-from smelter.base.errors import UserError, nearest
+from smelter.base.errors import DataError, UserError, nearest
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read; a source file of this size is no source file."""
+MAX_WEIGHT = 1_000_000_000
+"""A response that counts for more is a slip of the pen."""
 
-T = TypeVar("T")
+_RESPONSE_TYPES: dict[str, type] = {
+    "teacher": str,
+    "text": str,
+    "weight": float,
+    "finish": str,
+    "usage": dict,
+    "cost": float,
+}
+_RECORD_TYPES: dict[str, type] = {
+    **dict.fromkeys(("id", "kind", "text", "prompt"), str),
+    "responses": tuple,
+    **dict.fromkeys(("language", "source", "license", "split"), str),
+    "meta": dict,
+}
+_TYPE_NAMES = {str: "a string", float: "a number", dict: "an object", tuple: "a list of objects"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class RecordError(DataError):
+    """A line that cannot be used: what is wrong, and the fix."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """Two or three words to count such lines by."""
+
+    def at(self, where: str) -> "RecordError":
+        """The same error, with its place before it."""
+        return RecordError(self.reason, f"{where}: {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +85,27 @@ class Response:
     """US dollars that the answer cost."""
 
     def __post_init__(self) -> None:
-        _check_types(self, {"teacher": str, "text": str, "weight": float, "finish": str, "usage": dict, "cost": float})
-        _require(bool(self.teacher), '"teacher" is empty: name who answered')
-        for key, count in self.usage.items():
-            _require(type(count) is int and count >= 0, f'"usage" has {key!r} = {count!r}: must be a count of tokens')
-        for key in ("weight", "cost"):
-            value = getattr(self, key)
-            _require(math.isfinite(value) and value >= 0, f'"{key}" = {value!r}: must be 0 or a positive number')
+        _check_types(self, _RESPONSE_TYPES)
+        if not 0 <= self.weight <= MAX_WEIGHT:
+            raise _wrong(f'"weight" is {self.weight:g}: must lie between 0 and {MAX_WEIGHT:,}')
+
+    def check_provenance(self) -> None:
+        """Raises RecordError unless it says who answered and what that cost."""
+        if not self.teacher:
+            raise _wrong('"teacher" is empty: name who answered')
+        for name, count in self.usage.items():
+            if type(count) is not int or count < 0:
+                raise _wrong(f'"usage" has {_short(name)}: {_short(count)}: must be a count of tokens')
+        if not (math.isfinite(self.cost) and self.cost >= 0):
+            raise _wrong(f'"cost" is {self.cost:g}: must be 0 or a positive number')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One document, or one prompt with its answers. Construction checks everything; raises UserError."""
+    """One document, or one prompt with its answers. Construction checks all that training needs; raises RecordError."""
 
     id: str = ""
-    """64 hexadecimal digits; computed from the content if not given."""
+    """What no two records share, for Foundry 64 hexadecimal digits; computed from the content if not given."""
     kind: Literal["text", "instruct"]
     """text: `text` is set. instruct: `prompt` and `responses` are."""
     text: str = ""
@@ -85,123 +126,155 @@ class Record:
     """Anything else worth keeping; nothing reads it to decide."""
 
     def __post_init__(self) -> None:
-        strings = ("id", "kind", "text", "prompt", "language", "source", "license", "split")
-        _check_types(self, dict.fromkeys(strings, str) | {"responses": tuple, "meta": dict})
-        _require(
-            self.kind in ("text", "instruct"),
-            f'"kind" = {self.kind!r}: must be "text" or "instruct"',
-        )
-        _require(self.split in ("", "train", "val"), f'"split" = {self.split!r}: must be "train" or "val", or left out')
-        if self.kind == "text":
-            _require(bool(self.text), '"text" is missing or empty: a text record needs it')
-            _require(not self.prompt and not self.responses, '"prompt" and "responses" do not belong in a text record')
-        else:
-            _require(bool(self.prompt), '"prompt" is missing or empty: an instruct record needs it')
-            _require(bool(self.responses), '"responses" is missing or empty: an instruct record needs at least one')
-            _require(not self.text, '"text" does not belong in an instruct record')
+        _check_types(self, _RECORD_TYPES)
+        if self.kind not in ("text", "instruct"):
+            raise _wrong(f'"kind" is {_short(self.kind)}: must be "text" or "instruct"')
+        if self.split not in ("", "train", "val"):
+            raise _wrong(f'"split" is {_short(self.split)}: must be "train" or "val", or be left out')
+        for name, owner in {"text": "text", "prompt": "instruct", "responses": "instruct"}.items():
+            is_filled = bool(getattr(self, name))
+            if self.kind == owner and not is_filled:
+                raise _wrong(f'"{name}" is missing or empty: a record of kind "{self.kind}" needs it')
+            if self.kind != owner and is_filled:
+                raise _wrong(f'"{name}" does not belong in a record of kind "{self.kind}": remove it')
         if not self.id:
             object.__setattr__(self, "id", self._content_id())
-        _require(
-            re.fullmatch(r"[0-9a-f]{64}", self.id) is not None,
-            f'"id" = {_short(self.id)}: must be the 64 hexadecimal digits of a sha256, or be left out',
-        )
 
     def _content_id(self) -> str:
         if self.kind == "text":
             return hashlib.sha256(self.text.encode()).hexdigest()
         return content_id(self.prompt, *(part for answer in self.responses for part in (answer.teacher, answer.text)))
 
+    @classmethod
+    def from_values(cls, values: object) -> "Record":
+        """The record that a JSON object holds. Raises RecordError, which says what is wrong but not where."""
+        if not isinstance(values, dict):
+            raise RecordError("not JSON", f"{_short(values)} is not a JSON object: each line must be one")
+        given = _known(values, _RECORD_TYPES)
+        if "kind" not in given:
+            raise _wrong('"kind" is missing: must be "text" or "instruct"')
+        if isinstance(given.get("responses"), list):
+            given["responses"] = tuple(map(_response, itertools.count(), given["responses"]))
+        return cls(**given)
+
+    @classmethod
+    def from_json(cls, line: bytes) -> "Record":
+        """The record in a line of a file. Raises RecordError, which says what is wrong but not where."""
+        return cls.from_values(_json(line))
+
+    def check_provenance(self) -> None:
+        """What Foundry needs beyond training: ids that never meet, who answered, and what it cost in tokens and money.
+
+        Raises RecordError.
+        """
+        if not _SHA256.fullmatch(self.id):
+            raise _wrong(f'"id" is {_short(self.id)}: must be the 64 hexadecimal digits of a sha256, or be left out')
+        for index, response in enumerate(self.responses):
+            try:
+                response.check_provenance()
+            except RecordError as error:
+                raise error.at(f"responses[{index}]") from None
+
     def to_json(self) -> str:
-        """The record as one line without its end; parts that are not set are left out."""
-        values = {key: value for key, value in asdict(self).items() if value or key == "meta"}
+        """The record as one line without its end; parts that are not set are left out.
+
+        Raises ValueError where `meta` holds what JSON does not.
+        """
+        values = {name: value for name, value in vars(self).items() if value or name == "meta"}
+        if self.responses:
+            values["responses"] = [vars(response) for response in self.responses]
         return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
 
-def content_id(*parts: str) -> str:
-    """sha256 (hexadecimal) of strings that together determine a record; no two lists run together."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was when it was read."""
+
+    name: str
+    num_bytes: int
+    sha256: str
 
 
-def record_from_json(line: str | bytes) -> Record:
-    """Check one line. Raises UserError that says what is wrong, but not where: the caller knows."""
-    try:
-        # Bytes are decoded here: json.loads would guess UTF-16 or -32 from a line's first bytes.
-        text = line if isinstance(line, str) else line.decode("utf-8")
-        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 at byte {error.start} of the line: convert the file with iconv") from None
-    except json.JSONDecodeError as error:
-        what = "an empty line" if not text.strip() else f"not JSON: {error.msg} at column {error.colno}"
-        raise UserError(f"{what}: each line must be one JSON object") from None
-    except RecursionError:
-        raise UserError("nested too deeply: a record has two levels and its meta a few more") from None
-    except UserError:
-        raise
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise UserError(f"not usable JSON: {error}") from None
-    values = _known(values, Record, "the record")
-    if "responses" in values:
-        _require(isinstance(values["responses"], list), '"responses" must be a list of objects')
-        values["responses"] = tuple(_response(value, i) for i, value in enumerate(values["responses"]))
-    _require("kind" in values, '"kind" is missing: must be "text" or "instruct"')
-    return Record(**values)
+class RecordReader:
+    """The records of one file, in order: never more than one line in memory, and all that was read counted and hashed.
 
-
-def _response(value: Any, index: int) -> Response:
-    where = f"responses[{index}]"
-    values = _known(value, Response, where)
-    for key in ("teacher", "text"):
-        _require(key in values, f'{where}: "{key}" is missing')
-    try:
-        return Response(**values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def read_records(
-    path: Path | str,
-    *,
-    skip_invalid: bool = False,
-    on_skip: Callable[[UserError], None] | None = None,
-    max_line_bytes: int = MAX_LINE_BYTES,
-) -> Iterator[Record]:
-    """Stream a file's records. Raises UserError that names file and line, and the fix.
-
-    With `skip_invalid` a bad line is passed to `on_skip` instead (by default it is printed to
-    stderr), so nothing is lost in silence.
+    After the last record `line_number` is the number of lines and `input_file` the file as it was read.
     """
-    with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(max_line_bytes + 1):
-            number += 1
-            try:
-                if len(line) > max_line_bytes and not line.endswith(b"\n"):
-                    _skip_rest_of_line(file.readline)
-                    raise UserError(f"line longer than {max_line_bytes:,} bytes: split the document")
-                record = record_from_json(line)
-            except UserError as error:
-                located = UserError(f"{path}:{number}: {error}")
-                if not skip_invalid:
-                    raise located from None
-                (on_skip or _print_skipped)(located)
-            else:
-                yield record
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        on_error: Callable[[RecordError], None] | None = None,
+        check_provenance: bool = False,
+        max_line_bytes: int = MAX_LINE_BYTES,
+    ) -> None:
+        """`on_error` gets the error of each line that cannot be used, with its place, to count it or to raise another.
+
+        Without it the first one is raised. `check_provenance` asks for what Foundry counts on (see `Record`).
+        """
+        self.path = path
+        self.line_number = 0
+        self._on_error = on_error or _raise
+        self._check_provenance = check_provenance
+        self._max_line_bytes = max_line_bytes
+        self._num_bytes = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def place(self) -> str:
+        """File and line of the latest record."""
+        return f"{self.path}:{self.line_number}"
+
+    @property
+    def input_file(self) -> InputFile:
+        """The file as far as it was read."""
+        return InputFile(str(self.path), self._num_bytes, self._digest.hexdigest())
+
+    def __iter__(self) -> Iterator[Record]:
+        """Every record, once."""
+        with open(self.path, "rb") as file:
+            while line := self._read(file, self._max_line_bytes + 1):
+                self.line_number += 1
+                try:
+                    if len(line) > self._max_line_bytes and not line.endswith(b"\n"):
+                        while (part := self._read(file, 2**20)) and not part.endswith(b"\n"):
+                            pass
+                        limit = f"{self._max_line_bytes:,} bytes"
+                        raise RecordError("line too long", f"line longer than {limit}: split the document")
+                    record = Record.from_json(line)
+                    if self._check_provenance:
+                        record.check_provenance()
+                except RecordError as error:
+                    self._on_error(error.at(self.place))
+                else:
+                    yield record
+
+    def _read(self, file: IO[bytes], limit: int) -> bytes:
+        part = file.readline(limit)
+        self._num_bytes += len(part)
+        self._digest.update(part)
+        return part
+
+
+def read_records(path: Path | str) -> Iterator[Record]:
+    """A file's records as Foundry takes them, provenance checked. Raises RecordError that names file, line and fix."""
+    return iter(RecordReader(path, check_provenance=True))
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> int:
     """Write all records or leave `path` as it was (temporary file, fsync, rename); returns their number.
 
-    Missing folders are made. Raises UserError where `path` is something else than a file.
+    Raises UserError as `output_file` does, and RecordError for a record that `read_records` would refuse.
     """
-    path = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: exists and is not a regular file: choose another output file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     number = 0
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        # Half a surrogate pair in `meta` is written as JSON escapes it.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             for record in records:
+                record.check_provenance()
                 file.write(record.to_json() + "\n")
                 number += 1
             file.flush()
@@ -218,18 +291,42 @@ def write_records(path: Path | str, records: Iterable[Record]) -> int:
     return number
 
 
-def _skip_rest_of_line(readline: Callable[[int], bytes]) -> None:
-    while (part := readline(2**20)) and not part.endswith(b"\n"):
-        pass
+def output_file(path: Path | str) -> Path:
+    """The file behind a path and its links, which stay links; its folder is made.
+
+    Raises UserError where it is something else than a file.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: exists and is not a regular file: choose another output file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def _print_skipped(error: UserError) -> None:
-    print(f"skipped {error}", file=sys.stderr)
+def content_id(*parts: str) -> str:
+    """sha256 (hexadecimal) of strings that together determine a record; no two lists run together."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+def _response(index: int, values: object) -> Response:
+    try:
+        if not isinstance(values, dict):
+            raise _wrong(f"{_short(values)} is not an object")
+        given = _known(values, _RESPONSE_TYPES)
+        for name in ("teacher", "text"):
+            if name not in given:
+                raise _wrong(f'"{name}" is missing: add it')
+        return Response(**given)
+    except RecordError as error:
+        raise error.at(f"responses[{index}]") from None
+
+
+def _wrong(message: str) -> RecordError:
+    return RecordError("wrong field", message)
+
+
+def _raise(error: RecordError) -> None:
+    raise error from None
 
 
 def _short(value: object) -> str:
@@ -237,37 +334,73 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _check_types(instance: object, types: dict[str, type]) -> None:
-    for key, wanted in types.items():
-        value = getattr(instance, key)
-        if wanted is float and type(value) is int:
-            object.__setattr__(instance, key, float(value))
-            continue
-        name = {"str": "a string", "float": "a number", "dict": "an object", "tuple": "a list"}[wanted.__name__]
-        _require(type(value) is wanted, f'"{key}" = {_short(value)}: must be {name}')
-        if wanted is str and not value.isascii():
+def _known(values: dict[str, Any], types: dict[str, type]) -> dict[str, Any]:
+    """The fields that are given, all of them known."""
+    for name in values:
+        if name not in types:
+            raise RecordError("unknown key", f"unknown key {_short(name)}: {nearest(name, types)}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_types(instance: Record | Response, types: dict[str, type]) -> None:
+    for name, wanted in types.items():
+        value = getattr(instance, name)
+        if type(value) is not wanted:
+            if not (wanted is float and type(value) is int):
+                raise _wrong(f'"{name}" is {_short(value)}: must be {_TYPE_NAMES[wanted]}')
+            try:
+                object.__setattr__(instance, name, float(value))
+            except OverflowError:
+                raise _wrong(f'"{name}" is {_short(value)}: too large a number') from None
+        elif isinstance(value, str) and not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise UserError(f'"{key}" has half a surrogate pair at character {error.start}: not text') from None
+                message = f'"{name}" has half a surrogate pair at character {error.start}: it is not text'
+                raise _wrong(message) from None
 
 
-def _known(values: Any, kind: type, where: str) -> dict[str, Any]:
-    _require(isinstance(values, dict), f"{where} is {_short(values)}: must be a JSON object")
-    known = [item.name for item in fields(kind)]
-    for key in values:
-        _require(key in known, f"{where} has an unknown key {_short(key)}: {nearest(key, known)}")
-    return {key: value for key, value in values.items() if value is not None}  # null: not given
+def _json(line: bytes) -> Any:
+    """The JSON value of a line."""
+    try:
+        # Decoded here: json.loads guesses UTF-16 and UTF-32 from the first bytes.
+        text = line.decode("utf-8")
+        return _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 at byte {error.start} of the line: convert the file with iconv"
+        raise RecordError("not UTF-8", message) from None
+    except json.JSONDecodeError as error:
+        message = f"not JSON: {error.msg} at column {error.colno}: each line must be one whole object"
+        if not text.strip():
+            message = "an empty line: remove it"
+        elif text.startswith("\ufeff"):
+            message = "not JSON: begins with a byte order mark: save the file as UTF-8 without it"
+        raise RecordError("not JSON", message) from None
+    except RecursionError:
+        raise RecordError("not JSON", "nested too deeply: flatten it") from None
+    except RecordError:
+        raise
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise RecordError("not JSON", f"not usable JSON: {error}") from None
 
 
-def _no_constant(name: str) -> None:
-    raise UserError(f"{name} is not JSON: use a finite number")
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise RecordError("not JSON", f"{_short(digits)} is larger than any float: use a finite number")
+    return number
+
+
+def _no_constant(name: str) -> Any:
+    raise RecordError("not JSON", f"{name} is not JSON: use a finite number")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in values if keys.count(key) > 1)
-        raise UserError(f"key {_short(twice)} is given twice: keep one")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _wrong(f"key {_short(twice)} is given twice: keep one")
     return values
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)

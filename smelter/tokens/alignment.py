@@ -70,10 +70,10 @@ class TeacherTokenizer:
                 places.append(place)
             except UnicodeDecodeError:
                 continue
-        found: list[Spelling | None] = [None] * len(documents)
+        spellings: list[Spelling | None] = [None] * len(documents)
         for place, encoding in zip(places, self._backend.encode_batch(texts, add_special_tokens=False), strict=True):
-            found[place] = self._checked(np.array(encoding.ids, dtype=np.int64), documents[place])
-        return found
+            spellings[place] = self._checked(np.array(encoding.ids, dtype=np.int64), documents[place])
+        return spellings
 
     def _checked(self, ids: Ids, raw: bytes) -> Spelling | None:
         parts = [self._bytes[index] for index in ids.tolist()]
@@ -91,17 +91,17 @@ def chunk_log_probs(student_ends: Ids, teacher_ends: Ids, teacher_log_probs: NDA
     teacher_log_probs [m] are those of the teacher's tokens. The document begins with a boundary. What the teacher's
     tokens that end at byte 0 took (an added space) is no part of the text.
     """
-    made = np.full(len(student_ends), np.nan)
+    log_probs = np.full(len(student_ends), np.nan)
     if not len(student_ends):
-        return made
+        return log_probs
     sums = np.concatenate(([0.0], np.cumsum(teacher_log_probs, dtype=np.float64)))
     counts = np.searchsorted(teacher_ends, student_ends, side="right")
     common = np.flatnonzero((counts > 0) & (teacher_ends[np.maximum(counts, 1) - 1] == student_ends)) if len(
         teacher_ends
     ) else np.empty(0, dtype=np.int64)  # fmt: skip
     start = sums[int(np.searchsorted(teacher_ends, 0, side="right"))]
-    made[common] = np.diff(sums[counts[common]], prepend=start)
-    return made
+    log_probs[common] = np.diff(sums[counts[common]], prepend=start)
+    return log_probs
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def chunks_of_slice(log_probs: NDArray[Any], begin: int, size: int) -> Chunks:
 
     A chunk that the slice cuts, at either end, is left out.
     """
-    made = Chunks.empty(size)
+    chunks = Chunks.empty(size)
     values = np.asarray(log_probs[begin : begin + size], dtype=np.float32)
     ends = np.flatnonzero(~np.isnan(values))
     if begin and np.isnan(log_probs[begin - 1]):
@@ -151,13 +151,13 @@ def chunks_of_slice(log_probs: NDArray[Any], begin: int, size: int) -> Chunks:
     else:
         starts = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
     if not len(ends):
-        return made
+        return chunks
     lengths = ends - starts + 1
     inside = np.arange(int(starts[0]), int(ends[-1]) + 1)
-    made.starts[inside] = np.repeat(starts, lengths)
-    made.ends[inside] = np.repeat(ends, lengths)
-    made.log_probs[inside] = np.repeat(values[ends], lengths)
-    return made
+    chunks.starts[inside] = np.repeat(starts, lengths)
+    chunks.ends[inside] = np.repeat(ends, lengths)
+    chunks.log_probs[inside] = np.repeat(values[ends], lengths)
+    return chunks
 
 
 def student_ends(tokenizer: Tokenizer, ids: Ids) -> Ids | None:
@@ -174,22 +174,22 @@ def check_vocabulary(path: Path, spelling: Spelling, num_ids: int) -> None:
         )
 
 
-def read_as_written(ids: Ids, made: "Ids | list[int]", tokenizer: Tokenizer) -> tuple[int, int]:
-    """(shift, size): the first `size` of a document's `ids` stand in the arranged piece `made` from `shift` on.
+def read_as_written(ids: Ids, arranged: "Ids | list[int]", tokenizer: Tokenizer) -> tuple[int, int]:
+    """(shift, size): the first `size` of a document's `ids` stand in the arranged piece `arranged` from `shift` on.
 
     A teacher has read the text from left to right. Of a piece that is rearranged for fill-in-the-middle only the
     prefix of prefix-suffix-middle order is read like that: there the student knows no more than the teacher did.
     """
-    if len(made) == 0 or made[0] != tokenizer.fim_prefix_id:
-        return 0, len(made)
-    if made[1] == tokenizer.fim_suffix_id:
+    if len(arranged) == 0 or arranged[0] != tokenizer.fim_prefix_id:
+        return 0, len(arranged)
+    if arranged[1] == tokenizer.fim_suffix_id:
         return 0, 0
-    size = min(len(ids), len(made) - 1)
-    differs = np.flatnonzero(np.asarray(made[1 : size + 1]) != ids[:size])
+    size = min(len(ids), len(arranged) - 1)
+    differs = np.flatnonzero(np.asarray(arranged[1 : size + 1]) != ids[:size])
     return 1, int(differs[0]) if len(differs) else size
 
 
 def stack_targets(rows: Sequence[Chunks]) -> Chunks:
     """The chunks of rows [n] each as those of their targets, [rows, n - 1]."""
-    made = [row.as_targets() for row in rows]
-    return Chunks(*(np.stack([getattr(row, name) for row in made]) for name in ("starts", "ends", "log_probs")))
+    targets = [row.as_targets() for row in rows]
+    return Chunks(*(np.stack([getattr(row, name) for row in targets]) for name in ("starts", "ends", "log_probs")))

@@ -29,7 +29,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base import DataError
 from smelter.tokens.tokenizer import QWEN2_SPLIT_PATTERN, Tokenizer
 
 MIN_FIM_CHARACTERS = 8
@@ -107,21 +106,11 @@ def apply_fim(tokenizer: Tokenizer, piece: Piece, rng: np.random.Generator, spm_
     size = len(piece.text)
     first, second = sorted(rng.integers(0, size + 1, size=2).tolist())
     if rng.random() < spm_rate:
-        made = tokenizer.join_fim_prompt(piece.encode(0, second), piece.encode(second, size), use_spm=True)
+        ids = tokenizer.join_fim_prompt(piece.encode(0, second), piece.encode(second, size), use_spm=True)
     else:
-        made = tokenizer.join_fim_prompt(piece.encode(0, first), piece.encode(second, size))
-        made += piece.encode(first, second)
-    return [*made, tokenizer.eos_id]
-
-
-def undo_fim(tokenizer: Tokenizer, ids: list[int]) -> bytes:
-    """The text, byte for byte, that `apply_fim` rearranged. Raises DataError if `ids` are something else."""
-    sentinels = [tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, tokenizer.fim_middle_id]
-    if [i for i in ids if i in sentinels] != sentinels or ids[0] != sentinels[0] or ids[-1] != tokenizer.eos_id:
-        raise DataError("not a fill-in-the-middle example: its sentinels are missing or out of order")
-    suffix_at, middle_at = ids.index(sentinels[1]), ids.index(sentinels[2])
-    before, suffix, after = ids[1:suffix_at], ids[suffix_at + 1 : middle_at], ids[middle_at + 1 : -1]
-    return tokenizer.decode_bytes(before + after + suffix)
+        ids = tokenizer.join_fim_prompt(piece.encode(0, first), piece.encode(second, size))
+        ids += piece.encode(first, second)
+    return [*ids, tokenizer.eos_id]
 
 
 def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator, spm_rate: float) -> list[int] | None:
@@ -138,8 +127,8 @@ def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator,
         piece = Piece(tokenizer, body)
         if len(piece.text) < MIN_FIM_CHARACTERS:
             return None
-        made = apply_fim(tokenizer, piece, rng, spm_rate)
-        excess = len(made) - room
+        arranged = apply_fim(tokenizer, piece, rng, spm_rate)
+        excess = len(arranged) - room
         if excess <= 0:
-            return made
+            return arranged
         body = body[: max(0, len(body) - excess)]

@@ -5,8 +5,6 @@ followed by eos), a table of documents per split, the tokenizer, and `index.json
 for fill-in-the-middle and packing happen when batches are made (`smelter.data`), so one set of shards serves every
 rate and every context length. A conversation (`tokens.chat`) is a document whose leading tokens, the prompt, are no
 targets. `smelter.tokens.tokenize` writes shards; this file reads them and checks what it reads.
-
-Version 1 knew neither conversations nor languages; it is still read.
 """
 
 import json
@@ -23,11 +21,17 @@ from smelter.tokens.tokenizer import Tokenizer
 FORMAT = "smelter-shards"
 VERSION = 2
 SPLITS = ("train", "val")
-_TABLES = {
-    1: [("num_tokens", "<i8"), ("num_bytes", "<i8"), ("source", "<i8"), ("weight", "<f4"), ("sha256", "u1", (32,))]
-}
-_TABLES[2] = [*_TABLES[1], ("num_prompt", "<i8"), ("language", "<i4")]
-DOCUMENT_TABLE = np.dtype(_TABLES[VERSION])
+DOCUMENT_TABLE = np.dtype(
+    [
+        ("num_tokens", "<i8"),
+        ("num_bytes", "<i8"),
+        ("source", "<i8"),
+        ("weight", "<f4"),
+        ("sha256", "u1", (32,)),
+        ("num_prompt", "<i8"),
+        ("language", "<i4"),
+    ]
+)
 """A row per document: tokens with eos, bytes of text, index into the sources, loss weight, hash of the text, and how
 many leading tokens are a conversation's prompt (0: a plain document), index into the split's languages. Bytes of a
 conversation are its answer's, the hash is of prompt, line break and answer."""
@@ -59,7 +63,7 @@ class Split:
             self._table: NDArray[Any] = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: not readable: {error}: {AGAIN}") from None
-        if self._table.dtype != np.dtype(_TABLES[index["version"]]) or self._table.shape != (entry["num_docs"],):
+        if self._table.dtype != DOCUMENT_TABLE or self._table.shape != (entry["num_docs"],):
             raise DataError(f"{path}: not the table of {entry['num_docs']:,} documents: {AGAIN}")
         self.num_docs: int = entry["num_docs"]
         self.num_tokens: int = entry["num_tokens"]
@@ -68,10 +72,8 @@ class Split:
         """Bytes of text in all."""
         self.doc_num_bytes: NDArray[np.int64] = np.ascontiguousarray(self._table["num_bytes"], dtype=np.int64)
         """[num_docs]: bytes of every document's text; of a conversation, of its answer."""
-        has_prompts = index["version"] >= 2 and bool(self._table["num_prompt"].any())
-        self.num_prompt: NDArray[np.int64] | None = (
-            np.ascontiguousarray(self._table["num_prompt"], dtype=np.int64) if has_prompts else None
-        )
+        num_prompt = np.ascontiguousarray(self._table["num_prompt"], dtype=np.int64)
+        self.num_prompt: NDArray[np.int64] | None = num_prompt if bool(num_prompt.any()) else None
         """[num_docs]: leading tokens of each document that are a conversation's prompt; None if there are none."""
         self.offsets: NDArray[np.int64] = np.cumsum(np.concatenate(([0], self._table["num_tokens"])), dtype=np.int64)
         """[num_docs + 1]: where each document begins among the split's tokens."""
@@ -126,8 +128,6 @@ class Split:
     @cached_property
     def languages(self) -> list[str]:
         """Language of every document, [num_docs]; "" where its record named none."""
-        if "languages" not in self._entry:
-            return [""] * self.num_docs
         names = self._entry["languages"]
         return [names[i] for i in self._table["language"]]
 
@@ -161,8 +161,8 @@ class ShardSet:
             raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise DataError(f"{file}: not an index of shards as this program writes them: {AGAIN}")
-        if index.get("version") not in _TABLES:
-            raise DataError(f"{file}: format version {index.get('version')}, this program reads 1 and 2: {AGAIN}")
+        if index.get("version") != VERSION:
+            raise DataError(f"{file}: format version {index.get('version')}, this program reads {VERSION}: {AGAIN}")
         try:
             tokenizer = Tokenizer.load(path / index["tokenizer"]["name"])
             if tokenizer.hash != index["tokenizer"]["hash"]:

@@ -261,15 +261,15 @@ def survey(records: Records, val_fraction: float) -> Survey:
     return Survey(sides, docs_of, bytes_of, num_chats)
 
 
-def training_texts(records: Records, found: Survey, max_bytes: int) -> Iterator[str]:
+def training_texts(records: Records, overview: Survey, max_bytes: int) -> Iterator[str]:
     """Texts of the train side, about `max_bytes` of them: chosen by their hash, so from everywhere alike."""
-    share = max_bytes / max(found.num_bytes["train"], 1)
-    progress = _Progress("reading for the tokenizer", sum(found.num_bytes.values()))
+    share = max_bytes / max(overview.num_bytes["train"], 1)
+    progress = _Progress("reading for the tokenizer", sum(overview.num_bytes.values()))
     for document in records:
         raw = document.content.encode()
         progress.add(len(raw))
         chosen = share >= 1 or int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < share * 2**64
-        if chosen and found.sides.of(document) == "train":
+        if chosen and overview.sides.of(document) == "train":
             yield document.content
 
 
@@ -298,7 +298,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     size = 0
 
     def encoded() -> Iterator[tuple[Document, list[int], int]]:
-        questions = [list(chunks(head("user") + each.prompt)) if each.prompt else [] for each in batch]
+        questions = [list(chunks(head("user") + document.prompt)) if document.prompt else [] for document in batch]
         texts = [list(chunks(document.text)) for document in batch]
         parts = [part for groups in zip(questions, texts, strict=True) for group in groups for part in group]
         ids = iter(tokenizer.encode_batch(parts))
@@ -329,19 +329,19 @@ def tokenize(options: TokenizeOptions) -> Path:
         max_line_bytes=options.max_line_mb * 2**20,
         teacher_weights=parse_teacher_weights(options.teacher_weight),
     )
-    found = survey(records, options.val_fraction)
+    overview = survey(records, options.val_fraction)
     files = records.files
-    _report_reading(records, found)
-    tokenizer = _tokenizer(options, records, found)
+    _report_reading(records, overview)
+    tokenizer = _tokenizer(options, records, overview)
     dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
     partial = options.out.parent / f".{options.out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     writers = {name: _SplitWriter(partial, name, dtype, options.shard_tokens) for name in SPLITS}
     try:
-        progress = _Progress("tokenizing", sum(found.num_bytes.values()))
+        progress = _Progress("tokenizing", sum(overview.num_bytes.values()))
         for document, ids, num_prompt in encode_documents(records, tokenizer):
-            writers[found.sides.of(document)].add(document, ids, num_prompt)
+            writers[overview.sides.of(document)].add(document, ids, num_prompt)
             progress.add(len(document.content.encode()))
         if records.files != files:
             raise DataError(f"{options.records[0]}: the input changed while it was read: run `smelter tokenize` again")
@@ -377,26 +377,26 @@ def tokenize(options: TokenizeOptions) -> Path:
     return options.out
 
 
-def _tokenizer(options: TokenizeOptions, records: Records, found: Survey) -> Tokenizer:
+def _tokenizer(options: TokenizeOptions, records: Records, overview: Survey) -> Tokenizer:
     """The one asked for, or one trained on the train side."""
     if options.tokenizer is not None:
-        tokenizer = Tokenizer.load(options.tokenizer, options.special, add_chat=found.num_chats > 0)
+        tokenizer = Tokenizer.load(options.tokenizer, options.special, add_chat=overview.num_chats > 0)
         print(f"tokenizer: {options.tokenizer}, {tokenizer.vocab_size:,} tokens")
     else:
         start = time.monotonic()
         wanted = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
         limit = options.tokenizer_mb * 2**20
-        tokenizer = Tokenizer.train(training_texts(records, found, limit), wanted, options.special)
-        text = _mb(min(limit, found.num_bytes["train"]))
+        tokenizer = Tokenizer.train(training_texts(records, overview, limit), wanted, options.special)
+        text = _mb(min(limit, overview.num_bytes["train"]))
         print(f"tokenizer: {tokenizer.vocab_size:,} tokens trained on {text} in {time.monotonic() - start:.1f} s")
     for notice in tokenizer.notices:
         print(f"tokenizer: {notice}")
     return tokenizer
 
 
-def _report_reading(records: Records, found: Survey) -> None:
+def _report_reading(records: Records, overview: Survey) -> None:
     size = sum(file.num_bytes for file in records.files)
-    documents, text = sum(found.num_docs.values()), sum(found.num_bytes.values())
+    documents, text = sum(overview.num_docs.values()), sum(overview.num_bytes.values())
     print(
         f"read {len(records.files):,} file(s), {size:,} bytes: {records.num_records:,} records, "
         f"{documents:,} documents, {text:,} bytes of text"

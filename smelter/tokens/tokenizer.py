@@ -197,12 +197,12 @@ class Tokenizer:
             raise DataError(f"{path}: model type is {kind!r}: only BPE tokenizers (tokenizer.json) can be used")
         try:
             notices = _make_reversible(values)
-            names, found = _roles(values, special or SpecialTokens(), add_chat)
+            names, changes = _roles(values, special or SpecialTokens(), add_chat)
             backend = tokenizers.Tokenizer.from_str(json.dumps(values))
         except Exception as error:  # the Rust library raises nothing more specific; ours may miss any key
             raise DataError(f"{path}: not a usable tokenizer.json: {error}: fetch it anew") from None
         backend.add_special_tokens(list(names.names))
-        notices += found
+        notices += changes
         try:
             return cls(backend, names, notices)
         except DataError as error:

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smelter.base.errors import UserError
-from smelter.base.record import Record, Response, content_id, read_records, record_from_json, write_records
+from smelter.base.record import (
+    InputFile,
+    Record,
+    RecordError,
+    RecordReader,
+    Response,
+    content_id,
+    read_records,
+    write_records,
+)
 from smelter.tokens.documents import Records
 
 TEXT = {"kind": "text", "text": "x = 1\n"}
@@ -52,8 +61,7 @@ records = st.builds(Record, kind=st.just("text"), text=filled_text, **common) | 
 def test_json_gives_back_the_record(record: Record) -> None:
     line = record.to_json()
     assert "\n" not in line
-    assert record_from_json(line) == record
-    assert record_from_json(line.encode()) == record
+    assert Record.from_json(line.encode()) == record
     assert set(json.loads(line)) >= {"id", "kind"}
 
 
@@ -81,7 +89,7 @@ def test_smelter_reads_what_foundry_writes(tmp_path_factory: pytest.TempPathFact
 
 
 def test_null_is_not_given() -> None:
-    assert record_from_json(json.dumps(TEXT | {"split": None, "meta": None})) == Record(kind="text", text="x = 1\n")
+    assert Record.from_values(TEXT | {"split": None, "meta": None}) == Record(kind="text", text="x = 1\n")
 
 
 def test_text_id_is_the_sha256_of_the_text() -> None:
@@ -96,7 +104,7 @@ def test_content_id_keeps_parts_apart() -> None:
 
 
 def test_a_given_id_stays() -> None:
-    assert record_from_json(json.dumps(INSTRUCT | {"id": "a" * 64})).id == "a" * 64
+    assert Record.from_values(INSTRUCT | {"id": "a" * 64}).id == "a" * 64
 
 
 @pytest.mark.parametrize(
@@ -108,31 +116,36 @@ def test_a_given_id_stays() -> None:
         (TEXT | {"kind": "code"}, 'must be "text" or "instruct"'),
         (TEXT | {"text": ""}, '"text" is missing or empty'),
         (TEXT | {"text": None}, '"text" is missing or empty'),
-        (TEXT | {"text": 7}, '"text" = 7: must be a string'),
-        (TEXT | {"prompt": "p"}, "do not belong in a text record"),
-        (TEXT | {"split": "test"}, '"split" = \'test\': must be "train" or "val"'),
+        (TEXT | {"text": 7}, '"text" is 7: must be a string'),
+        (TEXT | {"prompt": "p"}, '"prompt" does not belong in a record of kind "text"'),
+        (TEXT | {"split": "test"}, '"split" is \'test\': must be "train" or "val"'),
         (TEXT | {"id": "12"}, "must be the 64 hexadecimal digits"),
         (TEXT | {"id": "A" * 64}, "must be the 64 hexadecimal digits"),
-        (TEXT | {"meta": []}, '"meta" = []: must be an object'),
+        (TEXT | {"meta": []}, '"meta" is []: must be an object'),
         (TEXT | {"text": "a\ud800"}, "half a surrogate pair at character 1"),
         (INSTRUCT | {"responses": []}, '"responses" is missing or empty'),
-        (INSTRUCT | {"responses": ANSWER}, '"responses" must be a list of objects'),
-        (INSTRUCT | {"responses": ["4"]}, "responses[0] is '4': must be a JSON object"),
+        (INSTRUCT | {"responses": ANSWER}, "must be a list of objects"),
+        (INSTRUCT | {"responses": ["4"]}, "responses[0]: '4' is not an object"),
         (INSTRUCT | {"responses": [ANSWER, {"text": "4"}]}, 'responses[1]: "teacher" is missing'),
         (INSTRUCT | {"responses": [ANSWER | {"wieght": 1}]}, "did you mean 'weight'?"),
-        (INSTRUCT | {"responses": [ANSWER | {"weight": -1}]}, '"weight" = -1.0: must be 0 or a positive number'),
-        (INSTRUCT | {"responses": [ANSWER | {"weight": True}]}, '"weight" = True: must be a number'),
+        (
+            INSTRUCT | {"responses": [ANSWER | {"weight": -1}]},
+            'responses[0]: "weight" is -1: must lie between 0 and 1,000,000,000',
+        ),
+        (INSTRUCT | {"responses": [ANSWER | {"weight": True}]}, '"weight" is True: must be a number'),
         (INSTRUCT | {"responses": [ANSWER | {"usage": {"in": 1.5}}]}, "must be a count of tokens"),
         (INSTRUCT | {"responses": [ANSWER | {"teacher": ""}]}, '"teacher" is empty'),
+        (INSTRUCT | {"responses": [ANSWER | {"weight": 1e10}]}, '"weight" is 1e+10: must lie between 0 and'),
+        (INSTRUCT | {"responses": [ANSWER | {"cost": 10**400}]}, '"cost" is 1000000'),
         (INSTRUCT | {"prompt": ""}, '"prompt" is missing or empty'),
-        (INSTRUCT | {"text": "t"}, '"text" does not belong in an instruct record'),
-        ([], "the record is []: must be a JSON object"),
+        (INSTRUCT | {"text": "t"}, '"text" does not belong in a record of kind "instruct"'),
+        ([], "[] is not a JSON object"),
     ],
 )
 def test_a_wrong_record_is_named_with_file_and_line(tmp_path: Path, values: Any, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(TEXT) + "\n" + json.dumps(values) + "\n")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecordError) as caught:
         list(read_records(path))
     assert str(caught.value).startswith(f"{path}:2: ")
     assert message in str(caught.value)
@@ -144,11 +157,12 @@ def test_a_wrong_record_is_named_with_file_and_line(tmp_path: Path, values: Any,
     [
         (b"\n", "an empty line"),
         (b'{"kind": "text"\n', "not JSON"),
-        (b'\xef\xbb\xbf{"kind": "text", "text": "x"}\n', "not JSON"),
+        (b'\xef\xbb\xbf{"kind": "text", "text": "x"}\n', "not JSON: begins with a byte order mark"),
         (b'{"kind": "text", "text": "caf\xe9"}\n', "not UTF-8 at byte 29"),
         (b'{"kind": "text", "text": "a", "text": "b"}\n', "key 'text' is given twice"),
         (b'{"kind": "text", "text": "a", "meta": {"x": NaN}}\n', "NaN is not JSON"),
         (b'{"kind": "text", "text": "a", "meta": {"x": ' + b"9" * 5_000 + b"}}\n", "not usable JSON"),
+        (b'{"kind": "text", "text": "a", "meta": {"x": -1e999}}\n', "'-1e999' is larger than any float"),
         (b"[" * 200_000 + b"\n", "nested too deeply"),
         ('{"kind": "text", "text": "x"}\n'.encode("utf-16-le"), "not "),
     ],
@@ -156,28 +170,74 @@ def test_a_wrong_record_is_named_with_file_and_line(tmp_path: Path, values: Any,
 def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(line)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(RecordError, match=message):
         list(read_records(path))
 
 
-def test_skipping_tells_each_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipping_tells_each_line_and_why(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(["{}", json.dumps(TEXT), "nonsense"]))
-    skipped: list[UserError] = []
-    assert [record.text for record in read_records(path, skip_invalid=True, on_skip=skipped.append)] == ["x = 1\n"]
+    skipped: list[RecordError] = []
+    reader = RecordReader(path, on_error=skipped.append)
+    assert [(record.text, reader.place) for record in reader] == [("x = 1\n", f"{path}:2")]
     assert [str(error).split(": ")[0] for error in skipped] == [f"{path}:1", f"{path}:3"]
-    assert len(list(read_records(path, skip_invalid=True))) == 1
-    assert capsys.readouterr().err.count("skipped ") == 2
+    assert [error.reason for error in skipped] == ["wrong field", "not JSON"]
+    assert reader.line_number == 3
+    raw = path.read_bytes()
+    assert reader.input_file == InputFile(str(path), len(raw), hashlib.sha256(raw).hexdigest())
 
 
 def test_the_longest_line_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     line = json.dumps(TEXT)
     path.write_text(line + "\n" + line + " \n" + line)
-    found = list(read_records(path, skip_invalid=True, on_skip=lambda _: None, max_line_bytes=len(line)))
-    assert len(found) == 2
-    with pytest.raises(UserError, match=rf":2: line longer than {len(line)} bytes"):
-        list(read_records(path, max_line_bytes=len(line)))
+    skipped: list[RecordError] = []
+    reader = RecordReader(path, on_error=skipped.append, max_line_bytes=len(line))
+    assert len(list(reader)) == 2
+    assert [(error.reason, str(error)) for error in skipped] == [
+        ("line too long", f"{path}:2: line longer than {len(line)} bytes: split the document")
+    ]
+    assert (reader.line_number, reader.input_file.num_bytes) == (3, path.stat().st_size)
+    with pytest.raises(RecordError, match=rf":2: line longer than {len(line)} bytes"):
+        list(RecordReader(path, max_line_bytes=len(line)))
+
+
+FOREIGN = [
+    TEXT | {"id": "bisect.py"},
+    TEXT | {"id": "A" * 64},
+    INSTRUCT | {"responses": [ANSWER | {"teacher": ""}]},
+    INSTRUCT | {"responses": [ANSWER | {"usage": {"prompt_tokens": 3, "details": {"cached": 1}}}]},
+    INSTRUCT | {"responses": [ANSWER | {"usage": {"output": -1}}]},
+    INSTRUCT | {"responses": [ANSWER | {"cost": -1}]},
+]
+
+
+@pytest.mark.parametrize("values", FOREIGN)
+def test_a_record_from_elsewhere_can_be_trained_on_but_is_none_of_foundry_s(tmp_path: Path, values: Any) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(values))
+    assert len(list(Records([path]))) == 1
+    with pytest.raises(RecordError, match=r"r\.jsonl:1: "):
+        list(read_records(path))
+    with pytest.raises(RecordError):
+        write_records(tmp_path / "out.jsonl", RecordReader(path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_a_surrogate_pair_in_meta_comes_back(tmp_path: Path) -> None:
+    """It is no text to train on, but nothing else than a JSON string: written as JSON escapes it."""
+    path = tmp_path / "r.jsonl"
+    record = Record.from_values(TEXT | {"meta": {"\udc80": "\\\ud800", "é": "漢🙂"}})
+    write_records(path, [record])
+    assert list(read_records(path)) == [record]
+
+
+def test_the_deepest_meta_that_is_read_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"kind": "text", "text": "x", "meta": {"x": ' + "[" * 400 + "]" * 400 + "}}")
+    (record,) = read_records(path)
+    write_records(path, [record])
+    assert list(read_records(path)) == [record]
 
 
 @pytest.mark.slow
@@ -188,8 +248,8 @@ def test_an_endless_line_takes_little_memory(tmp_path: Path) -> None:
         file.seek(0, os.SEEK_END)
         file.write(b"\n" + json.dumps(TEXT).encode())
     code = (
-        "import sys; from smelter.base.record import read_records\n"
-        "print([r.text for r in read_records(sys.argv[1], skip_invalid=True)])\n"
+        "import sys; from smelter.base.record import RecordReader\n"
+        "print([record.text for record in RecordReader(sys.argv[1], on_error=lambda error: None)])\n"
         # Not ru_maxrss: a new process inherits that from the one that started it.
         "print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

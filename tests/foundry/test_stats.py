@@ -225,7 +225,7 @@ def test_the_command_prints_and_writes(files: tuple[Path, Path], capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bad.jsonl"], r"bad\.jsonl:2: the record has an unknown key 'txt'"),
+        (["bad.jsonl"], r"bad\.jsonl:2: unknown key 'txt': did you mean 'text'"),
         (["none.jsonl"], r"none\.jsonl: No such file or directory: check the path"),
         (["empty.jsonl"], r"empty\.jsonl: no records: choose a file that holds some"),
         (["clean.jsonl", "--open"], r"--open without --html: say where the page is to be written"),

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,28 +212,6 @@ def test_teacher_weights_are_checked(pairs: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="--teacher-weight"):
         TokenizeOptions(records=(), teacher_weight=pairs)
     TokenizeOptions(records=(), teacher_weight=("a=b=0.5",))
-
-
-def test_shards_of_version_1_are_read(tmp_path: Path) -> None:
-    """They lack the columns of prompts and languages: conversations were plain documents."""
-    made = shards_of(tmp_path, [{"kind": "text", "text": f"y = {i}\n", "split": "train"} for i in range(5)])
-    expected = [made.split("train").doc(i).tolist() for i in range(5)]
-    index = json.loads((tmp_path / "s/index.json").read_text())
-    for name in ("train", "val"):
-        file = tmp_path / f"s/{name}_documents.npy"
-        table = np.load(file)
-        names = [column for column in table.dtype.names if column not in ("num_prompt", "language")]
-        old = np.empty(len(table), dtype=[(column, table.dtype[column]) for column in names])
-        for column in names:
-            old[column] = table[column]
-        np.save(file, old)
-    (tmp_path / "s/index.json").write_text(json.dumps(index | {"version": 1}))
-    split = ShardSet.open(tmp_path / "s").split("train")
-    assert [split.doc(i).tolist() for i in range(5)] == expected
-    assert split.num_prompt is None
-    (tmp_path / "s/index.json").write_text(json.dumps(index))  # version 2 without its columns
-    with pytest.raises(DataError, match="not the table of"):
-        ShardSet.open(tmp_path / "s")
 
 
 # ---------------------------------------------------------------- models that stop

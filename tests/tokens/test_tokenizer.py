@@ -291,7 +291,7 @@ def test_conversations_tokens_are_optional_and_added_on_demand(tmp_path: Path) -
     values = json.loads((tmp_path / "added.json").read_text()) | {"post_processor": None}
     (tmp_path / "other.json").write_text(json.dumps(values))
     assert Tokenizer.load(tmp_path / "other.json").im_end_id == 401
-    # An earlier version used this file without conversations: the shards made then go on being readable.
+    # What the file remembers goes before names that are known: its maker used it without conversations.
     values["post_processor"] = json.loads((tmp_path / "old.json").read_text())["post_processor"]
     (tmp_path / "other.json").write_text(json.dumps(values))
     assert Tokenizer.load(tmp_path / "other.json").im_end_id is None
