@@ -306,7 +306,7 @@ class Cleaner:
         return True
 
     def _reject(self, record: Record, drop: Drop) -> None:
-        line = {"reason": drop.reason, "detail": drop.detail, "record": json.loads(record.to_json())}
+        line = {"reason": drop.reason, "detail": drop.detail, "record": record.to_values()}
         self._rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _keep(self, record: Record) -> None:

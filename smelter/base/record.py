@@ -50,6 +50,8 @@ _RECORD_TYPES: dict[str, type] = {
     **dict.fromkeys(("language", "source", "license", "split"), str),
     "meta": dict,
 }
+_CONTENT = {"text": "text", "prompt": "instruct", "responses": "instruct"}
+"""The parts of the content, and the kind of record that has each."""
 _TYPE_NAMES = {str: "a string", float: "a number", dict: "an object", tuple: "a list of objects"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -87,7 +89,7 @@ class Response:
     def __post_init__(self) -> None:
         _check_types(self, _RESPONSE_TYPES)
         if not 0 <= self.weight <= MAX_WEIGHT:
-            raise _wrong(f'"weight" is {self.weight:g}: must lie between 0 and {MAX_WEIGHT:,}')
+            raise _wrong(f'"weight" is {self.weight}: must lie between 0 and {MAX_WEIGHT:,}')
 
     def check_provenance(self) -> None:
         """Raises RecordError unless it says who answered and what that cost."""
@@ -97,7 +99,7 @@ class Response:
             if type(count) is not int or count < 0:
                 raise _wrong(f'"usage" has {_short(name)}: {_short(count)}: must be a count of tokens')
         if not (math.isfinite(self.cost) and self.cost >= 0):
-            raise _wrong(f'"cost" is {self.cost:g}: must be 0 or a positive number')
+            raise _wrong(f'"cost" is {self.cost}: must be 0 or a positive number')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +133,11 @@ class Record:
             raise _wrong(f'"kind" is {_short(self.kind)}: must be "text" or "instruct"')
         if self.split not in ("", "train", "val"):
             raise _wrong(f'"split" is {_short(self.split)}: must be "train" or "val", or be left out')
-        for name, owner in {"text": "text", "prompt": "instruct", "responses": "instruct"}.items():
+        for name, kind in _CONTENT.items():
             is_filled = bool(getattr(self, name))
-            if self.kind == owner and not is_filled:
-                raise _wrong(f'"{name}" is missing or empty: a record of kind "{self.kind}" needs it')
-            if self.kind != owner and is_filled:
+            if kind == self.kind and not is_filled:
+                raise _wrong(f'"{name}" is missing or empty: a record of kind "{kind}" needs it')
+            if kind != self.kind and is_filled:
                 raise _wrong(f'"{name}" does not belong in a record of kind "{self.kind}": remove it')
         if not self.id:
             object.__setattr__(self, "id", self._content_id())
@@ -175,15 +177,16 @@ class Record:
             except RecordError as error:
                 raise error.at(f"responses[{index}]") from None
 
-    def to_json(self) -> str:
-        """The record as one line without its end; parts that are not set are left out.
-
-        Raises ValueError where `meta` holds what JSON does not.
-        """
+    def to_values(self) -> dict[str, Any]:
+        """The record as a JSON object, to be read only; parts that are not set are left out."""
         values = {name: value for name, value in vars(self).items() if value or name == "meta"}
         if self.responses:
             values["responses"] = [vars(response) for response in self.responses]
-        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return values
+
+    def to_json(self) -> str:
+        """The record as one line without its end. Raises ValueError where `meta` holds what JSON does not."""
+        return json.dumps(self.to_values(), ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -342,22 +345,23 @@ def _known(values: dict[str, Any], types: dict[str, type]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_types(instance: Record | Response, types: dict[str, type]) -> None:
+def _check_types(instance: Record | Response, types: dict[str, Any]) -> None:
     for name, wanted in types.items():
         value = getattr(instance, name)
-        if type(value) is not wanted:
-            if not (wanted is float and type(value) is int):
-                raise _wrong(f'"{name}" is {_short(value)}: must be {_TYPE_NAMES[wanted]}')
+        if type(value) is wanted:
+            if wanted is str and not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    message = f'"{name}" has half a surrogate pair at character {error.start}: it is not text'
+                    raise _wrong(message) from None
+        elif wanted is float and type(value) is int:
             try:
                 object.__setattr__(instance, name, float(value))
             except OverflowError:
                 raise _wrong(f'"{name}" is {_short(value)}: too large a number') from None
-        elif isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                message = f'"{name}" has half a surrogate pair at character {error.start}: it is not text'
-                raise _wrong(message) from None
+        else:
+            raise _wrong(f'"{name}" is {_short(value)}: must be {_TYPE_NAMES[wanted]}')
 
 
 def _json(line: bytes) -> Any:

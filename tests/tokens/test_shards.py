@@ -122,6 +122,17 @@ def test_instruct_records_become_a_document_per_response(tmp_path: Path) -> None
     assert weights.tolist() == [0.25, 1.0]
 
 
+def test_without_ids_records_are_the_same_if_prompt_teachers_and_answers_are(tmp_path: Path) -> None:
+    instruct = {"kind": "instruct", "prompt": "Is it?", "responses": [{"teacher": "a", "text": "yes"}]}
+    other = instruct | {"responses": [{"teacher": "b", "text": "yes"}]}
+    joined = {"kind": "text", "text": "Is it?\nyes"}
+    path = write_lines(tmp_path / "r.jsonl", [instruct, other, joined])
+    assert [document.teacher for document in Records([path])] == ["a", "b", ""]
+    write_lines(path, [instruct, other, instruct])
+    with pytest.raises(DataError, match=r"r\.jsonl:3: same id as .*r\.jsonl:1: remove one"):
+        list(Records([path]))
+
+
 def test_ids_take_four_bytes_where_two_are_too_few(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "vocab_size", property(lambda self: 65_537))
     assert tokenize(corpus, "--out", corpus.parent / "wide", "--vocab-size", 400) == 0
