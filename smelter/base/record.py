@@ -165,7 +165,7 @@ class Record:
         return cls.from_values(_json(line))
 
     def check_provenance(self) -> None:
-        """What Foundry needs beyond training: ids that never meet, who answered, and what it cost in tokens and money.
+        """What Foundry needs beyond training: an id that is a sha256, who answered, and what that cost.
 
         Raises RecordError.
         """
