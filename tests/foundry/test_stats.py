@@ -187,10 +187,10 @@ def test_rejects_may_hold_the_record_beside_the_reason_or_none_at_all(tmp_path: 
     lines = [{"reason": "a: detail", **record}, {"reason": "b", "record": {"kind": "?"}}, {"reason": "", "record": 3}]
     path = tmp_path / "rejects.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    found = list(read_rejects(path))
-    assert [reason for _, reason in found] == ["a", "b", "unknown"]
-    assert found[0][0] == KEPT[1]
-    assert [item for item, _ in found[1:]] == [None, None]
+    rejects = list(read_rejects(path))
+    assert [reason for _, reason in rejects] == ["a", "b", "unknown"]
+    assert rejects[0][0] == KEPT[1]
+    assert [item for item, _ in rejects[1:]] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,8 @@ def test_a_slice_has_the_chunks_that_lie_in_it_whole(is_end: list[bool], begin: 
                     place - first + 1
                 )
             first = place + 1
-    made = chunks_of_slice(values, begin, size)
-    assert list(zip(made.starts.tolist(), made.ends.tolist(), made.log_probs.tolist(), strict=True)) == expected
+    chunks = chunks_of_slice(values, begin, size)
+    assert list(zip(chunks.starts.tolist(), chunks.ends.tolist(), chunks.log_probs.tolist(), strict=True)) == expected
 
 
 def test_chunks_in_a_row_and_as_targets() -> None:
@@ -97,10 +97,10 @@ def test_chunks_in_a_row_and_as_targets() -> None:
     row.put(3, chunks_of_slice(np.array([np.nan, -3.0, np.nan]), 0, 3))
     assert row.starts.tolist() == [0, 1, 1, 3, 3, -1]
     assert row.ends.tolist() == [0, 2, 2, 4, 4, -1]
-    made = stack_targets([row, row])
-    assert made.starts.tolist() == [[0, 0, 2, 2, -1]] * 2
-    assert made.ends.tolist() == [[1, 1, 3, 3, -1]] * 2
-    assert made.log_probs.tolist() == [[-2.0, -2.0, -3.0, -3.0, 0.0]] * 2
+    targets = stack_targets([row, row])
+    assert targets.starts.tolist() == [[0, 0, 2, 2, -1]] * 2
+    assert targets.ends.tolist() == [[1, 1, 3, 3, -1]] * 2
+    assert targets.log_probs.tolist() == [[-2.0, -2.0, -3.0, -3.0, 0.0]] * 2
     # A chunk whose first token is the row's first has a token that is no target: it falls away.
     longer = Chunks.empty(4)
     longer.put(0, chunks_of_slice(np.array([np.nan, -1.0, -2.0]), 0, 3))

@@ -58,9 +58,9 @@ CONVERSATIONS = {
 def test_ids_are_those_of_transformers(theirs: Any, name: str, add_generation_prompt: bool) -> None:
     turns = CONVERSATIONS[name]
     expected = theirs.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, return_dict=False)
-    made = CHAT.render(turns, add_generation_prompt=add_generation_prompt)
-    assert made.ids == expected
-    assert len(made.is_answer) == len(made.ids)
+    rendered = CHAT.render(turns, add_generation_prompt=add_generation_prompt)
+    assert rendered.ids == expected
+    assert len(rendered.is_answer) == len(rendered.ids)
 
 
 text = st.lists(st.sampled_from([*"ab(): \n\r\té漢", "def ", "    ", "\n\n", "user"]), max_size=9).map("".join)
@@ -77,19 +77,19 @@ def test_ids_are_those_of_transformers_for_any_text(theirs: Any, contents: list[
 
 def test_written_out_special_tokens_stay_text(theirs: Any) -> None:
     turns = messages(INJECTION, INJECTION, system=INJECTION)
-    made = CHAT.render(turns).ids
-    assert [made.count(i) for i in (CHAT.im_start_id, CHAT.im_end_id, TOKENS.eos_id)] == [3, 3, 0]
-    assert TOKENS.fim_prefix_id not in made
+    ids = CHAT.render(turns).ids
+    assert [ids.count(i) for i in (CHAT.im_start_id, CHAT.im_end_id, TOKENS.eos_id)] == [3, 3, 0]
+    assert TOKENS.fim_prefix_id not in ids
     plain = "".join(f"{turn['role']}\n{turn['content']}\n" for turn in turns)
-    assert TOKENS.decode_bytes(made) == plain.encode()
+    assert TOKENS.decode_bytes(ids) == plain.encode()
     # Transformers takes them for the real ones: what we keep apart is a real difference.
     assert theirs.apply_chat_template(turns, return_dict=False).count(TOKENS.im_start_id) == 6
 
 
 def test_the_assistant_writes_its_answers_and_their_ends() -> None:
-    made = CHAT.render(messages("Is it?", "Yes.\n", "Sure?", "", system="Be brief."), add_generation_prompt=True)
+    rendered = CHAT.render(messages("Is it?", "Yes.\n", "Sure?", "", system="Be brief."), add_generation_prompt=True)
     runs: list[list[int]] = [[]]
-    for index, is_answer in zip(made.ids, made.is_answer, strict=True):
+    for index, is_answer in zip(rendered.ids, rendered.is_answer, strict=True):
         if is_answer:
             runs[-1].append(index)
         elif runs[-1]:
@@ -143,8 +143,8 @@ def shards_of(folder: Path, records: list[dict[str, Any]], *options: object, tok
 def test_instruct_records_become_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_shards, "chunks", partial(write_shards.chunks, length=1_000))
     answers = ["Yes.\n", INJECTION, "", tiny.CODE]  # the last is encoded in parts
-    made = shards_of(tmp_path, [instruct(1, *answers), {"kind": "text", "text": "y = 2\n", "split": "train"}])
-    split = made.split("train")
+    shards = shards_of(tmp_path, [instruct(1, *answers), {"kind": "text", "text": "y = 2\n", "split": "train"}])
+    split = shards.split("train")
     assert split.num_prompt is not None
     kept = [answer for answer in answers if answer]
     assert [split.is_chat(i) for i in range(split.num_docs)] == [True, True, True, False]
@@ -157,7 +157,7 @@ def test_instruct_records_become_conversations(tmp_path: Path, monkeypatch: pyte
         assert split.doc_num_bytes[i] == len(answer.encode())
     assert split.num_bytes == sum(len(answer.encode()) for answer in kept) + len("y = 2\n")
     assert [int(places[3]) for places in split.written] == [0, len(split.doc(3))]
-    assert made.split("val").num_prompt is None
+    assert shards.split("val").num_prompt is None
 
 
 def test_one_prompt_is_on_one_side(tmp_path: Path) -> None:
@@ -182,10 +182,10 @@ def test_teachers_have_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str
     records = [instruct(1, "one", "two", "three"), instruct(2, "four", "five")]
     records[1]["responses"][0]["weight"] = 3
     options = ["--teacher-weight", "a=0.5", "--teacher-weight", "c=0"]
-    made = shards_of(tmp_path, records, *options)
+    shards = shards_of(tmp_path, records, *options)
     assert "skipped 1: weight 0" in capsys.readouterr().out
-    assert made.index["teacher_weights"] == {"a": 0.5, "c": 0}
-    weights = made.split("train").weights
+    assert shards.index["teacher_weights"] == {"a": 0.5, "c": 0}
+    weights = shards.split("train").weights
     assert weights is not None
     assert weights.tolist() == [0.5, 1.0, 1.5, 1.0]
 
@@ -199,7 +199,7 @@ def test_bad_teacher_weights_are_named(
 ) -> None:
     record = instruct(1, "one")
     record["responses"][0]["teacher"] = "claude"
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (record, HELD_OUT)))
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(values) + "\n" for values in (record, HELD_OUT)))
     arguments = [str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "s"), "--teacher-weight", given_weight]
     assert main(["tokenize", *arguments]) == 2
     error = capsys.readouterr().err
@@ -234,8 +234,8 @@ def test_an_answer_ends_at_either_end(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Generation(TOKENS.encode("Yes."), [0.0], "stop", CHAT.im_end_id)]
 
     monkeypatch.setattr(complete, "generate", fake)
-    made = answer_messages(tiny.model(), TOKENS, messages("Is it?"))
-    assert (made.text, made.finish, made.num_prompt_tokens) == ("Yes.", "stop", len(asked[0]))
+    answered = answer_messages(tiny.model(), TOKENS, messages("Is it?"))
+    assert (answered.text, answered.finish, answered.num_prompt_tokens) == ("Yes.", "stop", len(asked[0]))
     assert asked == [CHAT.render(messages("Is it?"), add_generation_prompt=True).ids]
 
 
@@ -297,8 +297,8 @@ use_torch_compile = false
     assert main(["train", str(recipe)]) == 0
     model, tokens, _ = load_model(tmp_path / "run")
     for question, answer in ANSWERS.items():
-        made = answer_messages(model, tokens, messages(question), max_tokens=60)
-        assert (made.text, made.finish) == (answer, "stop")
+        answered = answer_messages(model, tokens, messages(question), max_tokens=60)
+        assert (answered.text, answered.finish) == (answer, "stop")
     capsys.readouterr()
     assert main(["complete", str(tmp_path / "run"), "--chat", "Say hello.", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == 'print("hello")\n'

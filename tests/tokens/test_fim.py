@@ -162,10 +162,10 @@ def plain_fit(
         text = tokens.decode_bytes(body).decode("utf-8", "surrogateescape")
         if len(text) < MIN_FIM_CHARACTERS:
             return None
-        made = plain_apply(tokens, text, generator, spm_rate)
-        if len(made) <= room:
-            return made
-        body = body[: max(0, len(body) - (len(made) - room))]
+        arranged = plain_apply(tokens, text, generator, spm_rate)
+        if len(arranged) <= room:
+            return arranged
+        body = body[: max(0, len(body) - (len(arranged) - room))]
 
 
 @st.composite
@@ -265,11 +265,11 @@ def test_only_words_that_a_cut_touches_are_encoded(monkeypatch: pytest.MonkeyPat
 
 def test_which_tokenizers_have_seams() -> None:
     text = "return x.y(z) + 1"
-    found = {}
+    num_seams = {}
     for name in NAMES:
         ids = np.array(tokenizer(name).encode(text), dtype=np.int64)
-        found[name] = len(Seams(tokenizer(name)).find(ids, text))
-    assert found == {"ours": 4, "accents": 4, "added tokens": 4, "no words": 0, "gpt2": 0, "lines": 0}
+        num_seams[name] = len(Seams(tokenizer(name)).find(ids, text))
+    assert num_seams == {"ours": 4, "accents": 4, "added tokens": 4, "no words": 0, "gpt2": 0, "lines": 0}
     normalized = changed(normalizer={"type": "Replace", "pattern": {"String": "~~~"}, "content": "~~~"})
     assert len(Seams(normalized).find(np.array(TOKENS.encode(text)), text)) == 0
     tagged = tokenizer("added tokens").encode("a.b <tool_call> c.d")
@@ -323,15 +323,15 @@ def test_cuts_are_uniform_over_characters_and_reach_the_ends() -> None:
 def test_what_fits_is_whole(text: str, seed: int, room: int, begin: int, has_eos: bool) -> None:
     """Also for pieces that begin and end inside a character: a prefix of the piece's bytes, in at most `room` ids."""
     ids = np.array(TOKENS.encode(text)[begin:] + [EOS] * has_eos, dtype=np.int64)
-    made = fit_fim(TOKENS, ids, room, rng(seed), 0.5)
+    arranged = fit_fim(TOKENS, ids, room, rng(seed), 0.5)
     raw = TOKENS.decode_bytes(ids)
-    if made is None:
+    if arranged is None:
         assert len(raw.decode("utf-8", "surrogateescape")) < 8 or room < 4 + 3 + len(ids)
         return
-    assert len(made) <= room
-    assert raw.startswith(undo_fim(made))
+    assert len(arranged) <= room
+    assert raw.startswith(undo_fim(arranged))
     if len(ids) - has_eos <= room - 20:
-        assert undo_fim(made) == raw
+        assert undo_fim(arranged) == raw
 
 
 @pytest.mark.parametrize(

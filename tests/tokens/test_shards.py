@@ -65,11 +65,11 @@ def test_every_document_comes_back(corpus: Path, shard_tokens: int) -> None:
     assert tokenize(corpus, "--out", out, "--vocab-size", 400, "--shard-tokens", shard_tokens) == 0
     shards = ShardSet.open(out, verify=True)
     assert shards.tokenizer.vocab_size == 400
-    found = []
+    all_texts = []
     for name in ("train", "val"):
         split = shards.split(name)
         texts = [shards.tokenizer.decode(split.doc(i)) for i in range(split.num_docs)]
-        found += texts
+        all_texts += texts
         assert split.num_bytes == sum(split.doc_num_bytes) == sum(len(text.encode()) for text in texts)
         assert split.num_tokens == sum(len(split.doc(i)) + 1 for i in range(split.num_docs)) == split.offsets[-1]
         assert all(split.doc_with_eos(i)[-1] == shards.tokenizer.eos_id for i in range(split.num_docs))
@@ -80,7 +80,7 @@ def test_every_document_comes_back(corpus: Path, shard_tokens: int) -> None:
         wanted = [record(i)["source"] for i in range(40) if record(i)["split"] == name]
         assert split.sources == wanted
         assert split.weights is None
-    assert sorted(found) == sorted(record(i)["text"] for i in range(40))
+    assert sorted(all_texts) == sorted(record(i)["text"] for i in range(40))
     num_files = len(list(out.glob("train_*.bin")))
     assert num_files == {100_000_000: 1, 1: 32}.get(shard_tokens, num_files)
     assert num_files > 1 or shard_tokens > 300
@@ -103,8 +103,8 @@ def test_instruct_records_become_a_document_per_response(tmp_path: Path) -> None
     instruct = {"kind": "instruct", "prompt": "Is it?", "responses": responses, "source": "q", "split": "train"}
     path = write_lines(tmp_path / "r.jsonl", [instruct, record(0)])
     records = Records([path])
-    found = [(d.prompt, d.text, d.content, d.weight, d.teacher) for d in records][:2]
-    assert found == [("Is it?", "yes", "Is it?\nyes", 0.25, "a"), ("Is it?", "no", "Is it?\nno", 1.0, "b")]
+    answers = [(d.prompt, d.text, d.content, d.weight, d.teacher) for d in records][:2]
+    assert answers == [("Is it?", "yes", "Is it?\nyes", 0.25, "a"), ("Is it?", "no", "Is it?\nno", 1.0, "b")]
     assert records.skipped == {"weight 0": 1}
     assert tokenize(path, "--out", tmp_path / "s", "--vocab-size", 300) == 0
     weights = ShardSet.open(tmp_path / "s").split("train").weights
@@ -143,10 +143,10 @@ def test_the_tokenizer_is_trained_on_the_train_side_only(tmp_path: Path) -> None
 @given(sources=st.lists(st.text(max_size=5), max_size=20), more=st.lists(st.text(max_size=5), max_size=20))
 def test_a_source_has_one_side_whatever_else_there_is(sources: list[str], more: list[str]) -> None:
     def sides(names: list[str]) -> list[str]:
-        made = Sides(0.4)
+        split = Sides(0.4)
         for name in names:
-            made.hear(Document("x", name, "", 1.0))
-        return [made.of(Document("y", name, "", 1.0)) for name in sources]
+            split.hear(Document("x", name, "", 1.0))
+        return [split.of(Document("y", name, "", 1.0)) for name in sources]
 
     assert sides(sources) == sides(more + sources)
     by_source = dict(zip(sources, sides(sources), strict=True))
@@ -154,8 +154,8 @@ def test_a_source_has_one_side_whatever_else_there_is(sources: list[str], more: 
 
 
 def test_about_the_asked_share_is_held_out() -> None:
-    made = Sides(0.1)
-    held_out = sum(made.of(Document("x", f"file{i}", "", 1.0)) == "val" for i in range(5_000))
+    split = Sides(0.1)
+    held_out = sum(split.of(Document("x", f"file{i}", "", 1.0)) == "val" for i in range(5_000))
     assert 400 < held_out < 600
 
 

@@ -77,8 +77,8 @@ def qwen2_like() -> tokenizers.Tokenizer:
     model = json.loads(OURS._backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
-    made: Any = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    backend: tokenizers.Tokenizer = made.backend_tokenizer
+    qwen: Any = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    backend: tokenizers.Tokenizer = qwen.backend_tokenizer
     return backend
 
 
@@ -238,12 +238,12 @@ def test_training_is_deterministic_and_reproduced_by_its_file(tmp_path: Path) ->
 
 def test_own_names_are_remembered_by_the_file(tmp_path: Path) -> None:
     names = SpecialTokens("<E>", "<P>", "<1>", "<2>", "<3>")
-    made = Tokenizer.train([CODE], 300, names)
-    made.save(tmp_path / "tokenizer.json")
+    trained = Tokenizer.train([CODE], 300, names)
+    trained.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path)
     assert loaded.special == names
-    assert loaded.hash == made.hash
-    assert loaded.encode("<E><1>") == made.encode("<E><1>")
+    assert loaded.hash == trained.hash
+    assert loaded.encode("<E><1>") == trained.encode("<E><1>")
 
 
 def test_special_tokens_stand_behind_256_bytes_and_the_merges() -> None:
@@ -256,9 +256,9 @@ def test_special_tokens_stand_behind_256_bytes_and_the_merges() -> None:
 
 
 def test_no_token_is_longer_than_the_limit() -> None:
-    made = Tokenizer.train(["licence" * 40 + "\n" + "=" * 400] * 50, 600)
-    assert int(made.token_num_bytes.max()) <= MAX_TOKEN_BYTES
-    assert any("supports only" in notice for notice in made.notices)
+    trained = Tokenizer.train(["licence" * 40 + "\n" + "=" * 400] * 50, 600)
+    assert int(trained.token_num_bytes.max()) <= MAX_TOKEN_BYTES
+    assert any("supports only" in notice for notice in trained.notices)
 
 
 def test_a_vocabulary_needs_room_for_bytes_and_special_tokens() -> None:

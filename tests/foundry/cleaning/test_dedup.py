@@ -36,15 +36,15 @@ MODULES = (
 @cache
 def functions(modules: str = MODULES) -> tuple[str, ...]:
     """Distinct functions of the standard library, 12 to 80 lines each; some 300 of all modules."""
-    found: dict[str, None] = {}
+    sources: dict[str, None] = {}
     for name in modules.split():
         source = inspect.getsource(import_module(name))
         lines = source.split("\n")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and 12 <= (node.end_lineno or 0) - node.lineno <= 80:
                 text = "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno])
-                found[text] = None
-    return tuple(found)
+                sources[text] = None
+    return tuple(sources)
 
 
 def renamed(text: str) -> str:
@@ -89,21 +89,21 @@ def test_planted_copies_are_found_and_distinct_functions_are_not() -> None:
     texts = functions()
     kept: dict[str, str] = {}
     for i, (text, row) in enumerate(zip(texts, signatures(texts), strict=True)):
-        found = near.add(str(i), row)
-        if found is None:
+        earlier = near.add(str(i), row)
+        if earlier is None:
             kept[str(i)] = text
         else:  # the library has a few near duplicates of its own
-            assert similarity(text, kept[found[0]]) > 0.7
+            assert similarity(text, kept[earlier[0]]) > 0.7
     assert len(kept) > 0.95 * len(texts)
     copies = [(name, change(text)) for name, text in kept.items() for change in (renamed, edited)]
     random.Random(0).shuffle(copies)
     true = false = missed = 0
     for (name, copy), row in zip(copies, signatures([copy for _, copy in copies]), strict=True):
-        found = near.add(copy, row)
+        earlier = near.add(copy, row)
         is_near = similarity(copy, kept[name]) >= 0.87  # two standard errors above the threshold
-        true += found is not None and is_near
-        missed += found is None and is_near
-        false += found is not None and similarity(copy, kept.get(found[0], found[0])) < 0.72
+        true += earlier is not None and is_near
+        missed += earlier is None and is_near
+        false += earlier is not None and similarity(copy, kept.get(earlier[0], earlier[0])) < 0.72
     assert true > 250
     assert true / (true + missed) >= 0.98
     assert true / (true + false) >= 0.99
@@ -191,8 +191,8 @@ def test_planted_benchmark_tasks_are_found_and_others_are_not(tmp_path: Path) ->
     laid_out = [ast.unparse(ast.parse(renamed(text))) for text in tasks]  # no comments, another layout
     quoted = [f"Consider this:\n\n> {text[: len(text) // 2]}".upper() for text in tasks]
     for copies in (laid_out, quoted):
-        found = sum(bool(benchmarks.find(copy, copy)) for copy in copies)
-        assert found / len(copies) >= 0.98
+        num_found = sum(bool(benchmarks.find(copy, copy)) for copy in copies)
+        assert num_found / len(copies) >= 0.98
     assert sum(bool(benchmarks.find(text, text)) for text in others) / len(others) <= 0.02
 
 

@@ -170,8 +170,8 @@ SECRETS = {
 
 @pytest.mark.parametrize("kind", SECRETS)
 def test_secrets_are_named_but_not_shown(kind: str) -> None:
-    found = secret(f"import os\n\nKEY = '''{SECRETS[kind]}'''\n")
-    assert found == f"{kind} in line 3"
+    kind_and_line = secret(f"import os\n\nKEY = '''{SECRETS[kind]}'''\n")
+    assert kind_and_line == f"{kind} in line 3"
 
 
 @pytest.mark.parametrize(
