@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, whose foundry.py is no package
 
 from foundry.opencode_client import MAX_IN_FLIGHT, OpenCodeClient
+from foundry.settings import TeacherSettings
 from foundry.teacher import Question
 from foundry.teachers.opencode import OpenCodeTeacher
 
@@ -94,7 +95,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 async def _measure(url: str, pid: int, requests: int) -> Figures:
-    teacher = OpenCodeTeacher("stub", model="stub/one", server_url=url, password=PASSWORD)
+    os.environ["OPENCODE_SERVER_PASSWORD"] = PASSWORD
+    settings = TeacherSettings(name="stub", backend="opencode", model="stub/one", server_url=url)
+    teacher = OpenCodeTeacher(settings)
     await asyncio.gather(*(teacher.ask(Question(prompt=f"warm {i}")) for i in range(MAX_IN_FLIGHT)))
     singles = []
     for i in range(15):

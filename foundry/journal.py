@@ -10,7 +10,7 @@ Kinds of entries, by their "t":
 
 - `reserve` a call is about to be made that may cost `usd`; written before the call
 - `release` that call was refused and cost nothing
-- `answer` what the teacher said and what it cost; `failure` why there is no answer
+- `answer` what the teacher said and what it cost
 - `record` a seed is finished: everything of its record, with the keys of its answers; `failed` it could not be
 
 Keys are sha256 of all that determines the content, so asking the same thing twice finds the first answer.
@@ -28,7 +28,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,14 @@ class Ledger:
         self.settled += usd * max(1, len(calls))
 
 
-class Journal:
-    """An open journal with its index: keys and offsets are in memory (about 200 bytes an entry), the texts are not.
+class Account:
+    """What was asked, answered, spent, reserved and failed in all runs with one journal: the sense of its entries.
 
-    For one event loop. Raises JournalError where the file cannot be used.
+    Keys and offsets are in memory (about 200 bytes an entry), the texts are not. For one event loop. Raises
+    JournalError where the file cannot be used.
     """
 
     def __init__(self, path: Path | str, *, cap: float = 0.0) -> None:
-        self.path = Path(path)
         self.ledger = Ledger(cap)
         self.answers: dict[bytes, int] = {}
         """Key -> offset of its answer."""
@@ -97,20 +97,97 @@ class Journal:
         """Keys of records that lack an answer which is worth asking for again."""
         self.failed: dict[bytes, int] = {}
         """Key -> offset of the reason, for seeds that have no record."""
-        self.num_syncs = 0
+        self._live = 0  # calls in flight that hold a reservation
+        self._call_ended = asyncio.Event()
+        self.journal = Journal(path)
+        try:
+            for offset, entry in self.journal.replay():
+                self._apply(entry, offset)
+        except BaseException:
+            self.journal.unlock()
+            raise
+
+    def _apply(self, entry: Mapping[str, Any], offset: int) -> None:
+        """Take an entry into index and ledger: the same when written and when replayed, so the two cannot differ."""
+        key = bytes.fromhex(entry["key"])
+        match entry["t"]:
+            case "reserve":
+                self.ledger.reserve(key, entry["usd"])
+            case "release":
+                self.ledger.release(key)
+            case "answer":
+                self.answers[key] = offset
+                self.ledger.settle(key, entry["cost"])
+            case "record":
+                self.records[key] = offset
+                self.failed.pop(key, None)
+                if entry["complete"]:
+                    self.incomplete.discard(key)
+                else:
+                    self.incomplete.add(key)
+            case "failed":
+                self.failed[key] = offset
+
+    def write(self, kind: str, key: bytes, **parts: Any) -> None:
+        """Hand an entry over; it is on the disk once a later `sync` returns. Raises JournalError after a failure."""
+        entry = {"t": kind, "key": key.hex(), **parts}
+        self._apply(entry, self.journal.append(entry))
+
+    def read(self, entries: Mapping[bytes, int], key: bytes) -> dict[str, Any] | None:
+        """The entry of a key in `answers`, `records` or `failed`."""
+        return self.journal.read(entries[key]) if key in entries else None
+
+    def is_finished(self, key: bytes) -> bool:
+        """Whether that seed needs no more work."""
+        return key in self.records and key not in self.incomplete
+
+    @contextlib.asynccontextmanager
+    async def call(self, key: bytes, usd: float) -> AsyncIterator[None]:
+        """Around a call: its worst case is in the books before it, and stays there if no entry says what came of it.
+
+        All that was written before is on the disk before the call is made, so whoever works through the seeds has at
+        most one call to lose at any moment, and one sync a call does for answer and reservation. Waits while calls in
+        flight may yet make room; raises BudgetReachedError where no room can come.
+        """
+        if not usd:  # needs no entry
+            await self.journal.sync()
+            yield
+            return
+        ledger = self.ledger
+        while not ledger.fits(usd):
+            if not self._live:
+                raise BudgetReachedError(
+                    f"the cap of ${ledger.cap:,.4f} has no room for a call of up to ${usd:,.4f}: spent "
+                    f"${ledger.settled:,.4f}, and up to ${ledger.reserved:,.4f} for calls that were cut off"
+                )
+            await self._call_ended.wait()
+        self._live += 1
+        try:
+            self.write("reserve", key, usd=usd)
+            await self.journal.sync()
+            yield
+        finally:
+            self._live -= 1
+            self._call_ended.set()
+            self._call_ended = asyncio.Event()
+
+
+class Journal:
+    """The file: entries are appended, and read back by their offset.
+
+    `replay` is read to its end before the first `append`. For one event loop. Raises JournalError where the file
+    cannot be used.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
         self._pending: list[bytes] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._flush: asyncio.Task[None] | None = None
         self._broken: JournalError | None = None
-        self._live = 0  # calls in flight that hold a reservation
-        self._call_ended = asyncio.Event()
+        self._synced = self._end = 0  # what is on the disk; the next entry's offset
         self._file = self._open_locked()
-        try:
-            self._synced = self._replay()
-        except BaseException:
-            os.close(self._file)
-            raise
-        self._end = self._synced  # the next entry's offset
+        self._reader = os.fdopen(self._file, "rb")
 
     def _open_locked(self) -> int:
         try:
@@ -131,25 +208,25 @@ class Journal:
             raise JournalError(f"{self.path}: {problem}")
         return file
 
-    def _replay(self) -> int:
-        """Build the index, cut off a torn end, and return the size of what is good."""
+    def replay(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every entry that was acknowledged, with its offset; then a torn end is cut off."""
         good = 0
         first_bad = 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                entry = _decode(line)
-                if number == 1 and entry != _HEADER and not _encode(_HEADER).startswith(line):
-                    raise JournalError(f"{self.path}: not a journal of version {_VERSION}: choose another --out")
-                if entry is None:
-                    first_bad = first_bad or number
-                    continue
-                if first_bad:
-                    raise JournalError(
-                        f"{self.path}:{first_bad}: damaged, and not at the end (line {number} is whole): restore "
-                        f"the file, or give up all that follows with `truncate --size={good} {self.path}`"
-                    )
-                self._apply(entry, good)
-                good += len(line)
+        for number, line in enumerate(self._reader, start=1):
+            entry = _decode(line)
+            if number == 1 and entry != _HEADER and not _encode(_HEADER).startswith(line):
+                raise JournalError(f"{self.path}: not a journal of version {_VERSION}: choose another --out")
+            if entry is None:
+                first_bad = first_bad or number
+                continue
+            if first_bad:
+                raise JournalError(
+                    f"{self.path}:{first_bad}: damaged, and not at the end (line {number} is whole): restore the"
+                    f" file, or give up all that follows with `truncate --size={good} {self.path}`"
+                )
+            if number > 1:
+                yield good, entry
+            good += len(line)
         if first_bad:
             os.ftruncate(self._file, good)
         if not good:
@@ -158,46 +235,18 @@ class Journal:
                 _sync_folder(self.path.parent)
             except OSError as error:
                 raise JournalError(f"{self.path}: {error.strerror}: choose another --out") from None
-        return good
+        self._synced = self._end = good
 
-    def _apply(self, entry: Mapping[str, Any], offset: int) -> None:
-        """Take an entry into index and ledger: the same when written and when replayed, so the two cannot differ."""
-        kind = entry["t"]
-        if kind == "journal":
-            return
-        key = bytes.fromhex(entry["key"])
-        if kind == "reserve":
-            self.ledger.reserve(key, entry["usd"])
-        elif kind == "release":
-            self.ledger.release(key)
-        elif kind == "answer":
-            self.answers[key] = offset
-            self.ledger.settle(key, entry["cost"])
-        elif kind == "record":
-            self.records[key] = offset
-            self.failed.pop(key, None)
-            if entry["complete"]:
-                self.incomplete.discard(key)
-            else:
-                self.incomplete.add(key)
-        elif kind == "failed":
-            self.failed[key] = offset
-
-    def is_finished(self, key: bytes) -> bool:
-        """Whether that seed needs no more work."""
-        return key in self.records and key not in self.incomplete
-
-    def write(self, *entries: Mapping[str, Any]) -> None:
-        """Hand entries over; they are on the disk once a later `sync` returns. Raises JournalError after a failure."""
+    def append(self, entry: Mapping[str, Any]) -> int:
+        """Hand an entry over, and get its offset. Raises JournalError after a failure."""
         if self._broken:
             raise self._broken
-        for entry in entries:
-            line = _encode(entry)
-            self._apply(entry, self._end)
-            self._end += len(line)
-            self._pending.append(line)
+        line, offset = _encode(entry), self._end
+        self._end += len(line)
+        self._pending.append(line)
         if self._flush is None:
             self._flush = asyncio.get_running_loop().create_task(self._write_pending())
+        return offset
 
     async def sync(self) -> None:
         """Wait until everything handed over so far is on the disk. Raises JournalError where that fails."""
@@ -230,7 +279,6 @@ class Journal:
         while written < len(data):
             written += os.write(self._file, data[written:])
         os.fdatasync(self._file)
-        self.num_syncs += 1
         return written
 
     def _break(self, error: OSError, waiters: list[asyncio.Future[None]]) -> None:
@@ -247,43 +295,10 @@ class Journal:
                 waiter.set_exception(self._broken)
         self._waiters = []
 
-    async def reserve(self, key: bytes, usd: float) -> None:
-        """Book a call's worst case before it is made; waits while calls in flight may yet make room for it.
-
-        `end_call` must follow, whatever comes of the call. Raises BudgetReachedError where no room can come.
-        """
-        while not self.ledger.fits(usd):
-            if not self._live:
-                ledger = self.ledger
-                raise BudgetReachedError(
-                    f"the cap of ${ledger.cap:,.4f} has no room for a call of up to ${usd:,.4f}: spent "
-                    f"${ledger.settled:,.4f}, and up to ${ledger.reserved:,.4f} for calls that were cut off"
-                )
-            await self._call_ended.wait()
-        self._live += 1
-        try:
-            self.write({"t": "reserve", "key": key.hex(), "usd": usd})
-            await self.sync()
-        except BaseException:
-            self.end_call()  # without a release: the entry may be on the disk
-            raise
-
-    def end_call(self) -> None:
-        """The call that `reserve` was for is over."""
-        self._live -= 1
-        self._call_ended.set()
-        self._call_ended = asyncio.Event()
-
     def read(self, offset: int) -> dict[str, Any]:
-        """The entry at an offset of the index."""
-        line = b""
-        while not line.endswith(b"\n"):
-            part = os.pread(self._file, 16_384, offset + len(line))
-            end = part.find(b"\n")
-            line += part[: end + 1] if end >= 0 else part
-            if not part:
-                break
-        entry = _decode(line)
+        """The entry at an offset."""
+        self._reader.seek(offset)
+        entry = _decode(self._reader.readline())
         if entry is None:
             raise JournalError(f"{self.path}: damaged at byte {offset} since it was opened: restore the file")
         return entry
@@ -293,7 +308,11 @@ class Journal:
         try:
             await self.sync()
         finally:
-            os.close(self._file)
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Close the file."""
+        self._reader.close()
 
 
 def _encode(entry: Mapping[str, Any]) -> bytes:

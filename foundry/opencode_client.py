@@ -4,14 +4,14 @@ OpenCode (https://opencode.ai, MIT) is an agent with an HTTP server that speaks 
 client misreads today's answers, so this is the handful of calls that we need, over aiohttp. What the server does that
 a caller would not expect is dealt with here:
 
-- What goes wrong behind the server comes back as HTTP 200 with `info.error`: raised as `ModelError`.
+- What goes wrong behind the server comes back as HTTP 200 with `info.error`: raised as if we had asked the vendor.
 - Closing the connection does not stop a generation, and deleting a busy session leaves its request hanging: after a
   time-out or a cancellation the session is aborted first and then deleted, whatever happens to the caller meanwhile.
 - It repeats a broken request for minutes by itself. Our plugin (`opencode/plugin.js`) keeps it from that; a stream that
   breaks off half-way gets past the plugin, so the state of the sessions is looked at every second.
 - Beyond 32 requests in flight a server gets slower, not faster: that is the limit, for all clients of one server.
 
-The password is in no error, log or repr.
+All that fails is one of `teacher`'s errors. The password is in no error, log or repr.
 """
 
 import asyncio
@@ -20,25 +20,21 @@ import contextlib
 import json
 import logging
 import weakref
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 
-from foundry.opencode import (
-    ModelError,
-    NoAnswerInTimeError,
-    OpenCodeError,
-    PasswordError,
-    Prompt,
-    Reply,
-    ServerError,
-    SetupError,
-    UnreachableError,
-    UnreadableError,
-    read_error,
-    read_reply,
+from foundry.opencode import Prompt, Reply
+from foundry.teacher import (
+    GarbledAnswerError,
+    RefusedKeyError,
+    RejectedQuestionError,
+    TeacherError,
+    UnavailableError,
+    http_error,
+    read_body,
     short,
 )
 from smelter.base import UserError, nearest
@@ -51,7 +47,6 @@ MAX_IN_FLIGHT = 32
 """Requests in flight at one server."""
 _WATCH_SECONDS = 1.0
 _HEALTH_SECONDS = 5.0
-_MAX_ANSWER_BYTES = 64 * 2**20
 
 _log = logging.getLogger(__name__)
 _slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = weakref.WeakKeyDictionary()
@@ -90,12 +85,20 @@ class OpenCodeClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def health(self) -> str:
-        """The server's version."""
-        # A request that comes while the server starts may never be answered: it is not worth the whole time-out.
-        answer = await self._call("GET", "/global/health", timeout=min(_HEALTH_SECONDS, self._timeout))
+    async def health(self, *, wait: float = 0.0) -> str:
+        """The server's version; `wait` seconds are given to a server that starts."""
+        end = asyncio.get_running_loop().time() + wait
+        while True:
+            try:
+                # A request that comes while the server starts may never be answered: not worth the whole time-out.
+                answer = await self._call("GET", "/global/health", timeout=min(_HEALTH_SECONDS, self._timeout))
+                break
+            except UnavailableError:
+                if asyncio.get_running_loop().time() >= end:
+                    raise
+                await asyncio.sleep(0.1)
         if not isinstance(answer, dict) or answer.get("healthy") is not True:
-            raise UnreadableError(f"{self.server_url}: not healthy, or no OpenCode server: look at its log")
+            raise GarbledAnswerError(f"{self.server_url}: not healthy, or no OpenCode server: look at its log")
         return str(answer.get("version", ""))
 
     async def models(self) -> dict[str, tuple[str, ...]]:
@@ -104,7 +107,7 @@ class OpenCodeClient:
         try:
             return {str(provider["id"]): tuple(provider["models"]) for provider in answer["providers"]}
         except (KeyError, TypeError):
-            raise UnreadableError(f"{self.server_url}: /config/providers has another shape") from None
+            raise GarbledAnswerError(f"{self.server_url}: /config/providers has another shape") from None
 
     async def agents(self) -> dict[str, str]:
         """Agents and their descriptions."""
@@ -112,29 +115,29 @@ class OpenCodeClient:
         try:
             return {str(agent["name"]): str(agent.get("description") or "") for agent in answer}
         except (KeyError, TypeError, AttributeError):
-            raise UnreadableError(f"{self.server_url}: /agent has another shape") from None
+            raise GarbledAnswerError(f"{self.server_url}: /agent has another shape") from None
 
     async def check(self, *, agent: str, models: Collection[str]) -> None:
-        """Raises SetupError if plugin, agent or a model is not there (to a question it would be a bare HTTP 500)."""
+        """Raises RejectedQuestionError if plugin, agent or a model is missing: a question would get a bare HTTP 500."""
         await self.health()
         agents = await self.agents()
         if agents.get(PLUGIN_AGENT) != PLUGIN_MARK:
-            raise SetupError(
+            raise RejectedQuestionError(
                 f"{self.server_url} has no agent {PLUGIN_AGENT!r} of Foundry's plugin, or of another version of it:"
                 f" start the server with scripts/start_server.sh"
             )
         if agent not in agents:
-            raise SetupError(f"{self.server_url} has no agent {agent!r}: {nearest(agent, agents)}")
+            raise RejectedQuestionError(f"{self.server_url} has no agent {agent!r}: {nearest(agent, agents)}")
         known = [f"{provider}/{model}" for provider, names in (await self.models()).items() for model in names]
         for model in models:
             if model not in known:
-                raise SetupError(f"{self.server_url} has no model {model!r}: {nearest(model, known)}")
+                raise RejectedQuestionError(f"{self.server_url} has no model {model!r}: {nearest(model, known)}")
 
     async def create(self, title: str = "foundry") -> str:
         """A new session's id. (Without a title, the server would ask a model for one.)"""
         answer = await self._call("POST", "/session", {"title": title})
         if not isinstance(answer, dict) or not isinstance(answer.get("id"), str):
-            raise UnreadableError(f"{self.server_url}: /session has another shape")
+            raise GarbledAnswerError(f"{self.server_url}: /session has another shape")
         return str(answer["id"])
 
     async def sessions(self) -> tuple[str, ...]:
@@ -143,12 +146,12 @@ class OpenCodeClient:
 
     async def send(self, session: str, prompt: Prompt) -> Reply:
         """Put a question and wait for the answer, as long as it takes; only `abort` stops the model."""
-        return read_reply(await self._call("POST", f"/session/{session}/message", prompt.body(), timeout=None))
+        return _reply(await self._call("POST", f"/session/{session}/message", prompt.body(), timeout=None))
 
     async def send_async(self, session: str, prompt: Prompt) -> AsyncIterator[dict[str, Any]]:
         """Put a question and yield the session's events ({"type", "properties"}) until the model is done.
 
-        Raises ModelError when the session reports an error.
+        Raises the error that the session reports.
         """
         async with self._open("GET", "/event", None, None) as response:
             asked = False
@@ -164,10 +167,10 @@ class OpenCodeClient:
                     continue
                 yield event
                 if event["type"] == "session.error":
-                    raise read_error(properties.get("error") or {})
+                    raise _vendor_error(properties.get("error") or {})
                 if event["type"] == "session.idle":
                     return
-        raise UnreachableError(f"{self.server_url}: the events ended before the answer did")
+        raise UnavailableError(f"{self.server_url}: the events ended before the answer did")
 
     async def statuses(self) -> dict[str, dict[str, Any]]:
         """State of the sessions that are at work: {id: {"type": "busy" | "retry", ...}}."""
@@ -180,11 +183,7 @@ class OpenCodeClient:
 
     async def delete(self, session: str) -> None:
         """Delete a session; one that is gone already is no error."""
-        try:
-            await self._call("DELETE", f"/session/{session}")
-        except ServerError as error:
-            if error.status != 404:
-                raise
+        await self._call("DELETE", f"/session/{session}", may_be_gone=True)
 
     async def ask(self, prompt: Prompt, *, timeout: float) -> Reply:
         """One question in a session of its own: `timeout` seconds from when the server has room for it.
@@ -203,7 +202,7 @@ class OpenCodeClient:
             answered = True
             return reply
         except TimeoutError:
-            raise NoAnswerInTimeError(f"{self.server_url}: no answer within {timeout:g} s") from None
+            raise UnavailableError(f"{self.server_url}: no answer within {timeout:g} s", cause="timeout") from None
         finally:
             left = asyncio.ensure_future(self._clean(session, slot, abort=not answered))
             self._cleaners.add(left)
@@ -231,7 +230,7 @@ class OpenCodeClient:
         try:
             return await asyncio.shield(creation)
         except asyncio.CancelledError:
-            with contextlib.suppress(OpenCodeError):
+            with contextlib.suppress(TeacherError):
                 self.sessions_left.add(await creation)
             raise
 
@@ -255,12 +254,12 @@ class OpenCodeClient:
     async def _watch(self) -> None:
         while self._waiting:
             await asyncio.sleep(_WATCH_SECONDS)
-            with contextlib.suppress(OpenCodeError):  # the requests themselves will tell
+            with contextlib.suppress(TeacherError):  # the requests themselves will tell
                 for session, status in (await self.statuses()).items():
                     verdict = self._waiting.get(session)
                     if verdict and not verdict.done() and status.get("type") == "retry":
                         text = f"the answer broke off: {short(str(status.get('message', '')))}"
-                        verdict.set_exception(ModelError(text, name="Retry", status=0))
+                        verdict.set_exception(UnavailableError(text))
 
     async def _clean(self, session: str, slot: asyncio.Semaphore, *, abort: bool) -> None:
         try:
@@ -270,7 +269,7 @@ class OpenCodeClient:
                 await self.delete(session)
             if not abort:
                 await self._delete_left()
-        except OpenCodeError:
+        except TeacherError:
             self.sessions_left.add(session)
         finally:
             slot.release()
@@ -281,7 +280,7 @@ class OpenCodeClient:
             try:
                 await self.abort(session)
                 await self.delete(session)
-            except OpenCodeError:
+            except TeacherError:
                 self.sessions_left.add(session)
                 return
 
@@ -294,34 +293,61 @@ class OpenCodeClient:
             method, self.server_url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=10)
         )
 
-    async def _call(self, method: str, path: str, body: Any = None, *, timeout: float | None = 0) -> Any:
+    async def _call(
+        self, method: str, path: str, body: Any = None, *, timeout: float | None = 0, may_be_gone: bool = False
+    ) -> Any:
         where = f"{self.server_url}{path}"
         try:
             async with self._open(method, path, body, self._timeout if timeout == 0 else timeout) as response:
-                status, data = response.status, await _read(response)
+                status, data = response.status, await read_body(response)
         except TimeoutError:
-            raise UnreachableError(f"{where}: the server does not react: is it overloaded?") from None
+            raise UnavailableError(f"{where}: the server does not react: is it overloaded?") from None
         except (aiohttp.ClientError, OSError) as error:
             text = f"{where}: no answer ({type(error).__name__}): is the server running? scripts/start_server.sh"
-            raise UnreachableError(text) from None
+            raise UnavailableError(text) from None
         if status == 401:
-            raise PasswordError(f"{self.server_url}: the server does not take the password: check password_env")
-        if status >= 400:
-            raise ServerError(f"{where}: HTTP {status}: {short(data.decode(errors='replace'))}", status=status)
+            raise RefusedKeyError(f"{self.server_url}: the server does not take the password: check password_env")
+        if status >= 400 and not (status == 404 and may_be_gone):
+            text = f"{where}: HTTP {status}: {short(data.decode(errors='replace'))}"
+            raise RejectedQuestionError(text) if status in (400, 413, 422) else UnavailableError(text)
         return _json(data, path) if data else None
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > _MAX_ANSWER_BYTES:
-            raise UnreadableError(f"{response.url.path}: an answer of more than {_MAX_ANSWER_BYTES:,} bytes")
-    return bytes(data)
 
 
 def _json(data: bytes, path: str) -> Any:
     try:
         return json.loads(data)
     except ValueError:
-        raise UnreadableError(f"{path}: not JSON: {short(data.decode(errors='replace'))}") from None
+        raise GarbledAnswerError(f"{path}: not JSON: {short(data.decode(errors='replace'))}") from None
+
+
+def _reply(answer: Any) -> Reply:
+    try:
+        if error := answer["info"].get("error"):
+            raise _vendor_error(error)
+        return Reply.read(answer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, TeacherError):
+            raise
+        raise GarbledAnswerError(f"the message has another shape ({type(error).__name__}: {error})") from None
+
+
+def _vendor_error(error: Mapping[str, Any]) -> TeacherError:
+    """What a session's error means, as far as possible by what the vendor said (our plugin passes that on)."""
+    name = str(error.get("name") or "UnknownError")
+    data = error.get("data") or {}
+    headers = data.get("responseHeaders") or {}
+    text, status = str(data.get("message") or ""), data.get("statusCode")
+    if "x-foundry-status" in headers:
+        status, text = int(headers["x-foundry-status"]), unquote(headers.get("x-foundry-message", ""))
+    about = name if status is None else f"HTTP {status}" if status else "no connection"
+    message = f"{about}: {short(text)}"
+    match name:
+        case "ProviderAuthError":
+            return RefusedKeyError(message)
+        case "ContextOverflowError":
+            return RejectedQuestionError(message)
+        case "MessageAbortedError":
+            return UnavailableError(message)
+    if status is None or 0 < status < 400:
+        return GarbledAnswerError(message)
+    return http_error(message, status, headers)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from foundry.opencode import UnreachableError
 from foundry.opencode_client import OpenCodeClient
 from foundry.settings import Settings, TeacherSettings, load_settings
 from smelter.base import UserError
@@ -35,26 +34,24 @@ def server_teachers(settings: Settings, port: int | None = None) -> tuple[Teache
     if not teachers:
         raise UserError('no teacher has backend = "opencode": there is no server to start')
     port = _port(teachers[0]) if port is None else port
-    found = tuple(teacher for teacher in teachers if _port(teacher) == port)
-    if not found:
+    served = tuple(teacher for teacher in teachers if _port(teacher) == port)
+    if not served:
         ports = ", ".join(sorted({str(_port(teacher)) for teacher in teachers}))
         raise UserError(f"no opencode teacher has a server_url with port {port}: they have {ports}")
-    for teacher in found:
+    for teacher in served:
         if urlsplit(teacher.server_url).hostname not in _LOOPBACK:
             raise UserError(f"teacher {teacher.name}: server_url is not on this machine: start the server there")
-    return found
+    return served
 
 
 def server_config(teachers: Sequence[TeacherSettings]) -> dict[str, Any]:
     """opencode.json for these teachers. Raises UserError where two of them contradict each other."""
     providers: dict[str, dict[str, Any]] = {}
     for teacher in teachers:
-        name, slash, model = teacher.model.partition("/")
-        if not (name and slash and model):
-            raise UserError(f'teacher {teacher.name}: model = {teacher.model!r}: must be "provider/model"')
-        wanted = _provider(teacher)
-        models = providers.setdefault(name, {**wanted, "models": {}})["models"]
-        if {**wanted, "models": models} != providers[name]:
+        name, _, model = teacher.model.partition("/")
+        provider = _provider(teacher)
+        models = providers.setdefault(name, {**provider, "models": {}})["models"]
+        if {**provider, "models": models} != providers[name]:
             raise UserError(
                 f"teacher {teacher.name}: another teacher has provider {name!r} with another base_url, key_env or"
                 f" timeout_seconds: give one of them another provider name"
@@ -125,17 +122,8 @@ def _port(teacher: TeacherSettings) -> int:
 
 
 async def _check(teachers: Sequence[TeacherSettings], wait: float) -> str:
-    loop = asyncio.get_running_loop()
-    end = loop.time() + wait
     async with OpenCodeClient(teachers[0].server_url, password=teachers[0].password()) as client:
-        while True:
-            try:
-                version = await client.health()
-                break
-            except UnreachableError:
-                if loop.time() > end:
-                    raise
-                await asyncio.sleep(0.1)
+        version = await client.health(wait=wait)
         for teacher in teachers:
             await client.check(agent=teacher.agent, models=(teacher.model,))
         return version

@@ -13,6 +13,7 @@ import tokenizers
 import torch
 import transformers
 
+from foundry.settings import TeacherSettings
 from foundry.teacher import Answer, Question
 from foundry.teachers.transformers import TransformersTeacher
 
@@ -80,6 +81,10 @@ def save_spelling(folder: Path, *tokens: str, template: str = "", context: int =
     return folder
 
 
+def make_teacher(folder: Path, **options: Any) -> TransformersTeacher:
+    return TransformersTeacher(TeacherSettings(name="hf/tiny", backend="transformers", model=str(folder), **options))
+
+
 def run(teacher: TransformersTeacher, *questions: Question) -> list[Answer]:
     """All at once."""
 
@@ -95,5 +100,4 @@ def run(teacher: TransformersTeacher, *questions: Question) -> list[Answer]:
 def ask(folder: Path, prompt: str = "Q", **options: Any) -> Answer:
     fields = {"system", "max_tokens", "temperature", "top_p", "seed"}
     question = Question(prompt=prompt, **{"temperature": 0.0} | {k: v for k, v in options.items() if k in fields})
-    teacher = TransformersTeacher("hf/tiny", folder=folder, **{k: v for k, v in options.items() if k not in fields})
-    return run(teacher, question)[0]
+    return run(make_teacher(folder, **{k: v for k, v in options.items() if k not in fields}), question)[0]

@@ -5,48 +5,21 @@ from foundry.teacher import Teacher
 
 
 def make_teacher(settings: TeacherSettings) -> Teacher:
-    """The teacher behind its backend. Raises UserError where its key is not in the environment."""
+    """The teacher behind its backend. Raises UserError where its key, its model or a library is missing."""
     match settings.backend:
         case "openai":
             from foundry.teachers.openai import OpenAITeacher
 
-            return OpenAITeacher(
-                settings.name,
-                model=settings.model,
-                base_url=settings.base_url,
-                key=settings.key(),
-                key_header=settings.key_header,
-                timeout_seconds=settings.timeout_seconds,
-                logprobs=settings.logprobs,
-                max_tokens_key=settings.max_tokens_key,
-                omit=settings.omit,
-                extra=settings.extra,
-            )
+            return OpenAITeacher(settings)
         case "opencode":
             from foundry.teachers.opencode import OpenCodeTeacher
 
-            return OpenCodeTeacher(
-                settings.name,
-                model=settings.model,
-                server_url=settings.server_url,
-                password=settings.password(),
-                agent=settings.agent,
-                timeout_seconds=settings.timeout_seconds,
-                extra=settings.extra,
-                omit=settings.omit,
-            )
+            return OpenCodeTeacher(settings)
         case "transformers":
             from foundry.teachers.transformers import TransformersTeacher
 
-            return TransformersTeacher(
-                settings.name,
-                folder=settings.model,
-                device=settings.device,
-                dtype=settings.dtype,
-                logprobs=settings.logprobs,
-                template_values=settings.extra,
-            )
+            return TransformersTeacher(settings)
         case "local":
             from foundry.teachers.local import LocalTeacher
 
-            return LocalTeacher(settings.name)
+            return LocalTeacher(settings)

@@ -12,12 +12,14 @@ best_of with a judge takes most of what they gain.
 import asyncio
 import json
 import math
-import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from foundry.journal import Account
 from foundry.settings import GenerateSettings
-from foundry.teacher import Answer, GarbledAnswerError, Question, TeacherError
+from foundry.teacher import Answer, Question, TeacherError
+from foundry.teachers.judging import is_good, judge_prompt, runs, verdict
 from foundry.teachers.limits import Member
 from smelter.base import content_id
 
@@ -30,30 +32,6 @@ class Call:
     question: Question
     key: bytes
     """sha256 of all that determines the answer."""
-
-    @classmethod
-    def make(cls, member: Member, seed_id: str, question: Question, sample: int = 0) -> "Call":
-        """`question` in the member's own way of sampling."""
-        settings = member.settings
-        sampling_seed = None
-        if settings.use_seed:
-            sampling_seed = int(_hash(seed_id, member.name, str(sample)) * 2**31)
-        question = Question(
-            prompt=question.prompt,
-            system=question.system,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=sampling_seed,
-            material=question.material,
-        )
-        asked = json.dumps(
-            [dict(vars(question)), settings.extra, settings.omit, settings.logprobs, sample], sort_keys=True
-        )
-        own = {"opencode": settings.agent, "transformers": settings.dtype}.get(settings.backend)
-        parts = (seed_id, settings.name, settings.backend, settings.model, asked)
-        key = content_id(*parts, own) if own else content_id(*parts)
-        return cls(member, question, bytes.fromhex(key))
 
 
 @dataclass(frozen=True)
@@ -76,27 +54,31 @@ class Outcome:
     """False: it is worth asking again for what is missing."""
 
 
-Ask = Callable[[Call], Awaitable[Answer]]
-Accept = Callable[[Call, Answer], bool]
-Runs = Callable[[str], Awaitable[bool]]
-
-
 class Ensemble:
-    """The strategy over the members. `accept` decides in a cascade; `runs` whether an answer's code does (best_of)."""
+    """The strategy over the members; an answer that `account` has is not asked for again."""
 
-    def __init__(self, members: Sequence[Member], settings: GenerateSettings, *, accept: Accept, runs: Runs) -> None:
+    def __init__(self, members: Sequence[Member], settings: GenerateSettings, account: Account) -> None:
         self.settings = settings
-        self.judge = next((member for member in members if _is_judge(member, settings)), None)
+        judge = settings.judge if settings.strategy == "best_of" else None
+        self.judge = next((member for member in members if member.name == judge), None)
         self.members = [member for member in members if member is not self.judge]
-        self._accept = accept
-        self._runs = runs
+        self._account = account
 
-    def calls(self, seed_id: str, question: Question) -> list[Call]:
+    def calls(self, seed_id: str, prompt: str, system: str, material: Mapping[str, Any]) -> list[Call]:
         """What will be asked for a seed, in this order (a cascade or fallback may end early)."""
         if self.settings.strategy in ("round_robin", "weighted"):
-            return [Call.make(self._chosen(seed_id), seed_id, question)]
+            return [_call(self._chosen(seed_id), seed_id, prompt, system, material)]
         samples = self.settings.samples if self.settings.strategy == "best_of" else 1
-        return [Call.make(member, seed_id, question, sample) for sample in range(samples) for member in self.members]
+        return [
+            _call(member, seed_id, prompt, system, material, sample)
+            for sample in range(samples)
+            for member in self.members
+        ]
+
+    def key(self, calls: Sequence[Call]) -> bytes:
+        """sha256 of all that determines what comes of a seed."""
+        judge = (self.judge.settings.name, self.judge.settings.model) if self.judge else ()
+        return bytes.fromhex(content_id(self.settings.strategy, *judge, *(call.key.hex() for call in calls)))
 
     def _chosen(self, seed_id: str) -> Member:
         """The member with the best draw (Thaler & Ravishankar's rendezvous, with weights)."""
@@ -107,24 +89,29 @@ class Ensemble:
 
         return max(self.members, key=draw)
 
-    async def answer(self, seed_id: str, calls: Sequence[Call], ask: Ask) -> Outcome:
+    async def answer(self, seed_id: str, calls: Sequence[Call]) -> Outcome:
         """Ask by the strategy. Raises nothing of a teacher's: its errors are in the outcome."""
         match self.settings.strategy:
             case "fallback" | "cascade":
-                return await self._one_after_another(calls, ask)
+                return await self._one_after_another(calls)
             case "best_of":
-                return await self._best_of(seed_id, calls, ask)
-            case "all":
-                return await self._all(calls, ask, weighted=True)
+                return await self._best_of(seed_id, calls)
             case _:
-                return await self._all(calls, ask, weighted=False)
+                return await self._all(calls)
 
-    async def _all(self, calls: Sequence[Call], ask: Ask, *, weighted: bool) -> Outcome:
+    async def _ask(self, call: Call) -> Answer:
+        """The answer in the journal, or a new one."""
+        entry = self._account.read(self._account.answers, call.key)
+        if entry is None:
+            return await call.member.ask(call.question, call.key, self._account)
+        return Answer(text=entry["text"], finish=entry["finish"], usage=entry["usage"], cost=entry["cost"])
+
+    async def _all(self, calls: Sequence[Call]) -> Outcome:
         outcome = Outcome()
 
         async def caught(call: Call) -> Answer | Exception:
             try:
-                return await ask(call)
+                return await self._ask(call)
             except Exception as error:  # raised below, when the others have ended
                 return error
 
@@ -136,38 +123,40 @@ class Ensemble:
             elif isinstance(answer, Exception):
                 raise answer
             else:
-                outcome.replies.append(Reply(call, answer, call.member.settings.weight if weighted else 1.0))
+                weight = call.member.settings.weight if self.settings.strategy == "all" else 1.0
+                outcome.replies.append(Reply(call, answer, weight))
         outcome.is_complete = not outcome.failures
         return outcome
 
-    async def _one_after_another(self, calls: Sequence[Call], ask: Ask) -> Outcome:
+    async def _one_after_another(self, calls: Sequence[Call]) -> Outcome:
         outcome = Outcome()
         for call in calls:
             try:
-                answer = await ask(call)
+                answer = await self._ask(call)
             except TeacherError as error:
                 outcome.failures.append((call.member.name, error))
                 continue
-            is_good = self.settings.strategy == "fallback" or self._accept(call, answer)
-            outcome.replies.append(Reply(call, answer, float(is_good)))
-            if is_good:
+            is_last = self.settings.strategy == "fallback" or is_good(answer)
+            outcome.replies.append(Reply(call, answer, float(is_last)))
+            if is_last:
                 break
         return outcome
 
-    async def _best_of(self, seed_id: str, calls: Sequence[Call], ask: Ask) -> Outcome:
-        outcome = await self._all(calls, ask, weighted=False)
+    async def _best_of(self, seed_id: str, calls: Sequence[Call]) -> Outcome:
+        outcome = await self._all(calls)
         # In an order of the seed's own, so that no teacher gains from its place.
         order = sorted(outcome.replies, key=lambda reply: _hash(seed_id, reply.call.key.hex()))
         best = order[0] if order else None
         if self.judge is None:
             for reply in order:
-                if await self._runs(reply.answer.text):
+                if await runs(reply.answer):
                     best = reply
                     break
         elif len({reply.answer.text for reply in order}) > 1:
-            call = Call.make(self.judge, seed_id, judge_question(order[0].call.question, order))
+            prompt = judge_prompt(calls[0].question.prompt, [reply.answer for reply in order])
             try:
-                best = order[verdict((await ask(call)).text, len(order))]
+                answer = await self._ask(_call(self.judge, seed_id, prompt, "", {}))
+                best = order[verdict(answer.text, len(order))]
             except TeacherError as error:
                 outcome.failures.append((self.judge.name, error))
                 outcome.is_complete = False
@@ -175,30 +164,22 @@ class Ensemble:
         return outcome
 
 
-def judge_question(question: Question, replies: Sequence[Reply]) -> Question:
-    """The question that asks which answer is best."""
-    answers = "\n\n".join(
-        f'<answer number="{number}">\n{reply.answer.text}\n</answer>' for number, reply in enumerate(replies, start=1)
+def _call(member: Member, seed_id: str, prompt: str, system: str, material: Mapping[str, Any], sample: int = 0) -> Call:
+    """A question in the member's own way of sampling."""
+    settings = member.settings
+    question = Question(
+        prompt=prompt,
+        system=system,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=int(_hash(seed_id, member.name, str(sample)) * 2**31) if settings.use_seed else None,
+        material=material,
     )
-    prompt = (
-        "Here is a task and several answers to it. Judge them as an experienced programmer: the code must be correct, "
-        "then complete, then clear.\n\n"
-        f"<task>\n{question.prompt}\n</task>\n\n{answers}\n\n"
-        "Which answer is the best? End your reply with its number alone on the last line."
-    )
-    return replace(question, prompt=prompt, system="", material={})
-
-
-def verdict(text: str, number: int) -> int:
-    """Index of the answer that the judge names: the last number in the reply. Raises GarbledAnswerError."""
-    numbers = re.findall(r"\d+", text)
-    if not numbers or not 1 <= int(numbers[-1][:9]) <= number:
-        raise GarbledAnswerError(f"the judge names none of {number} answers: {text.strip()[-40:]!r}")
-    return int(numbers[-1]) - 1
-
-
-def _is_judge(member: Member, settings: GenerateSettings) -> bool:
-    return settings.strategy == "best_of" and member.settings.name == settings.judge
+    asked = json.dumps([vars(question), settings.extra, settings.omit, settings.logprobs, sample], sort_keys=True)
+    own = {"opencode": settings.agent, "transformers": settings.dtype}.get(settings.backend)
+    parts = (seed_id, settings.name, settings.backend, settings.model, asked, *([own] if own else []))
+    return Call(member, question, bytes.fromhex(content_id(*parts)))
 
 
 def _hash(*parts: str) -> float:

@@ -15,17 +15,16 @@ import math
 import random
 import time
 from collections import deque
-from typing import Protocol
+from typing import Any
 
+from foundry.journal import Account
 from foundry.settings import TeacherSettings
 from foundry.teacher import (
     Answer,
-    AnswerTimeoutError,
     GarbledAnswerError,
     Question,
     RateLimitedError,
     RefusedKeyError,
-    RejectedQuestionError,
     Teacher,
     TeacherError,
     UnavailableError,
@@ -40,33 +39,9 @@ MAX_PAUSE = 30.0
 TEMPLATE_TOKENS = 256
 """Allowance for what an endpoint adds to a prompt (chat template, tool preamble)."""
 
-_FREE = (RateLimitedError, RefusedKeyError, RejectedQuestionError)
-
 
 class StoppedError(Exception):
     """The run is being stopped: no new call is made."""
-
-
-class GivenUpError(TeacherError):
-    """This teacher is not asked any more in this run."""
-
-    cause = "teacher given up"
-
-
-class Account(Protocol):
-    """The books of one question's calls. Every `reserve` that returns is followed by one of the others."""
-
-    async def reserve(self, usd: float) -> None:
-        """Before each call: its worst case. Raises where the cap has no room."""
-        ...
-
-    def answered(self, answer: Answer, usd: float) -> None:
-        """The call was answered, at that cost."""
-        ...
-
-    def unanswered(self, *, is_free: bool) -> None:
-        """The call was not answered; `is_free` if it was certainly not billed."""
-        ...
 
 
 class Pace:
@@ -139,25 +114,18 @@ class Member:
         num_bytes = len(question.prompt.encode()) + len(question.system.encode()) + TEMPLATE_TOKENS
         return (num_bytes * self.settings.price_input + question.max_tokens * self.settings.price_output) / 1e6
 
-    async def ask(self, question: Question, account: Account) -> Answer:
-        """The answer, after as many tries as it takes and is allowed. Raises TeacherError or StoppedError."""
+    async def ask(self, question: Question, key: bytes, account: Account) -> Answer:
+        """The answer, after as many tries as it takes and is allowed; each is in the books under `key`.
+
+        Raises TeacherError or StoppedError.
+        """
         worst, failures = self.worst_cost(question), 0
         while True:
             await self._enter(question)
             try:
-                await account.reserve(worst)
-                try:
-                    self.num_calls += 1
-                    answer = _checked(await self.teacher.ask(question), self.name)
-                except BaseException as error:
-                    # What timed out, broke off or was unreadable may have been billed.
-                    account.unanswered(is_free=isinstance(error, _FREE))
-                    raise
-                usd = self.cost(answer, question)
-                account.answered(answer, usd)
+                async with account.call(key, worst):
+                    answer = await self._call(question, key, account, worst)
                 self._succeeded(question, answer)
-                if usd > worst > 0:  # the cap holds only while worst cases do
-                    self._give_up(f"billed ${usd:,.4f} for a call of at most ${worst:,.4f}: raise max_tokens or prices")
                 return answer
             except TeacherError as error:
                 pause = self._failed(error, failures)
@@ -169,13 +137,34 @@ class Member:
                 self._wake()
             await self._sleep(pause)
 
+    async def _call(self, question: Question, key: bytes, account: Account, worst: float) -> Answer:
+        """One try, written down: what timed out, broke off or was of no use may have been billed at the `worst`."""
+        self.num_calls += 1
+        try:
+            answer = _checked(await self.teacher.ask(question))
+        except TeacherError as error:
+            if error.is_free and worst:
+                account.write("release", key)
+            raise
+        cost = self.cost(answer, question)
+        extras: dict[str, Any] = {}
+        if answer.reasoning and self.settings.keep_reasoning:
+            extras["reasoning"] = answer.reasoning
+        if answer.logprobs is not None:
+            extras["logprobs"] = answer.logprobs
+        words = {"teacher": self.name, "text": answer.text, "finish": answer.finish}
+        account.write("answer", key, **words, usage=dict(answer.usage), cost=cost, **extras)
+        if cost > worst > 0:  # the cap holds only while worst cases do
+            self._give_up(f"billed ${cost:,.4f} for a call of at most ${worst:,.4f}: raise max_tokens or prices")
+        return answer
+
     async def _enter(self, question: Question) -> None:
         """Wait for a free place, the breaker and the pace; then one more call is in flight."""
         while True:
             if self._stop.is_set():
                 raise StoppedError
             if self.given_up:
-                raise GivenUpError(f"{self.name}: {self.given_up}")
+                raise TeacherError(self.given_up, cause="teacher given up")
             if self.in_flight >= self._places():
                 waiter = asyncio.get_running_loop().create_future()
                 self._waiters.append(waiter)
@@ -231,7 +220,7 @@ class Member:
     def _failed(self, error: TeacherError, failures: int) -> float:
         """Draw the conclusions for all calls; returns how many seconds this one waits before it is asked again."""
         now = time.monotonic()
-        self.trouble = str(error)
+        self.trouble = f"{self.name}: {error}"
         self._failing_since = self._failing_since or now
         wait = error.retry_after
         if isinstance(error, RateLimitedError):
@@ -239,7 +228,7 @@ class Member:
                 self._limit = max(1.0, self._limit / 2)
                 self._num_limited += 1
             self._close(now, _backoff(self._num_limited) if wait is None else wait)
-        elif isinstance(error, (UnavailableError, AnswerTimeoutError)):
+        elif isinstance(error, UnavailableError):
             self._num_failures += 1
             # Calls that were in flight together fail together: that is one outage and not many.
             if self._num_failures >= BREAKER_FAILURES and now >= self._closed_until:
@@ -273,14 +262,14 @@ def _backoff(failures: int) -> float:
     return min(MAX_PAUSE, 0.5 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
-def _checked(answer: Answer, name: str) -> Answer:
+def _checked(answer: Answer) -> Answer:
     """An answer that can be written down."""
     try:
         f"{answer.text}{answer.reasoning}{answer.finish}".encode()
     except UnicodeEncodeError:
-        raise GarbledAnswerError(f"{name}: half a surrogate pair in the answer: not text") from None
+        raise GarbledAnswerError("half a surrogate pair in the answer: not text") from None
     if not answer.text.strip():
-        raise GarbledAnswerError(f"{name}: an empty answer")
+        raise GarbledAnswerError("an empty answer")
     if answer.cost is not None and not (math.isfinite(answer.cost) and answer.cost >= 0):
-        raise GarbledAnswerError(f"{name}: a cost of {answer.cost}")
+        raise GarbledAnswerError(f"a cost of {answer.cost}")
     return answer

@@ -10,6 +10,7 @@ it made can be told apart, weighted or dropped.
 import re
 from typing import Any
 
+from foundry.settings import TeacherSettings
 from foundry.teacher import Answer, Question, RejectedQuestionError
 
 _WORD = re.compile(r"\S+")
@@ -18,8 +19,8 @@ _WORD = re.compile(r"\S+")
 class LocalTeacher:
     """Answers code-seeded questions with what the code itself says. Costs nothing."""
 
-    def __init__(self, name: str = "local/miner") -> None:
-        self.name = name
+    def __init__(self, settings: TeacherSettings) -> None:
+        self.name = settings.name
 
     async def ask(self, question: Question) -> Answer:
         """The mined answer in a code block; `usage` counts words between white space, as there is no tokenizer here.

@@ -1,37 +1,37 @@
 """A teacher in a folder: any causal language model of Hugging Face Transformers, run here, without a server.
 
-The model is loaded with the first question and works in one thread of its own, so the event loop stays free. It
-answers one question at a time, with a sampling loop of ours: the choice of a token depends on the question, its seed
-and the model's numbers, and nothing else. In a batch the numbers change with the neighbours (other kernels, other
-padding), so the same question would get another answer in another run. Trade-off: a GPU could answer many questions
-in the time of one; who needs that more than repeatable answers starts a server (vLLM) and uses `openai_teacher`.
+The model is loaded with the first question and works in one thread of its own, so the event loop stays free. Each
+question is one `generate` of Transformers' own, in which we choose the tokens: with the question's own random numbers
+(torch's are one for all threads), and from its settings alone. What else the folder suggests (top_k, a repetition
+penalty) is left aside, so a question means the same to every teacher.
 
-Only `Question` decides how tokens are chosen; what else the folder suggests (top_k, a repetition penalty) is left
-aside, so a question means the same to every teacher. There is no time limit: `max_tokens` bounds the work.
+One question at a time: in a batch the numbers change with the neighbours (other kernels, other padding), so the same
+question would get another answer in another run. Measured with a random number generator for each row, 133 of 200
+answers in bfloat16 were others beside seven neighbours than alone. Trade-off: a GPU could answer many questions in the
+time of one; who needs that more than repeatable answers starts a server (vLLM) and uses `openai`. There is no time
+limit: `max_tokens` bounds the work.
 """
 
 import asyncio
 import gc
 import importlib.util
-import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from foundry.settings import TeacherSettings
 from foundry.teacher import (
     Answer,
     GarbledAnswerError,
-    OnlyReasonedError,
     Question,
     RejectedQuestionError,
-    TeacherError,
     UnavailableError,
-    split_reasoning,
+    read_answer,
+    short,
 )
 from smelter.base import UserError
 
@@ -39,40 +39,24 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|ALLOC_FAILED")
 
 
 class TransformersTeacher:
-    """The model in one folder; implements `Teacher`. Raises UserError where the folder or a library is missing.
+    """The model in one folder; implements `Teacher`. Raises UserError where the folder or a library is missing."""
 
-    `device` is "auto" (CUDA where there is one) or torch's name of one. `dtype` "auto" is the one in which the weights
-    are stored. `template_values` goes to the chat template as it is, e.g. {"enable_thinking": False}.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        folder: Path | str,
-        device: str = "auto",
-        dtype: Dtype = "auto",
-        logprobs: bool = False,
-        template_values: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.name = name
-        self._folder = Path(folder)
-        self._device = device
-        self._dtype = dtype
-        self._logprobs = logprobs
-        self._template_values = dict(template_values or {})
+    def __init__(self, settings: TeacherSettings) -> None:
+        self.name = settings.name
+        self._settings = settings
         for library in ("torch", "transformers"):  # now, not after an hour of other teachers' work
             if importlib.util.find_spec(library) is None:
-                raise UserError(f"{name}: {library} is not installed: run: pip install 'smelter-foundry[hf]'")
-        if not (self._folder / "config.json").is_file():
-            raise UserError(f"{name}: no Hugging Face model in {folder} (no config.json): set model to its folder")
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix=name)
+                raise UserError(f"{self.name}: {library} is not installed: run: pip install 'smelter-foundry[hf]'")
+        if not (Path(settings.model) / "config.json").is_file():
+            raise UserError(
+                f"{self.name}: no Hugging Face model in {settings.model} (no config.json): set model to its folder"
+            )
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         self._model: _Model | None = None
 
     async def ask(self, question: Question) -> Answer:
@@ -97,31 +81,12 @@ class TransformersTeacher:
     def _answer(self, question: Question, stop: threading.Event) -> Answer:
         """In the worker's thread."""
         if self._model is None:
-            self._model = self._within_memory(
-                "loading the model", lambda: _Model(self.name, self._folder, self._device, self._dtype)
-            )
+            self._model = self._within_memory("loading the model", lambda: _Model(self._settings))
         model = self._model
-        text = model.render(question, self._template_values)
+        text = model.render(question)
         prompt = model.encode(text)
-        generation = self._within_memory(
-            f"after a prompt of {len(prompt):,} tokens",
-            lambda: model.generate(prompt, question, stop, use_logprobs=self._logprobs),
-        )
-        # Some templates open the reasoning in the prompt, so the answer begins in the middle of it.
-        answer = ("<think>" if text.rstrip().endswith("<think>") else "") + generation.text
-        reasoning, answer = split_reasoning(answer)
-        if not answer.strip():
-            if reasoning and generation.finish == "length":
-                raise OnlyReasonedError(f"{self.name}: all of max_tokens went into reasoning: raise max_tokens")
-            raise _garbled(f"{self.name}: an empty answer (finish: {generation.finish})", question)
-        return Answer(
-            text=answer,
-            finish=generation.finish,
-            reasoning=reasoning,
-            usage={"input": len(prompt), "output": generation.num_tokens},
-            cost=0.0,
-            logprobs=generation.logprobs if self._logprobs else None,
-        )
+        what = f"after a prompt of {len(prompt):,} tokens"
+        return self._within_memory(what, lambda: model.answer(text, prompt, question, stop))
 
     def _within_memory(self, what: str, work: Callable[[], T]) -> T:
         """`work()`. Raises UnavailableError for torch's several ways to say that memory is short."""
@@ -132,61 +97,46 @@ class TransformersTeacher:
                 raise
         # Outside of `except`: the new error does not keep alive, as its context, what filled the memory.
         _empty_cache()
-        raise UnavailableError(f"{self.name}: out of memory {what}: lower max_tokens or take a smaller model")
-
-
-@dataclass(frozen=True)
-class _Generation:
-    text: str
-    """Without special tokens."""
-    finish: str
-    """ "stop" or "length"."""
-    num_tokens: int
-    """The end-of-text token too."""
-    logprobs: tuple[tuple[str, float], ...]
-    """Without the end-of-text token, before temperature and top_p; empty unless asked for."""
+        raise UnavailableError(f"out of memory {what}: lower max_tokens or take a smaller model")
 
 
 class _Model:
     """A loaded model with its tokenizer. Not for more than one thread."""
 
-    def __init__(self, name: str, folder: Path, device: str, dtype: Dtype) -> None:
+    def __init__(self, settings: TeacherSettings) -> None:
         import safetensors
         import torch
         import transformers
 
         transformers.utils.logging.set_verbosity_error()  # the terminal shows the run's progress
         transformers.utils.logging.disable_progress_bar()
-        self._name = name
+        self._settings = settings
+        name, device = settings.name, settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f'{name}: device = "{device}", but torch finds no CUDA device: set device = "cpu"')
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **local)
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **local)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, **local)
+            model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, **local)
         except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-            raise UserError(f"{name}: cannot load the model in {folder}: {_one_line(error)}") from None
+            raise UserError(f"{name}: cannot load the model in {settings.model}: {_words(error)}") from None
         try:
             self._model = model.eval().to(device)
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UserError(f'{name}: cannot use device = "{device}": {_one_line(error)}') from None
+            raise UserError(f'{name}: cannot use device = "{device}": {_words(error)}') from None
         self._device = self._model.device
-        parameters = inspect.signature(self._model.forward).parameters
-        if "past_key_values" not in parameters:
-            kind = type(self._model).__name__
-            raise UserError(f'{name}: {kind} has no key-value cache: serve it and use backend = "openai"')
-        # Where it can, the model computes the last position's logits only: a long prompt's would fill the memory.
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._context = context if isinstance(context, int) and context > 0 else None
         ends = self._model.generation_config.eos_token_id
         self._ends = {*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id} - {None}
+        # In the place of the folder's, so that nothing of that is left.
+        self._model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(self._ends) or None)
 
-    def render(self, question: Question, template_values: Mapping[str, Any]) -> str:
+    def render(self, question: Question) -> str:
         """The prompt as the model knows prompts: by its chat template, or plain where it has none."""
         import jinja2
 
@@ -197,11 +147,11 @@ class _Model:
             messages.insert(0, {"role": "system", "content": question.system})
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **template_values
+                messages, tokenize=False, add_generation_prompt=True, **self._settings.extra
             )
         except jinja2.TemplateError as error:
             hint = ": some take no system prompt" if question.system else ""
-            raise RejectedQuestionError(f"{self._name}: the chat template fails: {_one_line(error)}{hint}") from None
+            raise RejectedQuestionError(f"the chat template fails: {_words(error)}{hint}") from None
         return text
 
     def encode(self, text: str) -> list[int]:
@@ -209,65 +159,70 @@ class _Model:
         # A chat template writes the special tokens itself.
         tokens: list[int] = self._tokenizer(text, add_special_tokens=not self._has_template(), verbose=False).input_ids
         if not tokens:
-            raise RejectedQuestionError(f"{self._name}: an empty prompt")
+            raise RejectedQuestionError("an empty prompt")
         if self._context is not None and len(tokens) >= self._context:
             raise RejectedQuestionError(
-                f"{self._name}: a prompt of {len(tokens):,} tokens leaves no room for an answer in a context of"
-                f" {self._context:,}"
+                f"a prompt of {len(tokens):,} tokens leaves no room for an answer in a context of {self._context:,}"
             )
         num_embeddings = self._model.get_input_embeddings().weight.shape[0]
         if max(tokens) >= num_embeddings:  # on a GPU this would end the process
             raise RejectedQuestionError(
-                f"{self._name}: token {max(tokens)} of the prompt is unknown to the model ({num_embeddings:,}"
+                f"token {max(tokens)} of the prompt is unknown to the model ({num_embeddings:,}"
                 f" embeddings): the folder's tokenizer belongs to another model"
             )
         return tokens
 
-    def generate(
-        self, prompt: list[int], question: Question, stop: threading.Event, *, use_logprobs: bool
-    ) -> _Generation:
-        """Token by token over a key-value cache, until the end of text, `max_tokens` or the end of the context."""
+    def answer(self, text: str, prompt: list[int], question: Question, stop: threading.Event) -> Answer:
+        """To `prompt`, which is `text` in tokens: until the model's end, `max_tokens` or the end of the context."""
         import torch
 
-        generator = torch.Generator(self._device)
+        random = torch.Generator(self._device)
         if question.seed is None:
-            generator.seed()
+            random.seed()
         else:
-            generator.manual_seed(question.seed % 2**64)
+            random.manual_seed(question.seed % 2**64)
+        logprobs: list[float] = []
+
+        def choose(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            """Logits [1, V] in which only the chosen token is left; called for one position after the other."""
+            if stop.is_set():
+                raise asyncio.CancelledError  # nobody waits for it any more
+            if not math.isfinite(logits.max()):
+                message = "logits that are not finite: try another dtype, float32 above all"
+                raise GarbledAnswerError(message, is_worth_retrying=_has_chance(question))
+            token = _choose(logits[0], question, random)
+            if self._settings.logprobs:
+                logprobs.append(float(logits[0].log_softmax(0)[token]))
+            only = torch.full_like(logits, -math.inf)
+            only[0, token] = 0.0
+            return only
+
         limit = question.max_tokens
         if self._context is not None:
             limit = min(limit, self._context - len(prompt))
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        cache, inputs, finish = None, prompt, "length"
+        inputs = torch.tensor([prompt], device=self._device)
         with torch.inference_mode():
-            while len(tokens) < limit and finish == "length":
-                if stop.is_set():
-                    raise asyncio.CancelledError  # nobody waits for it any more
-                output = self._model(
-                    input_ids=torch.tensor([inputs], device=self._device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    **self._options,
-                )
-                cache = output.past_key_values
-                logits = output.logits[0, -1].float()
-                if not math.isfinite(logits.max()):
-                    text = f"{self._name}: logits that are not finite: try another dtype, float32 above all"
-                    raise _garbled(text, question)
-                token = _choose(logits, question, generator)
-                tokens.append(token)
-                if use_logprobs:
-                    logprobs.append(float(logits.log_softmax(0)[token]))
-                if token in self._ends:
-                    finish = "stop"
-                inputs = [token]
-        words = tokens[:-1] if finish == "stop" else tokens
-        return _Generation(
-            text=self._decode(words, skip_special_tokens=True),
-            finish=finish,
-            num_tokens=len(tokens),
-            logprobs=tuple((self._decode([token]), value) for token, value in zip(words, logprobs, strict=False)),
+            whole = self._model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=limit,
+                do_sample=False,
+                logits_processor=[choose],
+            )
+        tokens: list[int] = whole[0, len(prompt) :].tolist()
+        is_ended = tokens[-1] in self._ends
+        words = tokens[:-1] if is_ended else tokens
+        return read_answer(
+            # Some templates open the reasoning in the prompt, so the answer begins in the middle of it.
+            ("<think>" if text.rstrip().endswith("<think>") else "") + self._decode(words, skip_special_tokens=True),
+            finish="stop" if is_ended else "length",
+            usage={"input": len(prompt), "output": len(tokens)},
+            cost=0.0,
+            # Before temperature and top_p; without the end of text.
+            logprobs=tuple((self._decode([token]), value) for token, value in zip(words, logprobs, strict=False))
+            if self._settings.logprobs
+            else None,
+            is_worth_retrying=_has_chance(question),
         )
 
     def _decode(self, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
@@ -299,16 +254,13 @@ def _choose(logits: "torch.Tensor", question: Question, generator: "torch.Genera
     return int(order[torch.multinomial(ordered, 1, generator=generator)])
 
 
-def _garbled(message: str, question: Question) -> TeacherError:
-    """An answer of no use. To ask again helps only where chance has a part in it."""
-    error = GarbledAnswerError(message)
-    error.is_worth_retrying = question.temperature > 0 and question.seed is None
-    return error
+def _has_chance(question: Question) -> bool:
+    """Whether the same question may get another answer."""
+    return question.temperature > 0 and question.seed is None
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+def _words(error: Exception) -> str:
+    return short(str(error)) or type(error).__name__
 
 
 def _empty_cache() -> None:

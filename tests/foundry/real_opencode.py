@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from foundry.opencode_client import OpenCodeClient
+from foundry.settings import TeacherSettings
 from foundry.teachers.opencode import OpenCodeTeacher
 from tests.foundry.streaming_stub import StreamingStub
 
@@ -69,7 +72,10 @@ class Server:
         return int((self.folder / f"server-{self.port}" / "pid").read_text())
 
     def teacher(self, model: str = "stub/one", **options: Any) -> OpenCodeTeacher:
-        return OpenCodeTeacher("stub", model=model, server_url=self.url, password=PASSWORD, **options)
+        settings = TeacherSettings(name="stub", backend="opencode", model=model, server_url=self.url, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENCODE_SERVER_PASSWORD", PASSWORD)
+            return OpenCodeTeacher(settings)
 
     def client(self) -> OpenCodeClient:
         return OpenCodeClient(self.url, password=PASSWORD)

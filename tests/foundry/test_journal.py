@@ -10,31 +10,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry.journal import BudgetReachedError, Journal, JournalError, Ledger
+from foundry.journal import Account, BudgetReachedError, JournalError, Ledger
 
 
 def key(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-def answer(number: int, cost: float = 0.0) -> dict[str, Any]:
-    return {"t": "answer", "key": key(number).hex(), "text": f"line\n\u2028 {number} é", "cost": cost}
+def answer(number: int) -> dict[str, Any]:
+    return {"text": f"line\n\u2028 {number} é", "cost": 0.0}
 
 
 async def fill(path: Path, number: int) -> None:
-    journal = Journal(path)
-    journal.write(*map(answer, range(number)))
-    await journal.sync()
-    await journal.close()
+    account = Account(path)
+    for i in range(number):
+        account.write("answer", key(i), **answer(i))
+    await account.journal.sync()
+    await account.journal.close()
 
 
 def keys(path: Path) -> set[bytes]:
     async def read() -> set[bytes]:
-        journal = Journal(path)
-        for number, offset in ((int.from_bytes(name, "big"), at) for name, at in journal.answers.items()):
-            assert journal.read(offset) == answer(number)
-        await journal.close()
-        return set(journal.answers)
+        account = Account(path)
+        for name in account.answers:
+            entry = {"t": "answer", "key": name.hex(), **answer(int.from_bytes(name, "big"))}
+            assert account.read(account.answers, name) == entry
+        await account.journal.close()
+        return set(account.answers)
 
     return asyncio.run(read())
 
@@ -58,20 +60,20 @@ def test_damage_in_the_middle_is_no_torn_end(tmp_path: Path) -> None:
     data[data.index(b"\n") + 30] ^= 1
     path.write_bytes(data)
     with pytest.raises(JournalError, match=r"j:2: damaged, and not at the end .* `truncate --size=\d+ "):
-        Journal(path)
+        Account(path)
     assert path.read_bytes() == data  # untouched
     path.write_text("something else\n")
     with pytest.raises(JournalError, match="not a journal of version 1"):
-        Journal(path)
+        Account(path)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     async def twice() -> None:
-        journal = Journal(tmp_path / "j")
+        account = Account(tmp_path / "j")
         with pytest.raises(JournalError, match="another run is writing it"):
-            Journal(tmp_path / "j")
-        await journal.close()
-        await Journal(tmp_path / "j").close()
+            Account(tmp_path / "j")
+        await account.journal.close()
+        await Account(tmp_path / "j").journal.close()
 
     asyncio.run(twice())
 
@@ -86,18 +88,18 @@ def test_a_full_disk_loses_nothing_acknowledged(tmp_path: Path, monkeypatch: pyt
         return write(file, data[: len(data) // 2])  # as much as there is room for
 
     async def run() -> None:
-        journal = Journal(path)
-        journal.write(answer(0))
-        await journal.sync()
+        account = Account(path)
+        account.write("answer", key(0), **answer(0))
+        await account.journal.sync()
         safe = path.read_bytes()
         monkeypatch.setattr("foundry.journal.os.write", full)
-        journal.write(answer(1))
+        account.write("answer", key(1), **answer(1))
         with pytest.raises(JournalError, match="No space left on device: everything acknowledged is safe"):
-            await journal.sync()
+            await account.journal.sync()
         with pytest.raises(JournalError, match="cannot write"):
-            journal.write(answer(2))
+            account.write("answer", key(2), **answer(2))
         with pytest.raises(JournalError, match="cannot write"):
-            await journal.close()
+            await account.journal.close()
         assert path.read_bytes() == safe
 
     asyncio.run(run())
@@ -107,23 +109,29 @@ def test_a_full_disk_loses_nothing_acknowledged(tmp_path: Path, monkeypatch: pyt
 
 def test_reservations_outlive_the_process_and_the_cap_holds(tmp_path: Path) -> None:
     async def run() -> None:
-        journal = Journal(tmp_path / "j", cap=1.0)
-        await journal.reserve(key(1), 0.6)
-        waiting = asyncio.create_task(journal.reserve(key(2), 0.6))
-        await asyncio.sleep(0.01)
-        assert not waiting.done()  # the first call may yet turn out cheap
-        journal.write(answer(1, 0.1))
-        journal.end_call()
-        await waiting
-        journal.end_call()  # cut off
-        await journal.close()
+        account = Account(tmp_path / "j", cap=1.0)
 
-        journal = Journal(tmp_path / "j", cap=1.0)
-        assert journal.ledger.settled == pytest.approx(0.1)
-        assert journal.ledger.reserved == pytest.approx(0.6)
+        async def cut_off() -> None:
+            async with account.call(key(2), 0.6):
+                raise TimeoutError
+
+        async with account.call(key(1), 0.6):
+            waiting = asyncio.create_task(cut_off())
+            await asyncio.sleep(0.01)
+            assert not account.ledger.fits(0.6)
+            assert account.ledger.reserved == 0.6  # it waits: the first call may yet turn out cheap
+            account.write("answer", key(1), text="", cost=0.1)
+        with pytest.raises(TimeoutError):
+            await waiting
+        await account.journal.close()
+
+        account = Account(tmp_path / "j", cap=1.0)
+        assert account.ledger.settled == pytest.approx(0.1)
+        assert account.ledger.reserved == pytest.approx(0.6)
         with pytest.raises(BudgetReachedError, match=r"spent \$0\.1000, and up to \$0\.6000"):
-            await journal.reserve(key(3), 0.4)
-        await journal.close()
+            async with account.call(key(3), 0.4):
+                raise AssertionError("there is no room")
+        await account.journal.close()
 
     asyncio.run(run())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from foundry.opencode_client import OpenCodeClient
+from foundry.settings import TeacherSettings
 from foundry.teacher import Answer, Question, RateLimitedError
 from foundry.teachers.opencode import OpenCodeTeacher
 from tests.foundry.anthropic_stub import AnthropicStub, text_of
@@ -49,9 +50,16 @@ def url(stub: AnthropicStub, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def ask(url: str, question: Question) -> Answer:
     async def body() -> Answer:
-        teacher = OpenCodeTeacher(
-            "claude", model="azure-claude/claude-sonnet-4-5", server_url=url, password=PASSWORD, timeout_seconds=60
+        settings = TeacherSettings(
+            name="claude",
+            backend="opencode",
+            model="azure-claude/claude-sonnet-4-5",
+            server_url=url,
+            timeout_seconds=60,
         )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENCODE_SERVER_PASSWORD", PASSWORD)
+            teacher = OpenCodeTeacher(settings)
         try:
             return await teacher.ask(question)
         finally:

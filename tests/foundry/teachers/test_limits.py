@@ -1,17 +1,20 @@
 """One teacher behind its limits: pace, breaker, retries, and a bill that the reservation did not foresee."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from foundry.journal import Account
 from foundry.settings import TeacherSettings
 from foundry.teacher import Answer, Question, RateLimitedError, RefusedKeyError, TeacherError, UnavailableError
 from foundry.teachers import limits
-from foundry.teachers.limits import GivenUpError, Member, Pace
+from foundry.teachers.limits import Member, Pace
 
 QUESTION = Question(prompt="p", max_tokens=100)
+KEY = bytes(32)
 
 
 class Scripted:
@@ -32,22 +35,21 @@ class Scripted:
         pass
 
 
-class Books:
-    """What was reserved, settled, and given back."""
+class Books(Account):
+    """In memory alone."""
 
     def __init__(self) -> None:
-        self.reserved: list[float] = []
-        self.settled: list[float] = []
-        self.unanswered_free: list[bool] = []
+        self.entries: list[tuple[str, float | None]] = []
+        """Kind, and US dollars where it has some."""
 
-    async def reserve(self, usd: float) -> None:
-        self.reserved.append(usd)
+    def write(self, kind: str, key: bytes, **parts: Any) -> None:
+        assert key == KEY
+        self.entries.append((kind, parts.get("cost")))
 
-    def answered(self, answer: Answer, usd: float) -> None:
-        self.settled.append(usd)
-
-    def unanswered(self, *, is_free: bool) -> None:
-        self.unanswered_free.append(is_free)
+    @asynccontextmanager
+    async def call(self, key: bytes, usd: float) -> AsyncIterator[None]:
+        self.entries.append(("reserve", usd))
+        yield
 
 
 def ask(script: Sequence[Answer | TeacherError], times: int = 1, **settings: Any) -> tuple[Member, Books, list[Any]]:
@@ -58,9 +60,9 @@ def ask(script: Sequence[Answer | TeacherError], times: int = 1, **settings: Any
         member = Member(Scripted(script), TeacherSettings(name="stub", backend="local", **settings))
         for _ in range(times):
             try:
-                results.append((await member.ask(QUESTION, books)).text)
+                results.append((await member.ask(QUESTION, KEY, books)).text)
             except TeacherError as error:
-                results.append(type(error))
+                results.append(error.cause)
         return member
 
     return asyncio.run(run()), books, results
@@ -78,9 +80,8 @@ def test_failures_are_retried_and_booked_as_what_they_may_have_cost() -> None:
     script: list[Answer | TeacherError] = [UnavailableError("down"), RateLimitedError("busy", retry_after=0.001), GOOD]
     _, books, results = ask(script, price_output=1.0)
     assert results == ["good"]
-    assert len(books.reserved) == 3
-    assert books.unanswered_free == [False, True]
-    assert books.settled == [20 / 1e6]
+    reserve = ("reserve", 100 / 1e6)
+    assert books.entries == [reserve, reserve, ("release", None), reserve, ("answer", 20 / 1e6)]
 
 
 def test_an_outage_opens_the_breaker_and_an_answer_closes_it() -> None:
@@ -92,18 +93,18 @@ def test_an_outage_opens_the_breaker_and_an_answer_closes_it() -> None:
 
 def test_what_is_down_for_good_or_refuses_the_key_is_given_up() -> None:
     member, _, results = ask([UnavailableError("down")], times=2, retries=9, give_up_seconds=1e-9)
-    assert results[-1] is GivenUpError
+    assert results[-1] == "teacher given up"
     assert "give_up_seconds" in member.given_up
-    member, books, results = ask([RefusedKeyError("no")], times=2)
-    assert results == [RefusedKeyError, GivenUpError]
-    assert books.unanswered_free == [True]
+    member, books, results = ask([RefusedKeyError("no")], times=2, price_output=1.0)
+    assert results == ["key refused", "teacher given up"]
+    assert books.entries == [("reserve", 100 / 1e6), ("release", None)]
 
 
 def test_a_bill_above_the_worst_case_is_the_last_one() -> None:
     dear = Answer(text="good", finish="stop", usage={"input": 10, "output": 5_000})
     member, books, results = ask([dear], times=2, price_output=1.0)
-    assert results == ["good", GivenUpError]
-    assert books.settled == [5_000 / 1e6]
+    assert results == ["good", "teacher given up"]
+    assert books.entries == [("reserve", 100 / 1e6), ("answer", 5_000 / 1e6)]
     assert "billed $0.0050" in member.given_up
 
 
@@ -134,7 +135,7 @@ def test_calls_that_fail_together_are_one_outage(monkeypatch: pytest.MonkeyPatch
     async def run() -> list[Answer]:
         down: list[Answer | TeacherError] = [UnavailableError("down")] * 34
         member = Member(Together([*down, GOOD]), TeacherSettings(name="stub", backend="local", retries=9))
-        return await asyncio.gather(*(member.ask(QUESTION, Books()) for _ in range(32)))
+        return await asyncio.gather(*(member.ask(QUESTION, KEY, Books()) for _ in range(32)))
 
     assert [answer.text for answer in asyncio.run(run())] == ["good"] * 32
     openings = 3  # by the 32, and by each of the two single attempts that followed

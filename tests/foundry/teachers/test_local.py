@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from foundry.settings import TeacherSettings
 from foundry.teacher import Answer, Question, RejectedQuestionError
 from foundry.teachers.local import LocalTeacher, mined_answer
 from smelter.base.record import read_records
@@ -22,7 +23,7 @@ MINED = ("docstring_to_body", "body_to_docstring", "body_to_tests", "body_to_cal
 
 
 def ask(**values: Any) -> Answer:
-    return asyncio.run(LocalTeacher().ask(Question(**values)))
+    return asyncio.run(LocalTeacher(TeacherSettings(name="local/miner", backend="local")).ask(Question(**values)))
 
 
 @pytest.mark.parametrize("kind", MINED)

@@ -2,14 +2,14 @@
 
 import asyncio
 import socket
+from typing import Any
 
 import pytest
 
+from foundry.settings import TeacherSettings
 from foundry.teacher import (
     Answer,
-    AnswerTimeoutError,
     GarbledAnswerError,
-    OnlyReasonedError,
     Question,
     RateLimitedError,
     RefusedKeyError,
@@ -22,10 +22,14 @@ from tests.foundry.stub_teacher import StubTeacher, answer_to
 
 
 def ask(
-    fault: str = "", *, question: Question | None = None, stub: StubTeacher | None = None, **options: object
+    fault: str = "", *, question: Question | None = None, stub: StubTeacher | None = None, key: str = "", **options: Any
 ) -> Answer:
     async def run(url: str) -> Answer:
-        teacher = OpenAITeacher("stub/one", model="stub-1", base_url=url, **options)  # type: ignore[arg-type]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STUB_KEY", key)
+            key_env = "STUB_KEY" if key else ""
+            settings = TeacherSettings(name="stub/one", model="stub-1", base_url=url, key_env=key_env, **options)
+            teacher = OpenAITeacher(settings)
         try:
             return await teacher.ask(question or Question(prompt="Hello."))
         finally:
@@ -53,35 +57,37 @@ def test_the_question_arrives_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind"),
+    ("fault", "kind", "cause"),
     [
-        ("400", RejectedQuestionError),
-        ("401", RefusedKeyError),
-        ("402", RefusedKeyError),
-        ("403", RefusedKeyError),
-        ("404", RejectedQuestionError),
-        ("408", AnswerTimeoutError),
-        ("429", RateLimitedError),
-        ("500", UnavailableError),
-        ("529", RateLimitedError),
-        ("hang", AnswerTimeoutError),
-        ("disconnect", UnavailableError),
-        ("half", GarbledAnswerError),
-        ("half_json", GarbledAnswerError),
-        ("garbage", GarbledAnswerError),
-        ("no_body", GarbledAnswerError),
-        ("empty", GarbledAnswerError),
-        ("other_shape", GarbledAnswerError),
-        ("error_200", UnavailableError),
-        ("filter", RejectedQuestionError),
-        ("only_reasoning", OnlyReasonedError),
+        ("400", RejectedQuestionError, "rejected"),
+        ("401", RefusedKeyError, "key refused"),
+        ("402", RefusedKeyError, "key refused"),
+        ("403", RefusedKeyError, "key refused"),
+        ("404", RejectedQuestionError, "rejected"),
+        ("408", UnavailableError, "timeout"),
+        ("429", RateLimitedError, "rate limit"),
+        ("500", UnavailableError, "unavailable"),
+        ("529", RateLimitedError, "rate limit"),
+        ("hang", UnavailableError, "timeout"),
+        ("disconnect", UnavailableError, "unavailable"),
+        ("half", GarbledAnswerError, "garbled"),
+        ("half_json", GarbledAnswerError, "garbled"),
+        ("garbage", GarbledAnswerError, "garbled"),
+        ("no_body", GarbledAnswerError, "garbled"),
+        ("empty", GarbledAnswerError, "garbled"),
+        ("other_shape", GarbledAnswerError, "garbled"),
+        ("error_200", UnavailableError, "unavailable"),
+        ("filter", GarbledAnswerError, "rejected"),
+        ("only_reasoning", GarbledAnswerError, "only reasoning"),
     ],
 )
-def test_each_failure_has_its_error(fault: str, kind: type[TeacherError]) -> None:
+def test_each_failure_has_its_error(fault: str, kind: type[TeacherError], cause: str) -> None:
     with pytest.raises(TeacherError) as caught:
         ask(fault, key="swordfish", timeout_seconds=0.5 if fault == "hang" else 30.0)
     assert type(caught.value) is kind
-    assert str(caught.value).startswith("stub/one: ")
+    assert caught.value.cause == cause
+    assert caught.value.is_worth_retrying == (cause not in ("rejected", "key refused", "only reasoning"))
+    assert caught.value.is_free == (kind in (RejectedQuestionError, RefusedKeyError, RateLimitedError))
     assert "swordfish" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.retry_after == (0.2 if fault == "429" else None)
@@ -92,7 +98,8 @@ def test_nobody_there() -> None:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses
 
         async def run() -> None:
-            teacher = OpenAITeacher("a/b", model="m", base_url=f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
+            url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+            teacher = OpenAITeacher(TeacherSettings(name="a/b", model="m", base_url=url))
             with pytest.raises(UnavailableError, match="cannot connect to 127"):
                 await teacher.ask(Question(prompt="Hello."))
             await teacher.close()

@@ -8,9 +8,8 @@ import torch
 import transformers
 
 from foundry.teacher import RejectedQuestionError
-from foundry.teachers.transformers import TransformersTeacher
 from smelter.base.errors import UserError
-from tests.tiny_hf import IDS, ask, save_random, save_spelling, save_tokenizer
+from tests.tiny_hf import IDS, ask, make_teacher, save_random, save_spelling, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +56,18 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(vocab_size=len(IDS), hidden_size=8, state_size=4, num_hidden_layers=1)
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+def test_a_model_with_another_kind_of_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=len(IDS), hidden_size=32, state_size=4, num_hidden_layers=2, bos_token_id=None, eos_token_id=0
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="MambaForCausalLM has no key-value cache") as caught:
-        ask(tmp_path)
-    one_line(caught)
+    answer = ask(tmp_path, "Well?", max_tokens=20)
+    tokens = torch.tensor([[IDS[character] for character in f"Well?{answer.text}"]])
+    assert torch.equal(model(tokens).logits[0, 4:-1].argmax(1), tokens[0, 5:])
+    assert len(answer.text) > 10
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
@@ -89,4 +93,4 @@ def test_a_device_that_is_not_there(device: str, llama: Path) -> None:
 def test_a_missing_library_names_the_extra(library: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"{library} is not installed: run: pip install 'smelter-foundry\[hf\]'"):
-        TransformersTeacher("hf/tiny", folder=llama)
+        make_teacher(llama)
