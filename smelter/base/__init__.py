@@ -1,6 +1,6 @@
 """What both programs stand on: what is typed, read and written, foreign code, and what is said when it is wrong."""
 
-from smelter.base import cli, sandbox
+from smelter.base import cli
 from smelter.base.cli import parse, run
 from smelter.base.errors import CheckpointError, ConfigError, DataError, UserError, nearest, require
 from smelter.base.files import file_sha256
@@ -48,6 +48,5 @@ __all__ = [
     "require",
     "run",
     "run_python",
-    "sandbox",
     "write_records",
 ]

@@ -10,8 +10,7 @@ line and exits with code 2; everything else is a defect of ours and keeps its tr
     ├── CheckpointError             missing, truncated, or of another model
     ├── JournalError                foundry.journal: damaged, or in use
     ├── BudgetReachedError          foundry.journal: the spending cap
-    ├── OpenCodeError               foundry.opencode: the server cannot be used (seven kinds)
-    └── TeacherError                foundry.teacher: no answer to a question (eight kinds; some are asked again)
+    └── TeacherError                foundry.teacher: no answer to a question (five kinds; three are asked again)
 """
 
 import difflib
