@@ -1,6 +1,7 @@
 """What teachers are asked."""
 
-from foundry.seeds.seed import Seed, iterate
+from foundry.seeds.turns import iterate
+from foundry.seeds.seed import Seed
 
 __all__ = [
     "Seed",

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from foundry.seeds.seed import Seed
+
 SHARE_OF_EXTRAS = 0.35
 """How often each list of further asks gives one; the list `always` gives one each time."""
 
@@ -42,14 +44,6 @@ class Area:
         return len(self.snippets) or len(self.prompts)
 
 
-@dataclass(frozen=True)
-class BuiltinPrompt:
-    """One drawn prompt; `source` names its template, so that all its variants fall into one split."""
-
-    prompt: str
-    source: str
-
-
 @functools.cache
 def load_areas() -> tuple[tuple[Area, ...], Mapping[str, tuple[str, ...]]]:
     """The areas and the lists of words of `seeds.toml`."""
@@ -66,8 +60,11 @@ def load_areas() -> tuple[tuple[Area, ...], Mapping[str, tuple[str, ...]]]:
     return tuple(areas), {name: tuple(words) for name, words in tables["words"].items()}
 
 
-def builtin_prompts(seed: int) -> Iterator[BuiltinPrompt]:
-    """Prompts in an order that `seed` determines, none twice; ends when a whole round brings nothing new."""
+def builtin_prompts(seed: int) -> Iterator[Seed]:
+    """Seeds in an order that `seed` determines, no prompt twice; ends when a whole round brings nothing new.
+
+    `source` names the template, so that all its variants fall into one split.
+    """
     areas, words = load_areas()
     entries = [(area, index) for area in areas for index in range(area.num_entries)]
     rng = random.Random(seed)
@@ -79,7 +76,7 @@ def builtin_prompts(seed: int) -> Iterator[BuiltinPrompt]:
             key = hashlib.sha256(prompt.encode()).digest()
             if key not in seen:
                 seen.add(key)
-                yield BuiltinPrompt(prompt, f"builtin/{area.name}/{index}")
+                yield Seed(prompt=prompt, source=f"builtin/{area.name}/{index}", license="MIT")
         if len(seen) == num_before:
             return
 

@@ -12,34 +12,64 @@ whose tests are among the sources come first for `body_to_tests`; the others fol
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from foundry.corpus import Options, Summary, corpus_records, find_trees
 from foundry.seeds.builtin import pick, shuffled
-from foundry.seeds.functions import FENCE, MIN_DOCSTRING, Function, Source, functions
+from foundry.seeds.functions import FENCE, MIN_DOCSTRING, Function, Source, functions_of
+from foundry.seeds.seed import Seed
 from foundry.seeds.uses import UsageIndex
 from smelter.base import UserError, nearest, read_records
-
-KINDS = ("oss_instruct", "docstring_to_body", "body_to_docstring", "body_to_tests", "body_to_calls")
 
 SNIPPET_LINES = (5, 15)
 """Least and most lines of code that are shown to inspire a problem."""
 
 
-@dataclass(frozen=True)
-class CodePrompt:
-    """One question made from code, and what is known about its answer."""
+_FORMS = {
+    "oss_instruct": (
+        "Make up a programming problem that a reader of this fragment might meet elsewhere, and solve it in Python.",
+        "Take one idea from this fragment and make a new, self-contained Python exercise of it, with a model solution.",
+        "Let this fragment inspire a practical task for a Python developer. State the task, then solve it.",
+    ),
+    "docstring_to_body": (
+        "Complete this Python function.{place} Answer with the whole function in one code block.",
+        "Write the body of this function so that it does what its docstring says.{place} Give the complete function.",
+        "Here are a signature and a docstring.{place} Implement the function and answer with its full code only.",
+        "Fill in the missing body.{place} Reply with one Python code block that holds the finished function.",
+    ),
+    "body_to_docstring": (
+        "Write the docstring of this Python function.{place} Answer with the docstring alone, in triple quotes.",
+        "This function has lost its docstring.{place} Write it anew, and answer with nothing but the quoted docstring.",
+        "Document this function for its users in a docstring.{place} Reply with the docstring only, quotes included.",
+    ),
+    "body_to_tests": (
+        "Write unit tests for this function of the module `{module}`.",
+        "Which tests should `{module}.{name}` have? Write them.",
+        "Test this function from `{module}`: the main case, the edge cases and the errors.",
+    ),
+    "body_to_calls": (
+        "Show how this function of the module `{module}` is called in practice: a few realistic calls.",
+        "Give examples of code that uses `{name}` from `{module}`.",
+        "How would other code call this function of `{module}`? Answer with examples only.",
+    ),
+}
+_ENDS = {
+    "oss_instruct": (
+        "State the problem so that it can be understood without the fragment. Do not copy the fragment.",
+        "The problem must stand on its own, with an example of input and output. Do not mention the fragment.",
+        "Give the problem under `Problem`, the code under `Solution`, and three asserts that test it.",
+    ),
+    "body_to_tests": (
+        "Use `unittest`.",
+        "Answer with one runnable Python test module.",
+        "Import the function from its module.",
+    ),
+}
+KINDS = tuple(_FORMS)
 
-    kind: str
-    prompt: str
-    source: str
-    license: str
-    material: Mapping[str, Any]
 
-
-def code_prompts(corpus: Sequence[str], kinds: Sequence[str], seed: int) -> Iterator[Iterator[CodePrompt]]:
+def code_prompts(corpus: Sequence[str], kinds: Sequence[str], seed: int) -> Iterator[Iterator[Seed]]:
     """One stream of prompts for each kind (all kinds if none is named), in an order that `seed` determines.
 
     `corpus` names JSONL files of records, or "stdlib". Raises UserError for an unknown kind and where there is
@@ -52,7 +82,7 @@ def code_prompts(corpus: Sequence[str], kinds: Sequence[str], seed: int) -> Iter
     sources = [source for name in dict.fromkeys(corpus) for source in read_sources(name)]
     cache: dict[Source, list[Function]] = {}
     usage = UsageIndex(sources)
-    makers: dict[str, Callable[[random.Random], Iterator[CodePrompt]]] = {
+    makers: dict[str, Callable[[random.Random], Iterator[Seed]]] = {
         "oss_instruct": lambda rng: _oss_instruct(sources, rng),
         "docstring_to_body": lambda rng: _docstring_to_body(_rounds(sources, cache, rng), rng),
         "body_to_docstring": lambda rng: _body_to_docstring(_rounds(sources, cache, rng), rng),
@@ -90,7 +120,7 @@ def _rounds(sources: Sequence[Source], cache: dict[Source, list[Function]], rng:
     orders: list[list[Function]] = []
     for source in files:
         if source not in cache:
-            cache[source] = functions(source)
+            cache[source] = functions_of(source)
         order = shuffled(cache[source], rng)
         if order:
             orders.append(order)
@@ -103,37 +133,25 @@ def _fenced(code: str) -> str:
     return f"```python\n{code.rstrip()}\n```"
 
 
-def _shown(function: Function, text: str) -> str:
-    """A function (or a part of it) under the imports that it needs."""
-    return _fenced(f"{function.imports}\n\n\n{text}" if function.imports else text)
+def _ask(kind: str, function: Function, shown: str, rng: random.Random, **known: Any) -> Seed:
+    """The question about a function, of which `shown` is seen under the imports that it needs."""
+    place = f" It is a method of `{function.owner.rstrip(':')}`." if function.owner else ""
+    ask = pick(_FORMS[kind], rng).format(place=place, module=function.source.module, name=function.name)
+    if kind in _ENDS:
+        ask += f" {pick(_ENDS[kind], rng)}"
+    code = _fenced(f"{function.imports}\n\n\n{shown}" if function.imports else shown)
+    place_of = {"name": function.name, "file": function.source.name, "line": function.line}
+    return _seed(kind, f"{ask}\n\n{code}", function.source, **place_of, **known)
 
 
-def _place(function: Function) -> str:
-    """Where a method belongs, as part of a sentence."""
-    return f" It is a method of `{function.owner.rstrip(':')}`." if function.owner else ""
+def _seed(kind: str, prompt: str, source: Source, **material: Any) -> Seed:
+    return Seed(
+        kind=kind, prompt=prompt, source=source.name, license=source.license, material={"task": kind, **material}
+    )
 
 
-def _material(function: Function, kind: str, **parts: Any) -> dict[str, Any]:
-    return {"task": kind, "name": function.name, "file": function.source.name, "line": function.line, **parts}
-
-
-def _prompt(function: Function, kind: str, prompt: str, **parts: Any) -> CodePrompt:
-    source = function.source
-    return CodePrompt(kind, prompt, source.name, source.license, _material(function, kind, **parts))
-
-
-def _oss_instruct(sources: Sequence[Source], rng: random.Random) -> Iterator[CodePrompt]:
+def _oss_instruct(sources: Sequence[Source], rng: random.Random) -> Iterator[Seed]:
     """A few lines of a file, dedented; three rounds through the files."""
-    forms = (
-        "Make up a programming problem that a reader of this fragment might meet elsewhere, and solve it in Python.",
-        "Take one idea from this fragment and make a new, self-contained Python exercise of it, with a model solution.",
-        "Let this fragment inspire a practical task for a Python developer. State the task, then solve it.",
-    )
-    ends = (
-        "State the problem so that it can be understood without the fragment. Do not copy the fragment.",
-        "The problem must stand on its own, with an example of input and output. Do not mention the fragment.",
-        "Give the problem under `Problem`, the code under `Solution`, and three asserts that test it.",
-    )
     files = [source for source in sources if not source.is_test]
     for _ in range(3):
         for source in shuffled(files, rng):
@@ -146,36 +164,23 @@ def _oss_instruct(sources: Sequence[Source], rng: random.Random) -> Iterator[Cod
             snippet = "\n".join(lines[first : first + low + int(rng.random() * (high - low + 1))]).rstrip()
             if FENCE in snippet:
                 continue
-            material = {"task": "oss_instruct", "file": source.name, "line": first + 1, "snippet": snippet}
-            prompt = f"{pick(forms, rng)}\n\n{_fenced(snippet)}\n\n{pick(ends, rng)}"
-            yield CodePrompt("oss_instruct", prompt, source.name, source.license, material)
+            form, end = (pick(texts["oss_instruct"], rng) for texts in (_FORMS, _ENDS))
+            prompt = f"{form}\n\n{_fenced(snippet)}\n\n{end}"
+            yield _seed("oss_instruct", prompt, source, file=source.name, line=first + 1, snippet=snippet)
 
 
-def _docstring_to_body(found: Iterator[Function], rng: random.Random) -> Iterator[CodePrompt]:
-    forms = (
-        "Complete this Python function.{place} Answer with the whole function in one code block.",
-        "Write the body of this function so that it does what its docstring says.{place} Give the complete function.",
-        "Here are a signature and a docstring.{place} Implement the function and answer with its full code only.",
-        "Fill in the missing body.{place} Reply with one Python code block that holds the finished function.",
-    )
-    for function in found:
+def _docstring_to_body(functions: Iterator[Function], rng: random.Random) -> Iterator[Seed]:
+    for function in functions:
         if len(function.docstring) >= MIN_DOCSTRING:
-            shown = _shown(function, f"{function.header}\n{function.docstring}")
-            prompt = f"{pick(forms, rng).format(place=_place(function))}\n\n{shown}"
-            yield _prompt(function, "docstring_to_body", prompt, answer=function.text)
+            shown = f"{function.header}\n{function.docstring}"
+            yield _ask("docstring_to_body", function, shown, rng, answer=function.text)
 
 
-def _body_to_docstring(found: Iterator[Function], rng: random.Random) -> Iterator[CodePrompt]:
-    forms = (
-        "Write the docstring of this Python function.{place} Answer with the docstring alone, in triple quotes.",
-        "This function has lost its docstring.{place} Write it anew, and answer with nothing but the quoted docstring.",
-        "Document this function for its users in a docstring.{place} Reply with the docstring only, quotes included.",
-    )
-    for function in found:
+def _body_to_docstring(functions: Iterator[Function], rng: random.Random) -> Iterator[Seed]:
+    for function in functions:
         if len(function.docstring) >= MIN_DOCSTRING:
-            shown = _shown(function, f"{function.header}\n{function.body}")
-            prompt = f"{pick(forms, rng).format(place=_place(function))}\n\n{shown}"
-            yield _prompt(function, "body_to_docstring", prompt, answer=_dedented(function.docstring))
+            shown = f"{function.header}\n{function.body}"
+            yield _ask("body_to_docstring", function, shown, rng, answer=_dedented(function.docstring))
 
 
 def _dedented(docstring: str) -> str:
@@ -186,38 +191,25 @@ def _dedented(docstring: str) -> str:
     return "\n".join([first.lstrip(), *(line[indent:] for line in lines)]).rstrip()
 
 
-def _body_to_tests(found: Iterator[Function], usage: UsageIndex, rng: random.Random) -> Iterator[CodePrompt]:
-    forms = (
-        "Write unit tests for this function of the module `{module}`.",
-        "Which tests should `{module}.{name}` have? Write them.",
-        "Test this function from `{module}`: the main case, the edge cases and the errors.",
-    )
-    ends = ("Use `unittest`.", "Answer with one runnable Python test module.", "Import the function from its module.")
+def _body_to_tests(functions: Iterator[Function], usage: UsageIndex, rng: random.Random) -> Iterator[Seed]:
     untested = []
-    for function in found:
+    for function in functions:
         if function.owner or not function.is_public:
             continue
-        form = pick(forms, rng).format(module=function.source.module, name=function.name)
-        prompt = f"{form} {pick(ends, rng)}\n\n{_shown(function, function.text)}"
         tests = usage.tests(function)
-        if tests is None:
-            untested.append((function, prompt))
+        known = {"answer": tests.code, "tests_file": tests.file} if tests else {}
+        seed = _ask("body_to_tests", function, function.text, rng, **known)
+        if tests:
+            yield seed
         else:
-            yield _prompt(function, "body_to_tests", prompt, answer=tests.code, tests_file=tests.file)
-    for function, prompt in untested:
-        yield _prompt(function, "body_to_tests", prompt)
+            untested.append(seed)
+    yield from untested
 
 
-def _body_to_calls(found: Iterator[Function], usage: UsageIndex, rng: random.Random) -> Iterator[CodePrompt]:
-    forms = (
-        "Show how this function of the module `{module}` is called in practice: a few realistic calls.",
-        "Give examples of code that uses `{name}` from `{module}`.",
-        "How would other code call this function of `{module}`? Answer with examples only.",
-    )
-    for function in found:
+def _body_to_calls(functions: Iterator[Function], usage: UsageIndex, rng: random.Random) -> Iterator[Seed]:
+    for function in functions:
         calls = usage.calls(function) if function.is_public else []
         if calls:
-            form = pick(forms, rng).format(module=function.source.module, name=function.name)
             # Each under the place where it stands: examples of one answer come from several files.
             answer = "\n\n".join(f"# {call.file}:{call.line}\n{call.code}" for call in calls)
-            yield _prompt(function, "body_to_calls", f"{form}\n\n{_shown(function, function.text)}", answer=answer)
+            yield _ask("body_to_calls", function, function.text, rng, answer=answer)

@@ -97,19 +97,15 @@ def parses(text: str) -> bool:
     return parse.__wrapped__(text) is not None
 
 
-def functions(source: Source) -> list[Function]:
+def functions_of(source: Source) -> list[Function]:
     """Functions and methods of a file that are of a size to ask about, in order; nested ones belong to their outer."""
     tree = parse(source.text)
     if tree is None:
         return []
     lines = split_lines(source.text)
     bindings = import_bindings(tree, lines)
-    found = []
-    for node, owner in _definitions(tree):
-        function = _function(source, node, owner, lines, bindings)
-        if function is not None:
-            found.append(function)
-    return found
+    parts = (_function(source, node, owner, lines, bindings) for node, owner in _definitions(tree))
+    return [function for function in parts if function is not None]
 
 
 def split_lines(text: str) -> list[str]:
@@ -171,6 +167,11 @@ def first_line(node: ast.stmt) -> int:
     return min([node.lineno, *(decorator.lineno for decorator in decorators)])
 
 
+def cut(node: ast.stmt, lines: Sequence[str]) -> str:
+    """A statement as it stands in the file, decorators included."""
+    return "".join(lines[first_line(node) - 1 : node.end_lineno]).rstrip("\n")
+
+
 def class_line(node: ast.ClassDef) -> str:
     """ "class Name(Base):" without decorators."""
     arguments = ", ".join(ast.unparse(part) for part in [*node.bases, *node.keywords])
@@ -189,10 +190,10 @@ def _is_abstract(statements: Sequence[ast.stmt]) -> bool:
 
 def import_bindings(tree: ast.Module, lines: Sequence[str]) -> dict[str, str]:
     """Name -> the import statement of the module's top level that binds it, as it stands in the file."""
-    found = {}
+    bindings = {}
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            text = "".join(lines[node.lineno - 1 : node.end_lineno]).rstrip("\n")
+            text = cut(node, lines)
             for alias in node.names:
-                found[alias.asname or alias.name.partition(".")[0]] = text
-    return found
+                bindings[alias.asname or alias.name.partition(".")[0]] = text
+    return bindings

@@ -1,12 +1,7 @@
-"""What teachers are asked: built-in prompts, the user's own, and prompts made from local code.
+"""One thing to ask, and the user's own files of them.
 
-The sources take turns, so any number of seeds holds a fair share of each for as long as each lasts; the built-in ones
-do not run out in practice. The same settings and files give the same seeds in the same order, and a larger count
-begins with those of a smaller one, so a run can be made longer without asking anything twice.
-
-The user's own prompts: a text file holds one prompt a line (blank lines are skipped). A prompt of several lines goes
-into a JSONL file: {"prompt": ...} with "system", "language", "id", "source" and "license" where wanted. The files are
-read through once before the first seed is given, so a bad line is found before any answer is paid for.
+A text file holds one prompt a line (blank lines are skipped). A prompt of several lines goes into a JSONL file:
+{"prompt": ...} with "system", "language", "id", "source" and "license" where wanted.
 """
 
 import json
@@ -15,9 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foundry.seeds.builtin import builtin_prompts
-from foundry.seeds.code import CodePrompt, code_prompts
-from foundry.settings import SeedSettings
 from smelter.base import UserError, content_id, nearest
 
 KEYS = ("prompt", "system", "language", "id", "source", "license")
@@ -49,64 +41,6 @@ class Seed:
             object.__setattr__(self, "id", content_id("seed", self.system, self.prompt, material))
 
 
-def iterate(settings: SeedSettings) -> Iterator[Seed]:
-    """At most `settings.count` seeds, without a repeated id or question.
-
-    Raises UserError for a file that cannot be used, naming file and line, and where there is nothing to ask.
-    """
-    streams = [_builtin(settings.seed)] if settings.builtin else []
-    files = list(dict.fromkeys(settings.files))
-    given: dict[str, str] = {}
-    for name in files:
-        for _ in read_seeds(name, given):
-            pass
-    streams += [read_seeds(name) for name in files]
-    if settings.corpus:
-        prompts = code_prompts(settings.corpus, settings.kinds, settings.seed)
-        streams.append(_in_turn([_from_code(stream) for stream in prompts]))
-    ids: set[str] = set()
-    questions: set[str] = set()
-    for seed in _in_turn(streams):
-        question = content_id(seed.system, seed.prompt)
-        if seed.id in ids or question in questions:
-            continue
-        ids.add(seed.id)
-        questions.add(question)
-        yield seed
-        if len(ids) == settings.count:
-            return
-    if not ids:
-        raise UserError("[seeds]: nothing to ask: the files and the corpus hold no usable prompt")
-
-
-def _in_turn(streams: list[Iterator[Seed]]) -> Iterator[Seed]:
-    """One of each stream after the other; a stream that has ended drops out."""
-    while streams:
-        alive = []
-        for stream in streams:
-            seed = next(stream, None)
-            if seed is not None:
-                yield seed
-                alive.append(stream)
-        streams = alive
-
-
-def _builtin(number: int) -> Iterator[Seed]:
-    for item in builtin_prompts(number):
-        yield Seed(prompt=item.prompt, source=item.source, license="MIT")
-
-
-def _from_code(prompts: Iterator[CodePrompt]) -> Iterator[Seed]:
-    for item in prompts:
-        yield Seed(
-            prompt=item.prompt,
-            source=item.source,
-            license=item.license,
-            kind=item.kind,
-            material=item.material,
-        )
-
-
 def read_seeds(path: Path | str, ids: dict[str, str] | None = None) -> Iterator[Seed]:
     """A user's prompts: JSONL if the name ends in .jsonl, else a prompt a line. Raises UserError with file:line.
 
@@ -128,13 +62,14 @@ def read_seeds(path: Path | str, ids: dict[str, str] | None = None) -> Iterator[
                     yield Seed(prompt=line, source=f"{path.name}:{number}", license="unknown", kind="user")
                 continue
             values = _checked(line, where)
-            given = values.pop("id", "")
-            if given:
-                if given in ids:
-                    raise UserError(f'{where}: "id" {given!r} is that of {ids[given]}: give each its own')
-                ids[given] = where
+            given_id = values.pop("id", "")
+            if given_id in ids:
+                raise UserError(f'{where}: "id" {given_id!r} is that of {ids[given_id]}: give each its own')
+            if given_id:
+                ids[given_id] = where
+                values["id"] = content_id("user", given_id)
             defaults: dict[str, Any] = {"source": f"{path.name}:{number}", "license": "unknown", "kind": "user"}
-            yield Seed(id=content_id("user", given) if given else "", **(defaults | values))
+            yield Seed(**(defaults | values))
 
 
 def _checked(line: str, where: str) -> dict[str, str]:

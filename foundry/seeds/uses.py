@@ -21,6 +21,7 @@ from foundry.seeds.functions import (
     FunctionNode,
     Source,
     class_line,
+    cut,
     first_line,
     import_bindings,
     parse,
@@ -65,11 +66,11 @@ class _Site:
 
     def cut(self, lines: list[str]) -> str:
         """The code at this place."""
-        found = lines[self.first - 1 : self.last]
+        part = lines[self.first - 1 : self.last]
         if self.columns:
-            found[-1] = found[-1].encode()[: self.columns[1]].decode()
-            found[0] = found[0].encode()[self.columns[0] :].decode()
-        return textwrap.dedent("".join(found)).rstrip("\n")
+            part[-1] = part[-1].encode()[: self.columns[1]].decode()
+            part[0] = part[0].encode()[self.columns[0] :].decode()
+        return textwrap.dedent("".join(part)).rstrip("\n")
 
 
 @dataclass
@@ -91,9 +92,9 @@ class UsageIndex:
 
     def calls(self, function: Function) -> list[Call]:
         """Call sites outside tests, at most MAX_CALLS, no two alike; those of other files first."""
-        found: dict[str, Call] = {}
         if function.owner:
             return []
+        calls: dict[str, Call] = {}
         for number in self._candidates(function, tests=False):
             source = self.sources[number]
             lines = split_lines(source.text)
@@ -102,10 +103,10 @@ class UsageIndex:
                     code = site.cut(lines)
                     # Under another name (`import ... as`) it would not show whose call it is.
                     if re.search(rf"\b{function.name}\(", code) and FENCE not in code and parses(code):
-                        found.setdefault(code, Call(source.name, site.first, code))
-            if len(found) >= MAX_CALLS:
+                        calls.setdefault(code, Call(source.name, site.first, code))
+            if len(calls) >= MAX_CALLS:
                 break
-        return list(found.values())[:MAX_CALLS]
+        return list(calls.values())[:MAX_CALLS]
 
     def tests(self, function: Function) -> Call | None:
         """Tests of the function from one test file, with what they need of that file; None if there are none."""
@@ -122,17 +123,17 @@ class UsageIndex:
     def _candidates(self, function: Function, *, tests: bool) -> list[int]:
         parts = function.source.module.split(".")
         test_names = {name for part in parts for name in (f"test_{part}", f"{part}_test")}
-        found = []
+        numbers = []
         for number in self._by_name.get(function.name, []):
             source = self.sources[number]
             names = PurePosixPath(source.name).with_suffix("").parts
             if source.is_test != tests or (tests and not test_names & set(names)):
                 continue
             if source is function.source or not self._words_imported_by(number).isdisjoint(parts):
-                found.append(number)
+                numbers.append(number)
         # A function's own module calls it without saying why; test files come in order of how near they are.
-        found.sort(key=lambda n: (self.sources[n].name == function.source.name, n))
-        return found[:MAX_FILES]
+        numbers.sort(key=lambda n: (self.sources[n].name == function.source.name, n))
+        return numbers[:MAX_FILES]
 
     def _means(self, site: _Site, source: Source, function: Function) -> bool:
         if site.name != function.name:
@@ -192,13 +193,13 @@ def _find_sites(tree: ast.Module) -> Iterator[_Site]:
         stack += [(child, statement, test, owner) for child in reversed(children)]
     defined = {node.name for node in tree.body if isinstance(node, FunctionNode)}
     for call, statement, test in calls:
-        found = _origin(call.func, origins, defined)
-        if found:
+        origin = _origin(call.func, origins, defined)
+        if origin:
             is_compound = hasattr(statement, "body")
             place = call if is_compound else statement
             last = place.end_lineno or place.lineno
             columns = (call.col_offset, call.end_col_offset or 0) if is_compound else None
-            yield _Site(*found, place.lineno, last, test, columns)
+            yield _Site(*origin, place.lineno, last, test, columns)
 
 
 def _add_origins(node: ast.stmt, origins: dict[str, tuple[str, str]]) -> None:
@@ -258,15 +259,10 @@ def _assemble(source: Source, wanted: Sequence[tuple[str, ...]]) -> str:
     imports = dict.fromkeys(text for name, text in import_bindings(tree, lines).items() if name in used)
     if any(_length(node) > MAX_HELPER_LINES for node in outer) or any(text.startswith("from .") for text in imports):
         return ""
-
-    def cut(node: ast.stmt) -> str:
-        return "".join(lines[first_line(node) - 1 : node.end_lineno]).rstrip("\n")
-
-    parts = ["\n".join(imports), *map(cut, sorted(outer, key=first_line))]
+    tests = [cut(node, lines) for node in chosen]
     if isinstance(group, ast.ClassDef):
-        parts.append(class_line(group) + "\n" + "\n\n".join(map(cut, chosen)))
-    else:
-        parts += map(cut, chosen)
+        tests = [class_line(group) + "\n" + "\n\n".join(tests)]
+    parts = ["\n".join(imports), *(cut(node, lines) for node in sorted(outer, key=first_line)), *tests]
     code = "\n\n\n".join(part for part in parts if part) + "\n"
     is_fit = code.count("\n") <= 2 * MAX_TEST_LINES and FENCE not in code
     return code if is_fit and parses(code) else ""
@@ -274,27 +270,27 @@ def _assemble(source: Source, wanted: Sequence[tuple[str, ...]]) -> str:
 
 def _top_level(tree: ast.Module) -> dict[str, ast.stmt]:
     """Functions, classes and constants of a module by name."""
-    found: dict[str, ast.stmt] = {}
+    statements: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, FunctionNode | ast.ClassDef):
-            found[node.name] = node
+            statements[node.name] = node
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node
-    return found
+            statements[node.targets[0].id] = node
+    return statements
 
 
 def _closure(
     roots: Iterable[ast.AST], known: Mapping[str, ast.stmt], uses: Callable[[ast.AST], set[str]]
 ) -> list[ast.stmt]:
     """The known statements that the roots use, directly or through each other."""
-    found: dict[str, ast.stmt] = {}
+    used: dict[str, ast.stmt] = {}
     queue = list(roots)
     while queue:
         for name in uses(queue.pop()):
-            if name in known and name not in found:
-                found[name] = known[name]
+            if name in known and name not in used:
+                used[name] = known[name]
                 queue.append(known[name])
-    return list(found.values())
+    return list(used.values())
 
 
 def _names(node: ast.AST) -> set[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from foundry.seeds.code import KINDS, CodePrompt, code_prompts
-from foundry.seeds.functions import Source, functions, parses
+from foundry.seeds.code import KINDS, code_prompts
+from foundry.seeds.functions import Source, functions_of, parses
+from foundry.seeds.seed import Seed
 from foundry.seeds.uses import UsageIndex
 from smelter.base.errors import UserError
 from smelter.base.record import Record, write_records
@@ -127,7 +128,7 @@ def write_corpus(path: Path, files: Mapping[str, str] = FILES, *more: Record) ->
     return str(path)
 
 
-def prompts(corpus: str, kind: str, seed: int = 0) -> list[CodePrompt]:
+def prompts(corpus: str, kind: str, seed: int = 0) -> list[Seed]:
     (stream,) = code_prompts([corpus], [kind], seed)
     return list(stream)
 
@@ -252,7 +253,7 @@ def test_the_imports_decide_whose_function_is_called(package: str, caller: str, 
     root = "lib/geo" if package or "elsewhere" in caller else "lib/src/geo"
     texts = {f"{root}/__init__.py": package, f"{root}/shapes.py": SHAPES, "lib/caller.py": caller}
     sources = [Source(name, text, "MIT") for name, text in texts.items()]
-    ring = next(function for function in functions(sources[1]) if function.name == "ring")
+    ring = next(function for function in functions_of(sources[1]) if function.name == "ring")
     assert len(UsageIndex(sources).calls(ring)) == num_calls
 
 
@@ -300,7 +301,7 @@ def test_code_that_would_end_its_own_block_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["print 'Python 2'\n", "def f(:\n", "x = 1\n", "(" * 5_000 + ")" * 5_000])
 def test_files_without_usable_functions_break_nothing(tmp_path: Path, text: str) -> None:
     corpus = write_corpus(tmp_path / "code.jsonl", FILES | {"lib/odd.py": text, "lib/test/test_odd.py": text})
-    assert functions(Source("lib/odd.py", text, "MIT")) == []
+    assert functions_of(Source("lib/odd.py", text, "MIT")) == []
     assert gc.isenabled()
     assert {item.material["name"] for item in prompts(corpus, "body_to_calls")} == {"circle", "ring"}
 
@@ -310,7 +311,7 @@ def test_code_nested_more_deeply_than_python_calls_breaks_nothing() -> None:
     if not parses(deep):
         pytest.skip("this Python does not parse it either")
     sources = [Source("lib/geo/shapes.py", SHAPES, "MIT"), Source("lib/deep.py", deep, "MIT")]
-    ring = next(function for function in functions(sources[0]) if function.name == "ring")
+    ring = next(function for function in functions_of(sources[0]) if function.name == "ring")
     assert [call.line for call in UsageIndex(sources).calls(ring)] == [2, 3]
 
 
