@@ -1,7 +1,7 @@
 """What teachers are asked."""
 
-from foundry.seeds.turns import iterate
 from foundry.seeds.seed import Seed
+from foundry.seeds.turns import iterate
 
 __all__ = [
     "Seed",

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundry.seeds.builtin import builtin_prompts, draw, fill, load_areas
-from foundry.seeds.turns import iterate
 from foundry.seeds.seed import Seed, read_seeds
+from foundry.seeds.turns import iterate
 from foundry.settings import SeedSettings
 from smelter.base.errors import UserError
 from smelter.base.record import Record, write_records
