@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,7 @@ class Options:
 
 
 class Run:
-    """One run over all seeds: `run`, then `finish`."""
+    """The work: every seed through the ensemble and into the account, until all are done or something stops it."""
 
     def __init__(self, settings: Settings, members: Sequence[Member], account: Account) -> None:
         self.settings = settings
@@ -176,30 +176,6 @@ class Run:
             meta={name: value for name, value in meta.items() if value},
         )
 
-    def records(self) -> Iterator[Record]:
-        """What the journal holds of this run's seeds, in their order."""
-        account = self.account
-        for key in self.order:
-            if (entry := account.read(account.records, key)) is None:
-                continue
-            answers = [account.journal.read(account.answers[bytes.fromhex(part)]) for part, _ in entry["answers"]]
-            for extra in ("reasoning", "logprobs"):  # in the order of the answers
-                if any(extra in answer for answer in answers):
-                    entry["meta"][extra] = [answer.get(extra) for answer in answers]
-            yield Record(
-                id=key.hex(),
-                kind="instruct",
-                prompt=entry["prompt"],
-                responses=tuple(
-                    Response(weight=weight, **{name: answer[name] for name in _RESPONSE})
-                    for answer, (_, weight) in zip(answers, entry["answers"], strict=True)
-                ),
-                language=entry["language"],
-                source=entry["source"],
-                license=entry["license"],
-                meta=entry["meta"],
-            )
-
     async def _show_progress(self) -> None:
         """A line every second on a terminal, every ten elsewhere."""
         marks = deque([(self._started, 0)], maxlen=30)
@@ -231,9 +207,6 @@ class Run:
         print(f"{start}  {', '.join(parts)}", end=end, file=sys.stderr, flush=True)
 
 
-_RESPONSE = ("teacher", "text", "finish", "usage", "cost")
-
-
 async def generate(settings: Settings, out: Path) -> int:
     """Do the whole job and say what came of it; returns the exit code. Raises UserError."""
     members = [Member(make_teacher(teacher), teacher) for teacher in settings.teachers]
@@ -244,6 +217,37 @@ async def generate(settings: Settings, out: Path) -> int:
         return finish(run, out)
     finally:
         await account.journal.close()
+
+
+def records_of(account: Account, keys: Iterable[bytes]) -> Iterator[Record]:
+    """What the journal holds of these seeds, in their order."""
+    for key in keys:
+        if (entry := account.read(account.records, key)) is None:
+            continue
+        answers = [account.journal.read(account.answers[bytes.fromhex(part)]) for part, _ in entry["answers"]]
+        for extra in ("reasoning", "logprobs"):  # in the order of the answers
+            if any(extra in answer for answer in answers):
+                entry["meta"][extra] = [answer.get(extra) for answer in answers]
+        yield Record(
+            id=key.hex(),
+            kind="instruct",
+            prompt=entry["prompt"],
+            responses=tuple(
+                Response(
+                    teacher=answer["teacher"],
+                    text=answer["text"],
+                    weight=weight,
+                    finish=answer["finish"],
+                    usage=answer["usage"],
+                    cost=answer["cost"],
+                )
+                for answer, (_, weight) in zip(answers, entry["answers"], strict=True)
+            ),
+            language=entry["language"],
+            source=entry["source"],
+            license=entry["license"],
+            meta=entry["meta"],
+        )
 
 
 def finish(run: Run, out: Path) -> int:
@@ -266,7 +270,7 @@ def finish(run: Run, out: Path) -> int:
     costs: defaultdict[str, float] = defaultdict(float)
 
     def counted() -> Iterator[Record]:
-        for record in run.records():
+        for record in records_of(account, run.order):
             for response in record.responses:
                 answers[response.teacher] += 1
                 costs[response.teacher] += response.cost or 0.0
