@@ -4,8 +4,8 @@ The [tokens x vocabulary] logits of a whole batch would dwarf the model (2 GB fo
 entries). Here they exist for `chunk_size` tokens at a time, and the gradient is made in the same pass,
 so nothing is recomputed backward. `dense_loss` is the same in plain autograd: the specification.
 
-With logits c = soft_cap(u), weight w per token and temperature T, a token's D is the divergence (divergence.py)
-of softmax(c / T) from the mixture of its teachers (mixture.py), and a is kl_weight, or 0 for a token without teacher:
+With logits c = soft_cap(u), weight w per token and temperature T, a token's D is the divergence (`losses.divergence`)
+of softmax(c / T) from the mixture of its teachers (`losses.targets`), and a is kl_weight, or 0 where no teacher is:
 
     loss = sum_i w_i [ (1 - a_i) CE_i + z lse_i^2 + a_i T^2 D_i ] / normalizer
 
@@ -28,7 +28,6 @@ from smelter.losses import (
     Mixture,
     SparseTeacher,
     Teacher,
-    TeacherHead,
     checked_teachers,
     compiled,
     cross_entropy_and_grad,
@@ -39,17 +38,6 @@ from smelter.losses import (
     soft_cross_entropy_and_grad,
     sparse_target,
 )
-
-__all__ = [  # what a caller needs is found here, wherever it is written
-    "Direction",
-    "Loss",
-    "LossConfig",
-    "SparseTeacher",
-    "Teacher",
-    "TeacherHead",
-    "chunked_loss",
-    "dense_loss",
-]
 
 
 @dataclass(frozen=True)
@@ -96,8 +84,8 @@ def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
 
 def _log_student(logits: Tensor, soft_cap: float, temperature: float) -> Tensor:
     """Log-probabilities [n, V] of the student, softened."""
-    values, _ = capped(logits, soft_cap)
-    return F.log_softmax(values / temperature, dim=-1)
+    scores, _ = capped(logits, soft_cap)
+    return F.log_softmax(scores / temperature, dim=-1)
 
 
 def _distillation_and_grad(
@@ -114,15 +102,15 @@ def _distillation_and_grad(
     kl_share [n] is each token's share of the divergence; it comes as a tensor and config.kl_weight is not read, so
     that a weight that changes compiles nothing anew. Computed in float32; the gradient comes in the logits' dtype.
     """
-    values, slope = capped(logits, config.soft_cap)
-    lse = torch.logsumexp(values, dim=-1, keepdim=True)
+    scores, slope = capped(logits, config.soft_cap)
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
-    ce = (lse - values.gather(-1, index)).squeeze(-1)
+    ce = (lse - scores.gather(-1, index)).squeeze(-1)
     z = lse.squeeze(-1).square()
     share = kl_share.unsqueeze(-1)
     ce_share = ce_scale.unsqueeze(-1) - share
-    grad = (values - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
-    student = F.log_softmax(values / config.temperature, dim=-1)
+    grad = (scores - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
+    student = F.log_softmax(scores / config.temperature, dim=-1)
     token, token_grad = divergence_and_grad(teacher.log_probs, student, config.divergence)
     kl = _stated(token, teacher) * config.temperature**2
     grad.add_(token_grad * (share * config.temperature))

@@ -24,17 +24,18 @@ and another arrangement needs another cache.
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from smelter.base import ConfigError, DataError, file_sha256
 from smelter.config import Config
-from smelter.data import TeacherRows
 from smelter.distillation.sparse import Entries
+from smelter.losses import SparseTeacher
 from smelter.tokens import ShardSet
 
 FORMAT = "smelter-teacher"
@@ -94,7 +95,7 @@ class RowFormat:
         """The record of a row: `entries` of its T tokens, entropy [T]."""
         count, ids, value = self.dtypes
         parts = ((entries.counts, count), (entropy, "<f2"), (entries.ids, ids), (entries.values, value))
-        return b"".join(np.asarray(values).astype(dtype).tobytes() for values, dtype in parts)
+        return b"".join(np.asarray(array).astype(dtype).tobytes() for array, dtype in parts)
 
     def unpack(self, raw: NDArray[np.uint8]) -> tuple[Entries, NDArray[np.float16]]:
         """`pack` undone. ValueError for bytes that are no such record."""
@@ -108,10 +109,10 @@ class RowFormat:
         third = second + size * ids.itemsize
         if len(raw) != third + size * value.itemsize or (size and int(counts.max()) > self.max_entries):
             raise ValueError("counts and length do not agree")
-        found = raw[second:third].view(ids)
-        if size and int(found.max()) >= self.vocab_size:
+        entries = Entries(counts, raw[second:third].view(ids), raw[third:].view(value))
+        if size and int(entries.ids.max()) >= self.vocab_size:
             raise ValueError("an id outside the vocabulary")
-        return Entries(counts, found, raw[third:].view(value)), raw[first:second].view("<f2")
+        return entries, raw[first:second].view("<f2")
 
     def width(self, num_entries: int) -> int:
         """The padded number of entries for a batch whose fullest token has `num_entries`."""
@@ -182,31 +183,34 @@ class TeacherCache:
             file = self.path / self.index["files"][number]["name"]
             raise DataError(f"{file}: row {index} is damaged ({error}): copy it again, or {AGAIN}") from None
 
-    def rows(self, indices: Sequence[int]) -> TeacherRows:
-        """What the teacher says about these rows: K entries a token, K as the fullest of them needs, rounded up."""
-        read = [self.row(index) for index in indices]
-        fullest = max(int(entries.counts.max()) for entries, _ in read)
-        shape = (len(read), self.arrangement.seq_len, self.format.width(max(fullest, 1)))
+    def rows(self, indices: Sequence[int]) -> SparseTeacher:
+        """What the teacher says about the tokens of these rows, one row after the other.
+
+        K entries a token, K as the fullest of them needs, rounded up.
+        """
+        rows = [self.row(index) for index in indices]
+        counts = np.concatenate([entries.counts for entries, _ in rows]).astype(np.int64)
+        shape = len(counts), self.format.width(max(int(counts.max()), 1))
         ids, probs = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
-        starts = np.arange(shape[1]) * shape[2]
-        for number, (entries, _) in enumerate(read):
-            counts = entries.counts.astype(np.int64)
-            begins = np.cumsum(counts) - counts
-            # Where each entry goes: the token's place, then one after the other.
-            places = np.arange(len(entries.ids)) + np.repeat(starts - begins, counts)
-            ids[number].reshape(-1)[places] = entries.ids
-            probs[number].reshape(-1)[places] = self._probs(entries.values)
+        # Where each entry goes: the token's place, then one after the other.
+        begins = np.cumsum(counts) - counts
+        places = np.arange(counts.sum()) + np.repeat(np.arange(shape[0]) * shape[1] - begins, counts)
+        ids.reshape(-1)[places] = np.concatenate([entries.ids for entries, _ in rows])
+        probs.reshape(-1)[places] = self._probs(np.concatenate([entries.values for entries, _ in rows]))
         if self.method == "top_k":
             total = probs.sum(-1, keepdims=True)
             # Rounded logarithms may add up to more than 1; and where every id is there, nothing is left over.
             is_whole = self.format.max_entries == self.vocab_size
             probs /= np.where(total > (0.0 if is_whole else 1.0), total, 1.0)
-        return TeacherRows(ids, probs, np.stack([entropy for _, entropy in read]).astype(np.float32))
+        entropy = np.concatenate([entropy for _, entropy in rows]).astype(np.float32)
+        parts = torch.from_numpy(ids), torch.from_numpy(probs), self.method, torch.from_numpy(entropy)
+        return SparseTeacher(*parts, temperature=self.temperature)
 
-    def _probs(self, values: NDArray[Any]) -> NDArray[np.float32]:
+    def _probs(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Probabilities of what an entry holds: counted draws, or a log-probability."""
         if self.method == "sampled":
-            return values * np.float32(1 / self.num_draws)
-        probs: NDArray[np.float32] = np.exp(values.astype(np.float32))
+            return stored * np.float32(1 / self.num_draws)
+        probs: NDArray[np.float32] = np.exp(stored.astype(np.float32))
         return probs
 
 
@@ -251,13 +255,13 @@ def open_caches(config: Config, shards: ShardSet) -> list[TeacherCache]:
 
 
 def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: TeacherCache) -> None:
-    made, data = cache.arrangement, config.data
-    wanted = Arrangement(
+    stored, data = cache.arrangement, config.data
+    needed = Arrangement(
         shards=shards.hash,
         tokenizer=shards.tokenizer.hash,
         seq_len=config.model.max_seq_len,
         fim_rate=data.fim_rate,
-        fim_spm_rate=data.fim_spm_rate if data.fim_rate and made.fim_rate else made.fim_spm_rate,
+        fim_spm_rate=data.fim_spm_rate if data.fim_rate and stored.fim_rate else stored.fim_spm_rate,
         use_document_mask=data.use_document_mask,
         seed=first.arrangement.seed,
         num_rows=first.num_rows,
@@ -268,7 +272,7 @@ def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: Teacher
     }
     # The tokenizer first: with another one the shards differ as well, and it says more.
     for key in ("tokenizer", *(item.name for item in fields(Arrangement) if item.name != "tokenizer")):
-        was, now = asdict(made)[key], asdict(wanted)[key]
+        was, now = getattr(stored, key), getattr(needed, key)
         if was == now:
             continue
         where = f"distillation.cached: {cache.path} "

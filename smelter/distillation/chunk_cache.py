@@ -3,7 +3,7 @@
 The folder, all little-endian:
 
     index.json     what it was made from; the files with their sizes and sha256; counts
-    chunks.f16     [num_tokens of the train split]: `chunk_alignment.chunk_log_probs` of every document, and NaN for eos
+    chunks.f16     [num_tokens of the train split]: `tokens.chunk_log_probs` of every document, and NaN for eos
     states.u1      [num_docs]: whether the teacher has read the document, or why not (`READ`, `NOT_SPELT`, `NOT_TEXT`)
 
 It belongs to the shards alone, not to an arrangement of their rows: whatever the context length, the seed and the
@@ -55,14 +55,11 @@ class ChunkTeacher:
             raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
         if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
             raise DataError(f"{file}: not what `smelter teach --method chunks` of this version wrote: {AGAIN}")
-        for name, there, here in (
-            ("tokenizer", index["tokenizer"], shards.tokenizer.hash),
-            ("shards", index["shards"], shards.hash),
-        ):
-            if there != here:
+        for name, here in (("tokenizer", shards.tokenizer.hash), ("shards", shards.hash)):
+            if index[name] != here:
                 raise ConfigError(
                     f"distillation.chunk_teachers: {path} was made for other {name} than those of {shards.path} "
-                    f"({there[:12]}, not {here[:12]}): {AGAIN}"
+                    f"({index[name][:12]}, not {here[:12]}): {AGAIN}"
                 )
         for entry in index["files"]:
             part = path / entry["name"]

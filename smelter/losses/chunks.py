@@ -31,7 +31,7 @@ MIN_NATS = 1e-4
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """The chunks of one teacher in a micro-batch [B, T]: `chunk_alignment.Chunks` of the targets, as tensors."""
+    """What one teacher says about the chunks of a micro-batch [B, T]: `tokens.Chunks` of the targets, as tensors."""
 
     starts: Tensor
     ends: Tensor
@@ -59,16 +59,16 @@ def target_log_probs(
     At most chunk_size x V logits exist at once.
     """
     matrix = head.to(hidden.dtype)
-    made = torch.zeros(len(targets), device=hidden.device)
+    log_probs = torch.zeros(len(targets), device=hidden.device)
     # What is not compiled makes copies of the logits in float32: a quarter of them takes less than what they save.
     size = chunk_size if use_compile else max(1, chunk_size // 4)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         logits = F.linear(hidden[rows], matrix)
         at_target, lse, _ = target_log_prob(logits, targets[rows], soft_cap, use_compile)
-        made[rows] = torch.where(targets[rows] >= 0, (at_target - lse).squeeze(-1), 0.0)
+        log_probs[rows] = torch.where(targets[rows] >= 0, (at_target - lse).squeeze(-1), 0.0)
         del logits
-    return made
+    return log_probs
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

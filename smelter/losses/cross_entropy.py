@@ -28,21 +28,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _log_sum_exp(logits: Tensor, soft_cap: float, skips: bool) -> Tensor:
     """lse [n, 1] of the capped logits [n, V]; `skips`: without those that are -inf, which a cap would make finite."""
-    values, _ = capped(logits, soft_cap)
+    scores, _ = capped(logits, soft_cap)
     if is_bounded(soft_cap):
-        exponentials = capped_exp(values, soft_cap, logits.dtype)
+        exponentials = capped_exp(scores, soft_cap, logits.dtype)
         if skips:
             exponentials = torch.where(logits == float("-inf"), 0.0, exponentials)
         return exponentials.sum(-1, keepdim=True).log()
     if skips:
-        values = torch.where(logits == float("-inf"), float("-inf"), values)
-    return torch.logsumexp(values, dim=-1, keepdim=True)
+        scores = torch.where(logits == float("-inf"), float("-inf"), scores)
+    return torch.logsumexp(scores, dim=-1, keepdim=True)
 
 
 def _replace_by_softmax_grad(logits: Tensor, shift: Tensor | None, factor: Tensor, soft_cap: float) -> None:
     """Replaces logits [n, V] by factor [n, 1] times exp(capped - shift [n, 1]) times the cap's slope."""
-    values, slope = capped(logits, soft_cap)
-    exponentials = capped_exp(values, soft_cap, logits.dtype) if shift is None else torch.exp(values - shift)
+    scores, slope = capped(logits, soft_cap)
+    exponentials = capped_exp(scores, soft_cap, logits.dtype) if shift is None else torch.exp(scores - shift)
     logits.copy_(exponentials * slope * factor)
 
 

@@ -35,6 +35,14 @@ class TeacherHead:
     soft_cap: float
     weight: float = 1.0
 
+    def logits(self, rows: slice) -> Tensor:
+        """Logits [n, V], float32, at the tokens `rows`."""
+        return reference.soft_cap(F.linear(self.hidden[rows], self.head.to(self.hidden.dtype)).float(), self.soft_cap)
+
+    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+        """Log-probabilities [n, V] at the tokens `rows`, softened."""
+        return F.log_softmax(self.logits(rows) / temperature, dim=-1)
+
 
 @dataclass(frozen=True)
 class SparseTeacher:
@@ -206,16 +214,10 @@ def _top_k_row(ids: Tensor, probs: Tensor, log_q: Tensor) -> Tensor:
     return row.index_put_(places, torch.where(of_id > 0, of_id.log(), row.gather(-1, ids)))
 
 
-def teacher_log_probs(teacher: TeacherHead, rows: slice, temperature: float) -> Tensor:
-    """Log-probabilities [n, V] of a teacher that runs beside the student, softened."""
-    logits = F.linear(teacher.hidden[rows], teacher.head.to(teacher.hidden.dtype)).float()
-    return F.log_softmax(reference.soft_cap(logits, teacher.soft_cap) / temperature, dim=-1)
-
-
 def _row(teacher: Teacher, rows: slice, temperature: float, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """A teacher's log-probabilities [n, V], and at which tokens it is present [n, 1]."""
     if isinstance(teacher, TeacherHead):
-        row = teacher_log_probs(teacher, rows, temperature)
+        row = teacher.log_probs(rows, temperature)
         return row, torch.ones(len(row), 1, dtype=torch.bool, device=row.device)
     assert log_q is not None
     ids, probs = teacher.ids[rows], teacher.probs[rows]

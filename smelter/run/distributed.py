@@ -4,10 +4,13 @@ Under `torchrun` the environment names rank and world size; without it there is 
 function here is a no-op. Gloo carries CPU tensors, NCCL carries CUDA tensors.
 """
 
+import contextlib
 import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start(device: torch.device) -> None:
@@ -54,6 +57,20 @@ def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def averaging(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with gradients that become their mean over all ranks in the backward pass."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def micro_step(module: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """One of several passes through an `averaging` module: gradients are added up, and averaged in the last one."""
+    if isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return contextlib.nullcontext()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

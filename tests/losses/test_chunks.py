@@ -12,11 +12,13 @@ from torch import Tensor
 
 from smelter.base.errors import ConfigError
 from smelter.config import Config, DistillationConfig
+from smelter.data import Batch, chunk_batch
 from smelter.distillation.objective import Objective
 from smelter.kernels import reference
-from smelter.loss import LossConfig, SparseTeacher, TeacherHead, chunked_loss, dense_loss
+from smelter.loss import LossConfig, chunked_loss, dense_loss
 from smelter.losses.chunks import ChunkBatch, binary_divergence, binary_factor, chunk_loss, target_log_probs
-from smelter.tokens.alignment import Chunks, chunks_of_slice, stack_targets
+from smelter.losses.targets import SparseTeacher, TeacherHead
+from smelter.tokens.alignment import chunks_of_slice
 from tests import tiny
 
 B, T, V = 3, 12, 40
@@ -70,21 +72,17 @@ def made(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     return hidden, head, targets, weights
 
 
-def random_chunks(seed: int) -> Chunks:
+def random_chunks(seed: int) -> ChunkBatch:
     """Chunks of one to five tokens in rows of T + 1 tokens; some tokens have none."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(B):
         values = np.where(rng.random(T + 9) < 0.5, -rng.exponential(2.0, size=T + 9), np.nan)
         rows.append(chunks_of_slice(values, int(rng.integers(8)), T + 1))
-    return stack_targets(rows)
+    return chunk_batch(rows)
 
 
-def as_tensors(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.from_numpy(chunks.starts), torch.from_numpy(chunks.ends), torch.from_numpy(chunks.log_probs)
-
-
-def dense(log_probs: Tensor, targets: Tensor, weights: Tensor, chunks: Chunks, tau: float) -> Tensor:
+def dense(log_probs: Tensor, targets: Tensor, weights: Tensor, chunks: ChunkBatch, tau: float) -> Tensor:
     """The specification: a loop over chunks, differentiable."""
     total = torch.zeros((), dtype=torch.float64)
     for row in range(B):
@@ -141,7 +139,8 @@ def test_two_passes_have_the_gradient_of_the_dense_formula(kind: str) -> None:
         flat, of_targets, of_weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
         if use_chunks:
             objective.model = Stub(w)  # type: ignore[assignment]
-            terms = objective._chunks(x, targets, weights, [as_tensors(c) for c in chunks], config.soft_cap, False)
+            batch = Batch(inputs=targets, targets=targets, weights=weights, chunks=tuple(chunks))
+            terms = objective._chunks(x, batch, config.soft_cap, False)
             loss = chunked_loss(
                 flat, w, of_targets, config, weights=of_weights, ce_scale=terms.ce_scale.flatten(), normalizer=3.0,
                 teachers=teachers, chunk_size=5,
@@ -183,7 +182,7 @@ def made_objective(head: Tensor, config: LossConfig, share: float, tau: float) -
     return objective
 
 
-def whole(chunks: Chunks, targets: Tensor) -> np.ndarray[Any, Any]:
+def whole(chunks: ChunkBatch, targets: Tensor) -> np.ndarray[Any, Any]:
     """1 at tokens of chunks without a masked target."""
     made = np.zeros((B, T), dtype=np.float32)
     for row in range(B):
