@@ -135,7 +135,7 @@ class Contestant:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        self.objective(batch.to(self.device), torch.tensor(1_000.0, device=self.device)).loss.backward()
+        self.objective(batch.to(self.device), torch.tensor(1_000.0, device=self.device)).total.backward()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.objective.zero_grad(set_to_none=True)

@@ -43,11 +43,9 @@ class RowTeacher(Protocol):
     @property
     def num_rows(self) -> int:
         """Rows that it knows."""
-        ...
 
     def rows(self, indices: Sequence[int]) -> SparseTeacher:
         """What it says about the tokens of these rows, one row after the other."""
-        ...
 
 
 class DocumentTeacher(Protocol):
@@ -55,7 +53,6 @@ class DocumentTeacher(Protocol):
 
     def chunks(self, doc: int, begin: int, size: int) -> Chunks:
         """The chunks among tokens begin .. begin + size - 1 of a document."""
-        ...
 
 
 @dataclass(frozen=True)

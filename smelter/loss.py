@@ -15,7 +15,7 @@ Hinton et al. (1503.02531).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,7 @@ class LossConfig:
         return Divergence(self.direction, self.skew_alpha, self.js_beta)
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """`total` is differentiable; the parts are detached. All are divided by the normalizer.
 
     `total` = (1 - kl_weight) * ce + z_loss * z + kl_weight * kl where every token has a teacher. A token without
@@ -75,6 +74,8 @@ class Loss:
     ce: Tensor
     z: Tensor
     kl: Tensor
+    chunk: Tensor
+    """Divergence to teachers with other tokenizers: 0 but where `distillation.Objective` has some."""
 
 
 def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -243,10 +244,10 @@ def chunked_loss(
     divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     scale = torch.ones_like(token_weights) if ce_scale is None else ce_scale
-    parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    total, ce, z, kl = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, token_weights, scale, divisor, used, config, chunk_size, use_compile, needs_grad
     )
-    return Loss(*parts)
+    return Loss(total, ce, z, kl, torch.zeros_like(kl))
 
 
 def dense_loss(
@@ -275,5 +276,5 @@ def dense_loss(
         kl_share = config.kl_weight * teacher.present
     scale = torch.ones_like(ce) if ce_scale is None else ce_scale
     total = (scale - kl_share) * ce + config.z_loss * z + kl_share * kl
-    sums = [(part * token_weights).sum() / divisor for part in (total, ce, z, kl)]
+    sums = [(part * token_weights).sum() / divisor for part in (total, ce, z, kl, torch.zeros_like(kl))]
     return Loss(sums[0], *(part.detach() for part in sums[1:]))

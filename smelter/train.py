@@ -20,8 +20,9 @@ from torch import nn
 from smelter.base import ConfigError, UserError, cli
 from smelter.config import Config, TrainingConfig, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
-from smelter.distillation import ChunkTeacher, Objective, Terms, open_caches
+from smelter.distillation import ChunkTeacher, Objective, open_caches
 from smelter.evaluation import samples, validation_loss
+from smelter.loss import Loss
 from smelter.model import Model
 from smelter.muon import MuonAdamW
 from smelter.run import (
@@ -191,17 +192,17 @@ class Trainer:
         device, objective = self.machine.device, self.averaging_objective
         weight = torch.tensor(sum(batch.total_weight for batch in batches), dtype=torch.float64, device=device)
         normalizer = distributed.sum_over_ranks(weight).clamp_min(1e-8).float()
-        sums = torch.zeros(len(Terms._fields), device=device)
+        sums = torch.zeros(len(Loss._fields), device=device)
         for number, batch in enumerate(batches, 1):
             with distributed.micro_step(objective, is_last=number == len(batches)):
-                terms: Terms = objective(batch.to(device), normalizer)
+                loss: Loss = objective(batch.to(device), normalizer)
                 # The mean of the ranks' gradients is taken; the normalizer already counts all of them.
-                self.scaler.scale(terms.loss * self.machine.world_size).backward()
-            sums += torch.stack([term.detach() for term in terms])
+                self.scaler.scale(loss.total * self.machine.world_size).backward()
+            sums += torch.stack(loss).detach()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip or float("inf"))
-        total = Terms(*distributed.sum_over_ranks(sums).cpu())
-        is_finite = bool(torch.isfinite(total.loss))
+        loss = Loss(*distributed.sum_over_ranks(sums).cpu())
+        is_finite = bool(torch.isfinite(loss.total))
         if is_finite and torch.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
@@ -218,11 +219,11 @@ class Trainer:
                 f"loss or gradient not finite {MAX_SKIPPED} steps in a row, at step {self.step}: lower the "
                 f"learning rates; last good checkpoint: {latest_checkpoint(self.run_dir) or 'none yet'}"
             )
-        metrics = {"loss": total.loss, "ce_loss": total.ce_loss, "z_loss": total.z_loss, "grad_norm": norm}
+        metrics = {"loss": loss.total, "ce_loss": loss.ce, "z_loss": loss.z, "grad_norm": norm}
         if self.config.distillation.num_teachers:
-            metrics["kl_loss"] = total.kl_loss
+            metrics["kl_loss"] = loss.kl
         if self.chunk_teachers:
-            metrics["chunk_loss"] = total.chunk_loss
+            metrics["chunk_loss"] = loss.chunk
         return {name: float(number) for name, number in metrics.items()}
 
     def _evaluate(self) -> dict[str, float]:

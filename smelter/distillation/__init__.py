@@ -2,11 +2,10 @@
 
 from smelter.distillation.cache import open_caches
 from smelter.distillation.chunk_cache import ChunkTeacher
-from smelter.distillation.objective import Objective, Terms
+from smelter.distillation.objective import Objective
 
 __all__ = [
     "ChunkTeacher",
     "Objective",
-    "Terms",
     "open_caches",
 ]

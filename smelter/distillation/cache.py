@@ -45,7 +45,7 @@ LENGTH_DTYPE = np.dtype("<u4")
 
 Method = Literal["sampled", "top_k"]
 
-AGAIN = "run `smelter teach` again with another --out"
+AGAIN = "run the same `smelter teach` command with another --out"
 WIDTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Entries a token to which a batch is padded: few sizes, so that compiled code is seldom compiled anew."""
 
@@ -133,19 +133,13 @@ class TeacherCache:
         self.format = row_format(index)
         lengths = np.fromfile(path / LENGTHS, dtype=LENGTH_DTYPE).astype(np.int64)
         firsts = np.cumsum([0, *(file["rows"] for file in index["files"])])
-        if not len(lengths) == self.num_rows == firsts[-1]:
-            raise DataError(f"{path / LENGTHS}: not the lengths of {self.num_rows:,} rows: {AGAIN}")
         self._firsts: list[int] = firsts.tolist()
         self._ends = np.concatenate([np.cumsum(part) for part in np.split(lengths, firsts[1:-1])])
+        sizes = [file["bytes"] for file in index["files"]]
+        if not len(lengths) == self.num_rows == firsts[-1] or self._ends[firsts[1:] - 1].tolist() != sizes:
+            raise DataError(f"{path / LENGTHS}: not the lengths of {self.num_rows:,} rows: {AGAIN}")
         self._begins = self._ends - lengths
-        self._files: list[NDArray[np.uint8]] = []
-        for number, file in enumerate(index["files"]):
-            where = path / file["name"]
-            size = where.stat().st_size if where.is_file() else -1
-            if not size == file["bytes"] == self._ends[firsts[number + 1] - 1]:
-                state = "is missing" if size < 0 else f"has {size:,} bytes instead of {file['bytes']:,}"
-                raise DataError(f"{where}: {state}: copy it again, or {AGAIN}")
-            self._files.append(np.memmap(where, dtype=np.uint8, mode="r"))
+        self._files = [np.memmap(path / file["name"], dtype=np.uint8, mode="r") for file in index["files"]]
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = False) -> "TeacherCache":
@@ -154,18 +148,14 @@ class TeacherCache:
         Raises DataError that names the file and the fix.
         """
         path = Path(path)
-        index = read_index(path)
+        index = read_index(path, FORMAT, "smelter teach")
         try:
-            cache = cls(path, index)
-            entries = [*index["files"], index["row_bytes"]] if verify else []
+            check_files(path, [*index["files"], index["row_bytes"]], verify)
+            return cls(path, index)
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}: copy it again, or {AGAIN}") from None
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{path / INDEX}: an entry is missing or damaged ({error}): {AGAIN}") from None
-        for entry in entries:
-            if file_sha256(path / entry["name"]) != entry["sha256"]:
-                raise DataError(f"{path / entry['name']}: contents have changed: copy it again, or {AGAIN}")
-        return cache
 
     @property
     def num_rows(self) -> int:
@@ -214,22 +204,34 @@ class TeacherCache:
         return probs
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """index.json of a finished cache. Raises DataError where there is none, or one of another kind."""
+def read_index(path: Path, kind: str, command: str) -> dict[str, Any]:
+    """index.json of a finished folder of a kind, which `command` writes. Raises DataError for none or another."""
     file = path / INDEX
     if not file.is_file() and (path / UNFINISHED).is_file():
         raise DataError(f"{path}: not finished: run the same `smelter teach` command again, which goes on")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}: `smelter teach --out {path}` makes a teacher's cache") from None
+        raise DataError(f"{file}: {error.strerror}: `{command} --out {path}` makes a teacher's cache") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{file}: not a cache of `smelter teach`: give the folder that it wrote")
+    if not isinstance(index, dict) or index.get("format") != kind:
+        raise DataError(f"{file}: not a cache of `{command}`: give the folder that it wrote")
     if index.get("version") != VERSION:
         raise DataError(f"{file}: format version {index.get('version')}, this program reads {VERSION}: {AGAIN}")
     return index
+
+
+def check_files(path: Path, entries: Sequence[dict[str, Any]], verify: bool) -> None:
+    """DataError for a file that is not as its index entry says: its size, and with `verify` its sha256."""
+    for entry in entries:
+        file = path / entry["name"]
+        size = file.stat().st_size if file.is_file() else -1
+        if size < 0 or size != entry.get("bytes", size):
+            state = "is missing" if size < 0 else f"has {size:,} bytes instead of {entry['bytes']:,}"
+            raise DataError(f"{file}: {state}: copy it again, or {AGAIN}")
+        if verify and file_sha256(file) != entry["sha256"]:
+            raise DataError(f"{file}: contents have changed: copy it again, or {AGAIN}")
 
 
 def row_format(index: dict[str, Any]) -> RowFormat:

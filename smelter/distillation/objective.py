@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from smelter.base import ConfigError, DataError
 from smelter.config import Config, DistillationConfig
 from smelter.data import Batch
 from smelter.distillation.teacher import TeacherModel, load_teacher
-from smelter.loss import LossConfig, chunked_loss
+from smelter.loss import Loss, LossConfig, chunked_loss
 from smelter.losses import Teacher, TeacherHead, chunk_loss, target_log_probs
 from smelter.model import Model
 from smelter.run import Machine, distributed, print0
@@ -96,19 +95,6 @@ def validation_weights(
     return weights
 
 
-class Terms(NamedTuple):
-    """What a micro-batch adds to the loss of its step and to the loss's parts, by the names of the metrics.
-
-    kl_loss and chunk_loss are 0 where no such teacher is.
-    """
-
-    loss: Tensor
-    ce_loss: Tensor
-    z_loss: Tensor
-    kl_loss: Tensor
-    chunk_loss: Tensor
-
-
 class Objective(nn.Module):
     """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it.
 
@@ -154,30 +140,35 @@ class Objective(nn.Module):
             weights = validation_weights(teachers, config, shards.split("val"), shards.tokenizer)
         return cls(model, config, teachers, weights, use_compile=machine.use_compile)
 
-    def forward(self, batch: Batch, normalizer: Tensor) -> Terms:
-        """The terms of a micro-batch, each divided by `normalizer`; the first one is differentiable."""
-        hidden = self.model(batch.inputs, batch.doc_ids)
-        soft_cap = self.model.config.final_logit_soft_cap
+    def forward(self, batch: Batch, normalizer: Tensor) -> Loss:
+        """The loss of a micro-batch, divided by `normalizer`."""
+        hidden = self.model(batch.inputs, batch.doc_ids).flatten(0, 1)
+        head, soft_cap = self.model.head, self.model.config.final_logit_soft_cap
         # A cap on its way out is another number each step, which would be compiled anew each step.
         use_compile = self.use_compile and soft_cap == self.soft_cap
-        chunks = self._chunks(hidden, batch, soft_cap, use_compile) if batch.chunks else None
+        targets, ce_scale, chunks = batch.targets.flatten(), None, None
+        if batch.chunks:
+            # A first pass over the head: the student's likelihoods of the chunks, and what follows from them.
+            log_probs = target_log_probs(hidden, head, targets, soft_cap, self.chunk_size, use_compile)
+            log_probs = log_probs.view(batch.targets.shape)
+            chunks = chunk_loss(log_probs, batch.targets, batch.weights, batch.chunks, self.chunk_temperature)
+            ce_scale = 1 + self.chunk_weight * (chunks.factors - chunks.present).flatten()
         loss = chunked_loss(
-            hidden.flatten(0, 1),
-            self.model.head,
-            batch.targets.flatten(),
+            hidden,
+            head,
+            targets,
             replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
             weights=None if batch.weights is None else batch.weights.flatten(),
-            ce_scale=None if chunks is None else chunks.ce_scale.flatten(),
+            ce_scale=ce_scale,
             normalizer=normalizer,
             teachers=self._weighted_teachers(batch),
             chunk_size=self.chunk_size,
             use_compile=use_compile,
         )
         if chunks is None:
-            return Terms(loss.total, loss.ce, loss.z, loss.kl, torch.zeros_like(loss.kl))
-        # The gradient is there; what the factors made of cross-entropy gives way to the divergence itself.
-        total = loss.total + chunks.correction / normalizer
-        return Terms(total, loss.ce, loss.z, loss.kl, chunks.divergence / normalizer)
+            return loss
+        total = loss.total + self.chunk_weight * chunks.correction / normalizer
+        return loss._replace(total=total, chunk=chunks.total / normalizer)
 
     def _weighted_teachers(self, batch: Batch) -> list[Teacher]:
         """What the teachers here and the stored ones say about the batch, with their weights in the mixture."""
@@ -186,29 +177,3 @@ class Objective(nn.Module):
             *batch.teachers,
         ]
         return [replace(t, weight=weight) for t, weight in zip(teachers, self.teacher_weights, strict=True)]
-
-    @torch.no_grad()
-    def _chunks(self, hidden: Tensor, batch: Batch, soft_cap: float, use_compile: bool) -> "_ChunkTerms":
-        """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
-        flat, targets = hidden.flatten(0, 1), batch.targets
-        log_probs = target_log_probs(flat, self.model.head, targets.flatten(), soft_cap, self.chunk_size, use_compile)
-        log_probs = log_probs.view(targets.shape)
-        loss = chunk_loss(log_probs, targets, batch.weights, batch.chunks, self.chunk_temperature)
-        surrogate = -log_probs * loss.factors
-        if batch.weights is not None:
-            surrogate = surrogate * batch.weights
-        return _ChunkTerms(
-            ce_scale=1 + self.chunk_weight * (loss.factors - loss.present),
-            correction=self.chunk_weight * (loss.total - surrogate.sum()),
-            divergence=loss.total,
-        )
-
-
-@dataclass(frozen=True)
-class _ChunkTerms:
-    """What the chunks add to a micro-batch: scale of each token's cross-entropy [B, T], and two sums."""
-
-    ce_scale: Tensor
-    correction: Tensor
-    """What the total lacks when its gradient comes from scaled cross-entropy."""
-    divergence: Tensor

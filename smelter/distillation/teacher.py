@@ -45,7 +45,6 @@ class TeacherModel(Protocol):
 
     def hidden(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Hidden states [B * T, C'] of token ids [B, T]; doc_ids [B, T] keep attention inside each document."""
-        ...
 
 
 class CheckpointTeacher:

@@ -48,6 +48,8 @@ class ChunkLoss:
     """[B, T]: dD/db at every token of a chunk, 0 elsewhere."""
     present: Tensor
     """[B, T]: 1 at every token of a chunk, 0 elsewhere; with several teachers, the share of those that have one."""
+    correction: Tensor
+    """What takes the place of cross-entropy times `factors`, which has the gradient: `total` less that, a number."""
 
 
 @torch.no_grad()
@@ -109,4 +111,7 @@ def chunk_loss(
         factors += torch.where(is_chunk, binary_factor(student, nats, tau), 0.0).float()
         present += is_chunk
     count = len(teachers)
-    return ChunkLoss((total / count).float(), factors / count, present / count)
+    mean, factors = (total / count).float(), factors / count
+    surrogate = -log_probs * factors
+    correction = mean - (surrogate if weights is None else surrogate * weights).sum()
+    return ChunkLoss(mean, factors, present / count, correction)

@@ -57,10 +57,10 @@ def gradient(config: Config, shards: ShardSet, batch: Batch) -> list[Tensor]:
     student = Model(config.model)
     student.quantize_weights()
     teachers = load_teachers(config, shards.tokenizer, torch.float32, torch.device("cpu"))
-    terms = Objective(student, config, teachers, use_compile=False)(batch, torch.tensor(100.0))
-    terms.loss.backward()
+    loss = Objective(student, config, teachers, use_compile=False)(batch, torch.tensor(100.0))
+    loss.total.backward()
     grads = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
-    return [terms.loss.detach(), terms.kl_loss.detach(), torch.cat([grad.flatten() for grad in grads])]
+    return [loss.total.detach(), loss.kl.detach(), torch.cat([grad.flatten() for grad in grads])]
 
 
 def with_data(config: Config, **changes: Any) -> Config:
