@@ -129,7 +129,6 @@ class TeacherCache:
         self.method: Method = index["method"]
         self.temperature: float = index["temperature"]
         self.vocab_size: int = index["vocab_size"]
-        self.num_draws: int = index["draws"]
         self.format = row_format(index)
         lengths = np.fromfile(path / LENGTHS, dtype=LENGTH_DTYPE).astype(np.int64)
         firsts = np.cumsum([0, *(file["rows"] for file in index["files"])])
@@ -199,7 +198,7 @@ class TeacherCache:
     def _probs(self, stored: NDArray[Any]) -> NDArray[np.float32]:
         """Probabilities of what an entry holds: counted draws, or a log-probability."""
         if self.method == "sampled":
-            return stored * np.float32(1 / self.num_draws)
+            return stored * np.float32(1 / self.format.max_entries)
         probs: NDArray[np.float32] = np.exp(stored.astype(np.float32))
         return probs
 

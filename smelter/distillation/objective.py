@@ -116,7 +116,7 @@ class Objective(nn.Module):
         self.use_compile = use_compile
         self.soft_cap = config.model.final_logit_soft_cap
         self.chunk_size = config.training.loss_chunk_size
-        # Kept out of the module tree: teachers are neither trained nor saved.
+        # A list is no part of the module tree: teachers are neither trained nor saved.
         self.teachers = teachers
         self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
         self.kl_weight = config.distillation.kl_weight

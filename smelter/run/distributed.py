@@ -80,21 +80,20 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _number(value: float) -> torch.Tensor:
+    """A number where the process group can reach it."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.tensor(value, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+
+
 def agree(value: float) -> float:
     """The main process's value on every rank, so that decisions by the clock are taken together."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.broadcast(tensor, src=0)
-    return float(tensor.item())
+    tensor = _number(value)
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return float(tensor)
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank (a signal may reach only one of them)."""
-    if not dist.is_initialized():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+    return bool(sum_over_ranks(_number(flag)))
