@@ -57,7 +57,7 @@ def batches(shards: ShardSet, fim_rate: float) -> Callable[[int], int]:
         device_batch_size=ROWS,
         rows_per_step=ROWS,
     )
-    return lambda step: sum(batch.inputs.size for batch in stream.step(step, 0, 1))
+    return lambda step: sum(batch.inputs.numel() for batch in stream.step(step, 0, 1))
 
 
 def windows(num_tokens: int) -> Callable[[int], int]:

@@ -19,7 +19,9 @@ import torch
 from loss_memory import CHUNK, DTYPE, HIDDEN, VOCAB, Result, distance, measure_apart, peak_mib
 from torch import Tensor
 
-from smelter.loss import Direction, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss, dense_loss
+from smelter.loss import LossConfig, chunked_loss, dense_loss
+from smelter.losses.divergence import Direction
+from smelter.losses.targets import SparseTeacher, Teacher, TeacherHead
 from smelter.run import device as hardware
 
 DRAWS = 50

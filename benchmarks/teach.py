@@ -27,7 +27,7 @@ import torch
 
 from foundry.corpus import main as corpus
 from smelter.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig, preset
-from smelter.data import Batch, BatchStream
+from smelter.data import BatchStream
 from smelter.distillation.cache import TeacherCache
 from smelter.distillation.objective import Objective, load_teachers
 from smelter.distillation.teach import TeachOptions, teach
@@ -36,7 +36,7 @@ from smelter.run.checkpoint import save_checkpoint
 from smelter.run.device import pick_device, pick_dtype
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.tokenize import main as tokenize
-from smelter.train import train
+from smelter.train import Trainer
 
 SEQ_LEN = 512
 ROWS = 4
@@ -80,7 +80,7 @@ def train_teacher(folder: Path, shards: Path, **length: Any) -> Path:
         use_torch_compile=False,
         muon_newton_schulz_steps=3,
     )
-    quietly(train, Config(model=STUDENT, data=DataConfig(shards=str(shards)), training=training))
+    quietly(Trainer(Config(model=STUDENT, data=DataConfig(shards=str(shards)), training=training)).run)
     return folder
 
 
@@ -121,26 +121,21 @@ class Contestant:
         model = Model(STUDENT, dtype).to(self.device)
         model.quantize_weights()
         loaded = load_teachers(config, shards.tokenizer, dtype, self.device)
-        self.objective = Objective(model, config, loaded, use_compile=False, caches=cached)
+        self.objective = Objective(model, config, loaded, use_compile=False)
         self.stream = BatchStream(
             shards.split("train"), shards.tokenizer, config.data, seq_len=SEQ_LEN, seed=0,
             device_batch_size=ROWS, rows_per_step=ROWS, cached=cached,
         )  # fmt: skip
         self.step = 0
 
-    def _tensor(self, values: Any) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
-
     def seconds(self) -> float:
         """Time of the next micro-batch; making it, which a thread does in training, is not counted."""
-        batch: Batch = self.stream.batch(self.step, 0, 0, 1)
+        batch = self.stream.batch(self.step, 0, 0, 1)
         self.step += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        cached = [[self._tensor(part) for part in (rows.ids, rows.probs, rows.entropy)] for rows in batch.teachers]
-        inputs, targets = self._tensor(batch.inputs), self._tensor(batch.targets)
-        self.objective(inputs, targets, None, None, torch.tensor(1_000.0, device=self.device), cached)[0].backward()
+        self.objective(batch.to(self.device), torch.tensor(1_000.0, device=self.device)).total.backward()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.objective.zero_grad(set_to_none=True)

@@ -12,8 +12,8 @@ with `instruct_share`, as a stream of their own that gets that share of the rows
 
 Row g depends on (seed, g) alone: no state to save, any row at once, and the same set of rows in every optimizer
 step however the step is divided among devices and micro-steps. Randomness comes from Philox, which counts instead
-of remembering. So a teacher's distributions can be stored by row number (`distillation.cache`); with them a batch
-brings along what the teacher says, and the rows that were stored come round again and again.
+of remembering. So a teacher's distributions can be stored by row number (`distillation.cache`); a batch then brings
+along what the teacher says, as the loss takes it, and the rows that were stored come round again and again.
 """
 
 import itertools
@@ -21,36 +21,20 @@ import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from smelter.base import ConfigError, DataError
 from smelter.config import DataConfig
-from smelter.tokens import IGNORED, Chunks, Split, Tokenizer, fit_fim, read_as_written, stack_targets
-
-"""Target that counts for nothing (torch's `ignore_index`)."""
-
-Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TeacherRows:
-    """A stored teacher's distribution at every token of B rows, in K entries each; unused entries have probability 0.
-
-    A token without a target has no entries at all.
-    """
-
-    ids: Ids
-    """[B, T, K]: token ids, int64."""
-    probs: NDArray[np.float32]
-    """[B, T, K]: their probabilities."""
-    entropy: NDArray[np.float32]
-    """[B, T]: entropy of the whole distribution, in nats."""
+from smelter.losses import ChunkBatch, SparseTeacher
+from smelter.tokens import IGNORED, Chunks, Ids, Split, Tokenizer, fit_fim, read_as_written
 
 
 class RowTeacher(Protocol):
@@ -59,11 +43,9 @@ class RowTeacher(Protocol):
     @property
     def num_rows(self) -> int:
         """Rows that it knows."""
-        ...
 
-    def rows(self, indices: Sequence[int]) -> TeacherRows:
-        """What it says about these rows."""
-        ...
+    def rows(self, indices: Sequence[int]) -> SparseTeacher:
+        """What it says about the tokens of these rows, one row after the other."""
 
 
 class DocumentTeacher(Protocol):
@@ -71,25 +53,49 @@ class DocumentTeacher(Protocol):
 
     def chunks(self, doc: int, begin: int, size: int) -> Chunks:
         """The chunks among tokens begin .. begin + size - 1 of a document."""
-        ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs; arrays are [device_batch_size, seq_len]."""
+    """What one forward pass needs; B = device_batch_size, T = seq_len."""
 
-    inputs: Ids
-    """Token ids, int64."""
-    targets: Ids
-    """The next token of each, int64; -100 where there is none, or none to be learnt."""
-    doc_ids: NDArray[np.int32]
-    """Number of the document within the row. eos counts to the document it begins, as it does in evaluation."""
-    weights: NDArray[np.float32] | None = None
-    """Loss weight of each target; None if all are 1."""
-    teachers: tuple[TeacherRows, ...] = ()
-    """What each stored teacher says about the tokens."""
-    chunks: tuple[Chunks, ...] = ()
-    """What each teacher with another tokenizer says about the targets; arrays are [device_batch_size, seq_len]."""
+    inputs: Tensor
+    """[B, T]: token ids, int64."""
+    targets: Tensor
+    """[B, T]: the next token of each, int64; -100 where there is none, or none to be learnt."""
+    doc_ids: Tensor | None = None
+    """[B, T] int32: number of the document within the row; None without `use_document_mask`.
+
+    eos counts to the document it begins, as it does in evaluation.
+    """
+    weights: Tensor | None = None
+    """[B, T] float32: loss weight of each target; None if all are 1."""
+    teachers: tuple[SparseTeacher, ...] = ()
+    """What each stored teacher says about the B * T tokens."""
+    chunks: tuple[ChunkBatch, ...] = ()
+    """What each teacher with another tokenizer says about the targets."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        moved: Batch = _moved(self, device)
+        return moved
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the targets' weights, of a batch in main memory: the loss of a step is divided by that of all."""
+        is_target = self.targets.numpy() >= 0
+        return float((is_target if self.weights is None else is_target * self.weights.numpy()).sum())
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """A tensor, or all tensors of a dataclass or tuple, on a device."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, tuple):
+        return tuple(_moved(item, device) for item in part)
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{item.name: _moved(getattr(part, item.name), device) for item in fields(part)})
+    return part
 
 
 class _Row(NamedTuple):
@@ -216,18 +222,20 @@ class BatchStream:
             indices = [index % self.cached[0].num_rows for index in indices]
         rows = [self._row(index) for index in indices]
         tokens = np.stack([row.tokens for row in rows])
-        is_target = np.stack([row.is_target for row in rows])[:, 1:]
-        inputs, targets = np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:]
-        weights = None
+        inputs = np.ascontiguousarray(tokens[:, :-1])
+        targets = np.stack([np.where(row.is_target, row.tokens, IGNORED)[1:] for row in rows])
+        doc_ids = weights = None
+        if self.config.use_document_mask:
+            doc_ids = torch.from_numpy(np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32))
         if self._weights is not None:
-            weights = np.ascontiguousarray(np.stack([row.weights for row in rows])[:, 1:])
+            weights = torch.from_numpy(np.stack([row.weights[1:] for row in rows]))
         return Batch(
-            inputs=inputs,
-            targets=np.where(is_target, targets, IGNORED),
+            inputs=torch.from_numpy(inputs),
+            targets=torch.from_numpy(targets),
+            doc_ids=doc_ids,
             weights=weights,
-            doc_ids=np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32),
             teachers=tuple(teacher.rows(indices) for teacher in self.cached),
-            chunks=tuple(stack_targets(of_rows) for of_rows in zip(*(row.chunks for row in rows), strict=True)),
+            chunks=tuple(chunk_batch(of_rows) for of_rows in zip(*(row.chunks for row in rows), strict=True)),
         )
 
     def step(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -258,17 +266,17 @@ class BatchStream:
             if filled == size:
                 break
             num_prompt = 0 if prompts is None else int(prompts[doc])
-            made = ids[: size - filled] if num_prompt else self._arranged(ids, size - filled, (epoch, number, place))
-            end = filled + len(made)
+            piece = ids[: size - filled] if num_prompt else self._arranged(ids, size - filled, (epoch, number, place))
+            end = filled + len(piece)
             answer = min(end, filled + max(0, num_prompt - begin))
-            row.tokens[filled:end] = made
+            row.tokens[filled:end] = piece
             row.is_target[answer:end] = True
             if self._weights is not None:
                 row.weights[filled:answer] = 0
                 row.weights[answer:end] = self._weights[doc]
             for chunks, teacher in zip(row.chunks, self.chunk_teachers, strict=True):
-                shift, read = read_as_written(ids, made, self.tokenizer)
-                chunks.put(filled + shift, teacher.chunks(doc, begin, read))
+                shift, num_read = read_as_written(ids, piece, self.tokenizer)
+                chunks.put(filled + shift, teacher.chunks(doc, begin, num_read))
             filled = end
         return row
 
@@ -287,10 +295,18 @@ class BatchStream:
         if self.config.fim_rate > 0:
             rng = philox(self.seed, "fim", *key)
             if rng.random() < self.config.fim_rate:
-                made = fit_fim(self.tokenizer, ids, room, rng, self.config.fim_spm_rate)
-                if made is not None:
-                    return made
+                rearranged = fit_fim(self.tokenizer, ids, room, rng, self.config.fim_spm_rate)
+                if rearranged is not None:
+                    return rearranged
         return ids[:room]
+
+
+def chunk_batch(rows: Sequence[Chunks]) -> ChunkBatch:
+    """The chunks of rows, [seq_len + 1] each, as those of their targets."""
+    targets = [row.as_targets() for row in rows]
+    return ChunkBatch(
+        *(torch.from_numpy(np.stack([getattr(row, item.name) for row in targets])) for item in fields(ChunkBatch))
+    )
 
 
 def _document_weights(split: Split, instruct_weight: float) -> NDArray[np.float32] | None:
@@ -323,10 +339,10 @@ def _kinds(split: Split, share: float) -> tuple[Fraction, list[NDArray[np.int64]
 
 def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:
     for role in ("prefix", "middle", "suffix"):
-        wanted, present = getattr(config, f"fim_{role}_token"), getattr(tokenizer.special, f"fim_{role}")
-        if wanted != present:
+        token, own = getattr(config, f"fim_{role}_token"), getattr(tokenizer.special, f"fim_{role}")
+        if token != own:
             raise DataError(
-                f"data.fim_{role}_token = {wanted!r}, but the shards' tokenizer has {present!r}: set it to that, or "
+                f"data.fim_{role}_token = {token!r}, but the shards' tokenizer has {own!r}: set it to that, or "
                 f"tokenize again with --fim-{role}-token"
             )
 

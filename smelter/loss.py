@@ -4,8 +4,8 @@ The [tokens x vocabulary] logits of a whole batch would dwarf the model (2 GB fo
 entries). Here they exist for `chunk_size` tokens at a time, and the gradient is made in the same pass,
 so nothing is recomputed backward. `dense_loss` is the same in plain autograd: the specification.
 
-With logits c = soft_cap(u), weight w per token and temperature T, a token's D is the divergence (divergence.py)
-of softmax(c / T) from the mixture of its teachers (mixture.py), and a is kl_weight, or 0 for a token without teacher:
+With logits c = soft_cap(u), weight w per token and temperature T, a token's D is the divergence (`losses.divergence`)
+of softmax(c / T) from the mixture of its teachers (`losses.targets`), and a is kl_weight, or 0 where no teacher is:
 
     loss = sum_i w_i [ (1 - a_i) CE_i + z lse_i^2 + a_i T^2 D_i ] / normalizer
 
@@ -15,7 +15,7 @@ Hinton et al. (1503.02531).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ from smelter.losses import (
     Mixture,
     SparseTeacher,
     Teacher,
-    TeacherHead,
     checked_teachers,
     compiled,
     cross_entropy_and_grad,
@@ -39,17 +38,6 @@ from smelter.losses import (
     soft_cross_entropy_and_grad,
     sparse_target,
 )
-
-__all__ = [  # what a caller needs is found here, wherever it is written
-    "Direction",
-    "Loss",
-    "LossConfig",
-    "SparseTeacher",
-    "Teacher",
-    "TeacherHead",
-    "chunked_loss",
-    "dense_loss",
-]
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,7 @@ class LossConfig:
         return Divergence(self.direction, self.skew_alpha, self.js_beta)
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """`total` is differentiable; the parts are detached. All are divided by the normalizer.
 
     `total` = (1 - kl_weight) * ce + z_loss * z + kl_weight * kl where every token has a teacher. A token without
@@ -87,6 +74,8 @@ class Loss:
     ce: Tensor
     z: Tensor
     kl: Tensor
+    chunk: Tensor
+    """Divergence to teachers with other tokenizers: 0 but where `distillation.Objective` has some."""
 
 
 def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -96,8 +85,8 @@ def _token_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
 
 def _log_student(logits: Tensor, soft_cap: float, temperature: float) -> Tensor:
     """Log-probabilities [n, V] of the student, softened."""
-    values, _ = capped(logits, soft_cap)
-    return F.log_softmax(values / temperature, dim=-1)
+    scores, _ = capped(logits, soft_cap)
+    return F.log_softmax(scores / temperature, dim=-1)
 
 
 def _distillation_and_grad(
@@ -114,15 +103,15 @@ def _distillation_and_grad(
     kl_share [n] is each token's share of the divergence; it comes as a tensor and config.kl_weight is not read, so
     that a weight that changes compiles nothing anew. Computed in float32; the gradient comes in the logits' dtype.
     """
-    values, slope = capped(logits, config.soft_cap)
-    lse = torch.logsumexp(values, dim=-1, keepdim=True)
+    scores, slope = capped(logits, config.soft_cap)
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
-    ce = (lse - values.gather(-1, index)).squeeze(-1)
+    ce = (lse - scores.gather(-1, index)).squeeze(-1)
     z = lse.squeeze(-1).square()
     share = kl_share.unsqueeze(-1)
     ce_share = ce_scale.unsqueeze(-1) - share
-    grad = (values - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
-    student = F.log_softmax(values / config.temperature, dim=-1)
+    grad = (scores - lse).exp_().mul_(ce_share + 2.0 * config.z_loss * lse)
+    student = F.log_softmax(scores / config.temperature, dim=-1)
     token, token_grad = divergence_and_grad(teacher.log_probs, student, config.divergence)
     kl = _stated(token, teacher) * config.temperature**2
     grad.add_(token_grad * (share * config.temperature))
@@ -255,10 +244,10 @@ def chunked_loss(
     divisor = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     scale = torch.ones_like(token_weights) if ce_scale is None else ce_scale
-    parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    total, ce, z, kl = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, token_weights, scale, divisor, used, config, chunk_size, use_compile, needs_grad
     )
-    return Loss(*parts)
+    return Loss(total, ce, z, kl, torch.zeros_like(kl))
 
 
 def dense_loss(
@@ -287,5 +276,5 @@ def dense_loss(
         kl_share = config.kl_weight * teacher.present
     scale = torch.ones_like(ce) if ce_scale is None else ce_scale
     total = (scale - kl_share) * ce + config.z_loss * z + kl_share * kl
-    sums = [(part * token_weights).sum() / divisor for part in (total, ce, z, kl)]
+    sums = [(part * token_weights).sum() / divisor for part in (total, ce, z, kl, torch.zeros_like(kl))]
     return Loss(sums[0], *(part.detach() for part in sums[1:]))

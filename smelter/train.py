@@ -1,45 +1,43 @@
 """The training loop: shards -> a trained model, resumable to the bit.
 
-One optimizer step reads `micro_steps` batches on each rank, divides the loss by the number of valid
-tokens of the whole step, clips, updates, and makes the trits anew. Everything that determines the next
-step is a function of the configuration, the step and the checkpoint, so a killed run that resumes shows
-the losses of one that was never killed.
+One optimizer step reads its batches on each rank, divides the loss by the number of valid tokens of the whole step,
+clips, updates, and makes the trits anew. Everything that determines the next step is a function of the configuration,
+the step and the checkpoint, so a killed run that resumes shows the losses of one that was never killed.
 """
 
-import contextlib
 import signal
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from smelter.base import ConfigError, UserError, cli
-from smelter.bitnet import bit_linears
-from smelter.config import Config, config_to_toml, load_config, preset
+from smelter.config import Config, TrainingConfig, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
-from smelter.distillation import ChunkTeacher, Objective, load_teachers, open_caches, validation_weights
+from smelter.distillation import ChunkTeacher, Objective, open_caches
 from smelter.evaluation import samples, validation_loss
+from smelter.loss import Loss
 from smelter.model import Model
 from smelter.muon import MuonAdamW
 from smelter.run import (
+    Machine,
     MetricsLogger,
     RunLength,
     StopSignal,
+    TritWatch,
     distributed,
     final_cap,
     kl_weight,
     latest_checkpoint,
     load_checkpoint,
     load_initial_weights,
+    pick_dtype,
     plan,
     prepare_run_dir,
     print0,
@@ -49,11 +47,48 @@ from smelter.run import (
     short_duration,
     short_number,
 )
-from smelter.run import device as hardware
 from smelter.tokens import ShardSet
 
 MAX_SKIPPED = 10
 MIN_TIMED_STEPS = 10
+
+
+def open_shards(config: Config) -> ShardSet:
+    """The run's shards. Raises DataError, and ConfigError where the model has fewer ids than they."""
+    shards = ShardSet.open(Path(config.data.shards))
+    if shards.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer of {config.data.shards} "
+            f"({shards.tokenizer.vocab_size}): set vocab_size = {shards.tokenizer.vocab_size}"
+        )
+    return shards
+
+
+def make_model(config: Config, machine: Machine) -> Model:
+    """The model of step 0, with weights drawn from the recipe's seed."""
+    torch.manual_seed(config.training.seed)
+    model = Model(config.at_step(0).model, machine.dtype).to(machine.device)
+    model.trit_dtype = torch.int8
+    model.use_gradient_checkpointing = config.training.use_gradient_checkpointing
+    model.use_int8_gradients(config.training.int8_gradients)
+    return model
+
+
+def make_optimizer(model: Model, training: TrainingConfig, dtype: torch.dtype) -> MuonAdamW:
+    """The recipe's optimizer; Newton-Schulz runs in bf16 where training does, else in float32."""
+    return MuonAdamW(
+        model,
+        use_muon=training.optimizer == "muon",
+        muon_lr=training.muon_lr,
+        muon_momentum=training.muon_momentum,
+        muon_weight_decay=training.muon_weight_decay,
+        adamw_lr=training.adamw_lr,
+        embedding_lr=training.embedding_lr,
+        betas=(training.adamw_beta1, training.adamw_beta2),
+        adamw_weight_decay=training.adamw_weight_decay,
+        num_newton_schulz_steps=training.muon_newton_schulz_steps,
+        newton_schulz_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+    )
 
 
 class Trainer:
@@ -63,75 +98,39 @@ class Trainer:
         training = config.training
         self.config, self.training = config, training
         self.run_dir = Path(training.run_dir)
-        self.device = hardware.pick_device(training.device)
-        distributed.start(self.device)
-        keeps_memory = self.device.type == "cpu" and hardware.keep_freed_memory()
-        self.allocator = "freed memory is kept" if keeps_memory else "memory as the system manages it"
-        self.dtype = hardware.pick_dtype(training.precision, self.device, is_training=True)
-        self.use_compile = hardware.can_compile(training, self.device)
-        self.micro_steps = config.micro_steps(distributed.world_size())
-        self.shards = ShardSet.open(Path(config.data.shards))
+        self.machine = Machine.of(training)
+        config.micro_steps(self.machine.world_size)  # an error where the batch does not divide
+        self.shards = open_shards(config)
         self.tokenizer = self.shards.tokenizer
-        if self.tokenizer.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer of {config.data.shards} "
-                f"({self.tokenizer.vocab_size}): set vocab_size = {self.tokenizer.vocab_size}"
-            )
         self.caches = open_caches(config, self.shards)
         self.chunk_teachers = [ChunkTeacher.open(Path(p), self.shards) for p in config.distillation.chunk_teachers]
-        found = prepare_run_dir(self.run_dir, config, training.resume)
-        torch.manual_seed(training.seed)
-        self.model = Model(config.at_step(0).model, self.dtype).to(self.device)
-        self.model.trit_dtype = torch.int8
-        self.model.use_gradient_checkpointing = training.use_gradient_checkpointing
-        self.model.use_int8_gradients(training.int8_gradients)
-        self.optimizer = MuonAdamW(
-            self.model,
-            use_muon=training.optimizer == "muon",
-            muon_lr=training.muon_lr,
-            muon_momentum=training.muon_momentum,
-            muon_weight_decay=training.muon_weight_decay,
-            adamw_lr=training.adamw_lr,
-            embedding_lr=training.embedding_lr,
-            betas=(training.adamw_beta1, training.adamw_beta2),
-            adamw_weight_decay=training.adamw_weight_decay,
-            num_newton_schulz_steps=training.muon_newton_schulz_steps,
-            newton_schulz_dtype=torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        checkpoint = prepare_run_dir(self.run_dir, config, training.resume)
+        self.model = make_model(config, self.machine)
+        self.optimizer = make_optimizer(self.model, training, self.machine.dtype)
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.dtype == torch.float16)
         self.length = RunLength.of(training)
-        self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.skipped = self.skipped_in_a_row = 0
         self.elapsed = 0.0
-        if found is not None:
-            self._load(found)
+        if checkpoint is not None:
+            self._load(checkpoint)
         elif training.init_from:
             load_initial_weights(self.model, config, self.tokenizer)
         if config.at_step(self.step).model.use_ternary and not self.model.config.use_ternary:
             self.model.make_ternary()
         self._set_final_cap()
         self.model.quantize_weights()
-        if self.use_compile:
+        if self.machine.use_compile:
             for block in self.model.layers:
                 block.compile()
-        teachers = load_teachers(config, self.tokenizer, self.dtype, self.device)
-        weights = None
-        if config.distillation.teacher_weighting == "validation" and teachers:
-            weights = validation_weights(teachers, config, self.shards.split("val"), self.tokenizer)
-        self.loss = Objective(self.model, config, teachers, self.use_compile, weights, self.caches)
-        self.objective: nn.Module = self.loss
-        if distributed.world_size() > 1:
-            self.objective = DistributedDataParallel(
-                self.objective, device_ids=[self.device.index] if self.device.type == "cuda" else None
-            )
-        self.metrics = MetricsLogger(self.run_dir, config, training.trackers, self.step if found is not None else None)
-        self.peak_flops = hardware.measure_peak_flops(self.device, self.dtype)
-        self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
+        self.objective = Objective.of(self.model, config, self.shards, self.machine)
+        self.averaging_objective = distributed.averaging(self.objective, self.machine.device)
+        self.metrics = MetricsLogger(self.run_dir, config, training.trackers, None if checkpoint is None else self.step)
+        self.trits = TritWatch(self.model)
 
-    def _turn_ternary(self) -> None:
-        """End the full-precision phase: weights and optimizer go on, compiled blocks are compiled once more."""
-        self.model.make_ternary()
-        self._last_trits = {name: layer.trits.clone() for name, layer in bit_linears(self.model)}
-        print0(f"ternary from step {self.step + 1} on")
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.step * self.training.total_batch_size
 
     def _load(self, path: Path) -> None:
         loaded = load_checkpoint(path, with_state=True)
@@ -139,8 +138,7 @@ class Trainer:
         self.model.load_state_dict(loaded.tensors)
         self.optimizer.load_state_dict(loaded.state["optimizer"])
         self.scaler.load_state_dict(loaded.state["scaler"])
-        self.step, self.tokens = loaded.step, loaded.state["tokens"]
-        self.skipped, self.elapsed = loaded.state["skipped"], loaded.state["elapsed_seconds"]
+        self.step, self.skipped, self.elapsed = loaded.step, loaded.state["skipped"], loaded.state["elapsed_seconds"]
         if self.training.train_minutes:
             self.length.num_steps = loaded.state["num_steps"]
         print0(f"resuming from {path}")
@@ -174,66 +172,59 @@ class Trainer:
         distributed.barrier()
         return path
 
-    def _tensor(self, values: Any) -> Tensor | None:
-        return None if values is None else torch.from_numpy(values).to(self.device, non_blocking=True)
+    def _begin_step(self) -> dict[str, float]:
+        """Make what a schedule decides that of the coming step; returns the rates by their metrics' names."""
+        if self.config.at_step(self.step + 1).model.use_ternary and not self.model.config.use_ternary:
+            # Weights and optimizer go on, compiled blocks are compiled once more.
+            self.model.make_ternary()
+            self.trits = TritWatch(self.model)
+            print0(f"ternary from step {self.step + 1} on")
+        groups, distillation = self.optimizer.param_groups, self.config.distillation
+        set_rates(groups, self.step, self.length.num_steps, self.training)
+        rates = {f"lr_{'adamw' if group['name'] == 'vectors' else group['name']}": group["lr"] for group in groups}
+        self.objective.kl_weight = kl_weight(self.length.progress(self.step, self.elapsed), distillation)
+        if distillation.kl_schedule != "constant":
+            rates["kl_weight"] = self.objective.kl_weight
+        return rates
 
     def _train_step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns its losses and gradient norm."""
-        valid = torch.tensor(0.0, dtype=torch.float64)
-        for batch in batches:
-            mask = batch.targets >= 0
-            valid += float(mask.sum() if batch.weights is None else (mask * batch.weights).sum())
-        normalizer = distributed.sum_over_ranks(valid.to(self.device)).clamp_min(1e-8).float()
-        sums = torch.zeros(5, device=self.device)
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            parallel = self.objective if isinstance(self.objective, DistributedDataParallel) else None
-            with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
-                parts = self.objective(
-                    self._tensor(batch.inputs),
-                    self._tensor(batch.targets),
-                    self._tensor(batch.weights),
-                    self._tensor(batch.doc_ids) if self.config.data.use_document_mask else None,
-                    normalizer,
-                    tuple(tuple(map(self._tensor, (rows.ids, rows.probs, rows.entropy))) for rows in batch.teachers),
-                    tuple(tuple(map(self._tensor, (c.starts, c.ends, c.log_probs))) for c in batch.chunks),
-                )
-                # DistributedDataParallel averages over ranks; the normalizer already counts all of them.
-                self.scaler.scale(parts[0] * distributed.world_size()).backward()
-            sums += torch.stack([part.detach() for part in parts])
+        device, objective = self.machine.device, self.averaging_objective
+        weight = torch.tensor(sum(batch.total_weight for batch in batches), dtype=torch.float64, device=device)
+        normalizer = distributed.sum_over_ranks(weight).clamp_min(1e-8).float()
+        sums = torch.zeros(len(Loss._fields), device=device)
+        for number, batch in enumerate(batches, 1):
+            with distributed.micro_step(objective, is_last=number == len(batches)):
+                loss: Loss = objective(batch.to(device), normalizer)
+                # The mean of the ranks' gradients is taken; the normalizer already counts all of them.
+                self.scaler.scale(loss.total * self.machine.world_size).backward()
+            sums += torch.stack(loss).detach()
         self.scaler.unscale_(self.optimizer)
-        max_norm = self.training.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        loss, ce, z, kl, chunk = distributed.sum_over_ranks(sums).tolist()
-        values = {"loss": loss, "ce_loss": ce, "z_loss": z, "grad_norm": float(norm)}
-        if self.config.distillation.num_teachers:
-            values["kl_loss"] = kl
-        if self.chunk_teachers:
-            values["chunk_loss"] = chunk
-        if torch.isfinite(norm) and abs(loss) < float("inf"):
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip or float("inf"))
+        loss = Loss(*distributed.sum_over_ranks(sums).cpu())
+        is_finite = bool(torch.isfinite(loss.total))
+        if is_finite and torch.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             # A loss scale that is still too high overflows gradients, not the loss: it halves, and that is all.
-            is_overflow = self.scaler.is_enabled() and abs(loss) < float("inf") and self.scaler.get_scale() > 1
+            is_overflow = self.scaler.is_enabled() and is_finite and self.scaler.get_scale() > 1
             self.skipped_in_a_row += not is_overflow
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.quantize_weights()
-        return values
-
-    def _weights_metrics(self) -> dict[str, float]:
-        """Share of trits that flipped since the last line, and of zeros per layer kind."""
-        flips, count = 0, 0
-        zeros: dict[str, list[float]] = {}
-        for name, layer in bit_linears(self.model):
-            flips += int((layer.trits != self._last_trits[name]).sum())
-            count += layer.trits.numel()
-            self._last_trits[name].copy_(layer.trits)
-            zeros.setdefault(name.rsplit(".", 1)[-1], []).append(float((layer.trits == 0).float().mean()))
-        values = {f"sparsity/{kind}": sum(shares) / len(shares) for kind, shares in zeros.items()}
-        return {"trit_flips": flips / count, **values} if count else {}
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise UserError(
+                f"loss or gradient not finite {MAX_SKIPPED} steps in a row, at step {self.step}: lower the "
+                f"learning rates; last good checkpoint: {latest_checkpoint(self.run_dir) or 'none yet'}"
+            )
+        metrics = {"loss": loss.total, "ce_loss": loss.ce, "z_loss": loss.z, "grad_norm": norm}
+        if self.config.distillation.num_teachers:
+            metrics["kl_loss"] = loss.kl
+        if self.chunk_teachers:
+            metrics["chunk_loss"] = loss.chunk
+        return {name: float(number) for name, number in metrics.items()}
 
     def _evaluate(self) -> dict[str, float]:
         self.model.eval()
@@ -251,8 +242,8 @@ class Trainer:
         split = self.shards.split("val")
         self.model.eval()
         documents = [i for i in range(split.num_docs) if not split.is_chat(i)]
-        made = samples(self.model, self.tokenizer, len(documents), lambda i: split.doc(documents[i]).tolist())
-        self.metrics.samples(self.step, made)
+        written = samples(self.model, self.tokenizer, len(documents), lambda i: split.doc(documents[i]).tolist())
+        self.metrics.samples(self.step, written)
         self.model.train()
 
     def _due(self, every: int) -> bool:
@@ -260,9 +251,9 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns 0, or 128 + the signal's number."""
-        training = self.training
-        peak = hardware.describe(self.device, self.dtype, self.use_compile, self.peak_flops)
-        print0(f"{peak} | {self.allocator} | {self.config.model.num_params_estimate:,} parameters")
+        training, machine = self.training, self.machine
+        allocator = "freed memory is kept" if machine.keeps_freed_memory else "memory as the system manages it"
+        print0(f"{machine.describe()} | {allocator} | {self.config.model.num_params_estimate:,} parameters")
         stream = BatchStream(
             self.shards.split("train"),
             self.tokenizer,
@@ -274,7 +265,7 @@ class Trainer:
             cached=self.caches,
             chunk_teachers=self.chunk_teachers,
         )
-        batches = prefetch(stream, self.step, distributed.rank(), distributed.world_size())
+        batches = prefetch(stream, self.step, machine.rank, machine.world_size)
         try:
             with StopSignal("finishing this step, then saving a checkpoint") as stop:
                 return self._loop(batches, stop)
@@ -284,62 +275,25 @@ class Trainer:
 
     def _loop(self, batches: Iterator[list[Batch]], stop: StopSignal) -> int:
         training, length = self.training, self.length
-        flops_per_step = self.config.model.flops_per_token() * training.total_batch_size
-        log_step, log_elapsed = self.step, self.elapsed
+        logged_step, logged_at = self.step, self.elapsed
         recent: deque[float] = deque(maxlen=50)
-        previous = time.perf_counter()
         while not length.done(self.step):
-            if self.config.at_step(self.step + 1).model.use_ternary and not self.model.config.use_ternary:
-                self._turn_ternary()
-            set_rates(self.optimizer.param_groups, self.step, length.num_steps, training)
-            rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-            rates["lr_adamw"] = rates.pop("lr_vectors")
-            self.loss.kl_weight = kl_weight(length.progress(self.step, self.elapsed), self.config.distillation)
-            if self.config.distillation.kl_schedule != "constant":
-                rates["kl_weight"] = self.loss.kl_weight
-            values = self._train_step(next(batches))
-            if self.skipped_in_a_row == MAX_SKIPPED:
-                raise UserError(
-                    f"loss or gradient not finite {MAX_SKIPPED} steps in a row, at step {self.step}: lower the "
-                    f"learning rates; last good checkpoint: {latest_checkpoint(self.run_dir) or 'none yet'}"
-                )
-            now = time.perf_counter()
-            seconds, previous = now - previous, now
-            # The median: steps that compile would make the rest look slow.
-            recent.append(seconds)
-            step_seconds = statistics.median(recent)
-            self.elapsed += seconds
+            start = time.perf_counter()
+            rates = self._begin_step()
+            losses = self._train_step(next(batches))
+            recent.append(time.perf_counter() - start)
             self.step += 1
-            self.tokens += training.total_batch_size
-            self.elapsed, step_seconds = distributed.agree(self.elapsed), distributed.agree(step_seconds)
+            self.elapsed = distributed.agree(self.elapsed + recent[-1])
+            # The median: steps that compile would make the rest look slow.
+            step_seconds = distributed.agree(statistics.median(recent))
             if len(recent) >= MIN_TIMED_STEPS:
                 length.update(self.step, self.elapsed, step_seconds)
             self._set_final_cap()
             stopping = distributed.any_rank(stop.number != 0)
             if self._due(training.log_every) or self._due(training.eval_every) or stopping:
-                span = self.elapsed - log_elapsed
-                steps = self.step - log_step
-                line: dict[str, float] = {"tokens": self.tokens, **values, **rates}
-                if steps:
-                    line["tok_per_sec"] = steps * training.total_batch_size / span
-                    line["mfu"] = flops_per_step * steps / span / (self.peak_flops * distributed.world_size())
-                line["loss_scale"] = self.scaler.get_scale()
-                line["peak_memory_mib"] = hardware.peak_memory_mib(self.device)
-                line["elapsed_seconds"] = self.elapsed
-                line["skipped_steps"] = self.skipped
-                if training.ternary_start_step:
-                    line["is_ternary"] = self.model.config.use_ternary
-                if training.final_cap_anneal_fraction:
-                    line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
-                line |= self._weights_metrics()
-                if self._due(training.eval_every) and distributed.is_main():
-                    line |= self._evaluate()
-                self.metrics.log(self.step, line)
-                shown = {**line, "step": self.step, "eta_seconds": length.eta(self.step, self.elapsed, step_seconds)}
-                if length.num_steps is not None:
-                    shown["num_steps"] = length.num_steps
-                print0(progress_line(shown))
-                log_step, log_elapsed = self.step, self.elapsed
+                speed = (self.step - logged_step) * training.total_batch_size / (self.elapsed - logged_at)
+                self._log(losses | rates, speed, length.eta(self.step, self.elapsed, step_seconds))
+                logged_step, logged_at = self.step, self.elapsed
             if training.sample_every and self._due(training.sample_every) and distributed.is_main():
                 self._sample()
             # A checkpoint from the middle of a divergence would pass for the last good one.
@@ -349,17 +303,31 @@ class Trainer:
                 if stopping:
                     print0(f"saved {path}; the same command goes on from here")
                     return 128 + (stop.number or signal.SIGTERM)
-            previous = time.perf_counter()
         print0(f"trained {short_number(self.tokens)} tokens in {short_duration(self.elapsed)} -> {self.run_dir}")
         return 0
 
-
-def train(config: Config) -> int:
-    """Train as `config` says; returns the exit code. Raises UserError for what cannot be used."""
-    try:
-        return Trainer(config).run()
-    finally:
-        distributed.stop()
+    def _log(self, of_step: dict[str, float], tokens_per_second: float, eta_seconds: float) -> None:
+        """Write a line of metrics, and show it."""
+        training, machine = self.training, self.machine
+        line: dict[str, float] = {"tokens": self.tokens, **of_step, "tok_per_sec": tokens_per_second}
+        peak_flops = machine.peak_flops * machine.world_size
+        line["mfu"] = self.config.model.flops_per_token() * tokens_per_second / peak_flops
+        line["loss_scale"] = self.scaler.get_scale()
+        line["peak_memory_mib"] = machine.peak_memory_mib()
+        line["elapsed_seconds"] = self.elapsed
+        line["skipped_steps"] = self.skipped
+        if training.ternary_start_step:
+            line["is_ternary"] = self.model.config.use_ternary
+        if training.final_cap_anneal_fraction:
+            line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
+        line |= self.trits.metrics()
+        if self._due(training.eval_every) and distributed.is_main():
+            line |= self._evaluate()
+        self.metrics.log(self.step, line)
+        line |= {"step": self.step, "eta_seconds": eta_seconds}
+        if self.length.num_steps is not None:
+            line["num_steps"] = self.length.num_steps
+        print0(progress_line(line))
 
 
 @dataclass(frozen=True)
@@ -393,30 +361,27 @@ def parse_options(argv: list[str]) -> TrainOptions:
 def _dry_run(config: Config) -> int:
     """Print the resolved configuration and its cost; a GPU that is not here is planned for without a time."""
     training = config.training
-    config.micro_steps(distributed.world_size())
-    print(config_to_toml(config))
-    is_elsewhere = training.device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
-    if is_elsewhere:
-        kind, peak = "cuda", None
-        dtype = hardware.pick_dtype("bf16" if training.precision == "auto" else training.precision, torch.device(kind))
-        print(f"for {training.device}, which is not here | computing in {str(dtype).removeprefix('torch.')}")
+    if training.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        device, peak = torch.device("cuda"), None
+        dtype = pick_dtype("bf16" if training.precision == "auto" else training.precision, device)
+        where = f"for {training.device}, which is not here | computing in {str(dtype).removeprefix('torch.')}"
     else:
-        device = hardware.pick_device(training.device)
-        kind = device.type
-        dtype = hardware.pick_dtype(training.precision, device, is_training=True)
-        peak = hardware.measure_peak_flops(device, dtype)
-        print(hardware.describe(device, dtype, training.use_torch_compile, peak))
+        machine = Machine.of(training)
+        device, dtype, peak, where = machine.device, machine.dtype, machine.peak_flops, machine.describe()
+    world_size = distributed.world_size()
+    config.micro_steps(world_size)
+    print0(config_to_toml(config))
+    print0(where)
     # Newton-Schulz runs in float32 where there is no bf16.
     sizes = {"bytes_per_value": dtype.itemsize, "newton_schulz_bytes": 2 if dtype == torch.bfloat16 else 4}
-    print(plan(config, **sizes, device_type=kind, world_size=distributed.world_size(), peak_flops=peak).table())
+    print0(plan(config, **sizes, device_type=device.type, world_size=world_size, peak_flops=peak).table())
     return 0
 
 
 def main(argv: list[str]) -> int:
     """`smelter train`."""
     options = parse_options(argv)
-    if options.dry_run:
-        return _dry_run(options.config)
-    code = train(options.config)
-    sys.stdout.flush()
-    return code
+    try:
+        return _dry_run(options.config) if options.dry_run else Trainer(options.config).run()
+    finally:
+        distributed.stop()

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,8 @@ from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import Batch, BatchStream, prefetch
+from smelter.losses.targets import SparseTeacher
+from smelter.tokens.alignment import Chunks
 from smelter.tokens.shards import ShardSet, Split
 from smelter.tokens.windows import IGNORED, eval_windows
 from tests import tiny
@@ -160,25 +164,25 @@ def test_fim_rows_hold_whole_examples_of_the_documents(shards: ShardSet, index: 
 def test_a_step_has_the_same_rows_on_any_number_of_devices(
     shards: ShardSet, world_size: int, batch: int, step: int
 ) -> None:
-    def rows(size: int, world: int) -> Counter[bytes]:
+    def rows(size: int, world: int) -> Counter[str]:
         made = stream(shards, DataConfig(), device_batch_size=size, rows_per_step=72)
         batches = [item for rank in range(world) for item in made.step(step, rank, world)]
-        return Counter(row.tobytes() for item in batches for row in np.stack([item.inputs, item.targets], axis=1))
+        return Counter(str(row.tolist()) for item in batches for row in torch.stack([item.inputs, item.targets], dim=1))
 
     one = rows(3, 1)
     assert one.total() == 72
     assert rows(batch, world_size) == one
     made = stream(shards, DataConfig(), device_batch_size=3, rows_per_step=72)
     following = [row.tobytes() for i in range(72) for row in [made.row(72 * step + i)[:-1]]]
-    assert Counter(following) == Counter(row.tobytes() for item in made.step(step, 0, 1) for row in item.inputs)
+    assert Counter(following) == Counter(row.tobytes() for item in made.step(step, 0, 1) for row in item.inputs.numpy())
 
 
 def test_a_batch_shifts_and_ignores_padding(shards: ShardSet) -> None:
     made = stream(shards, DataConfig(fim_rate=1.0))
     batch = made.batch(2, 1, 1, 2)
-    assert [str(array.dtype) for array in (batch.inputs, batch.targets, batch.doc_ids)] == ["int64", "int64", "int32"]
-    assert batch.inputs.shape == batch.targets.shape == batch.doc_ids.shape == (3, 64)
-    assert batch.weights is None
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert batch.inputs.shape == batch.targets.shape == (3, 64)
+    assert batch.weights is batch.doc_ids is None
     padded = 0
     for i in range(3):
         row = made.row(2 * 12 + 3 * 3 + i)
@@ -188,9 +192,39 @@ def test_a_batch_shifts_and_ignores_padding(shards: ShardSet) -> None:
     assert padded
 
 
+def test_a_batch_moves_with_all_its_parts(shards: ShardSet) -> None:
+    class Stored:
+        num_rows = 5
+
+        def rows(self, indices: Sequence[int]) -> SparseTeacher:
+            ids = torch.tensor(indices).repeat_interleave(64)[:, None]
+            return SparseTeacher(ids, torch.ones(ids.shape), "sampled", torch.zeros(len(ids)))
+
+    class Scored:
+        def chunks(self, doc: int, begin: int, size: int) -> Chunks:
+            return Chunks.empty(size)
+
+    config = DataConfig(use_document_mask=True, instruct_weight=2.0)
+    batch = stream(shards, config, cached=[Stored(), Stored()], chunk_teachers=[Scored()]).batch(0, 0, 0, 1)
+    assert [teacher.ids[::64, 0].tolist() for teacher in batch.teachers] == [[0, 1, 2]] * 2
+    moved = batch.to(torch.device("meta"))
+    (chunks,) = moved.chunks
+    for tensor in (moved.inputs, moved.targets, moved.doc_ids, chunks.starts, chunks.ends, chunks.log_probs):
+        assert tensor is not None
+        assert tensor.is_meta
+        assert tensor.shape == (3, 64)
+    for teacher in moved.teachers:
+        assert teacher.kind == "sampled"
+        assert teacher.entropy is not None
+        assert all(tensor.is_meta for tensor in (teacher.ids, teacher.probs, teacher.entropy))
+    assert not batch.inputs.is_meta
+
+
 def test_eos_begins_the_document_after_it(shards: ShardSet) -> None:
-    batch = stream(shards, DataConfig(), seq_len=256).batch(0, 0, 0, 1)
+    batch = stream(shards, DataConfig(use_document_mask=True), seq_len=256).batch(0, 0, 0, 1)
     assert (batch.inputs == EOS).sum() > 3
+    assert batch.doc_ids is not None
+    assert batch.doc_ids.dtype == torch.int32
     for inputs, doc_ids in zip(batch.inputs.tolist(), batch.doc_ids.tolist(), strict=True):
         number = 0
         for index, doc in zip(inputs, doc_ids, strict=True):

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smelter.loss import Direction, LossConfig, TeacherHead, chunked_loss, dense_loss
+from smelter.loss import LossConfig, chunked_loss, dense_loss
+from smelter.losses.divergence import Direction
+from smelter.losses.targets import TeacherHead
 from tests.largest import Largest
 
 N, C, V = 37, 16, 50

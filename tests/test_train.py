@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 
 from smelter.__main__ import main
 from smelter.config import load_config
+from smelter.data import BatchStream
+from smelter.run import distributed
 from smelter.run.load import load_model
 from smelter.run.metrics import read_metrics
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
+from smelter.train import Trainer, parse_options
 from tests import tiny
 
 SHAPE = (
@@ -156,6 +160,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Pat
     assert len(losses(run)) == done + 2
 
 
+def test_more_ranks_change_neither_loss_nor_gradient(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three ranks with the same batches treble every sum; the mean of their gradients is that of each."""
+    steps = []
+    for world_size in (1, 3):
+        trainer = Trainer(parse_options(command(shards, tmp_path / str(world_size))[1:]).config)
+        trainer.machine = replace(trainer.machine, world_size=world_size)
+        monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor, ranks=world_size: tensor * ranks)
+        stream = BatchStream(
+            trainer.shards.split("train"), trainer.tokenizer, trainer.config.data, seq_len=64, seed=0,
+            device_batch_size=4, rows_per_step=8,
+        )  # fmt: skip
+        steps.append(trainer._train_step(stream.step(0, 0, 1)))
+        trainer.metrics.close()
+    assert steps[0]["grad_norm"] > 0.1
+    assert steps[1] == pytest.approx(steps[0], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(shards: Path, plain: list[float], tmp_path: Path) -> None:
     run = tmp_path / "r"
@@ -191,8 +214,6 @@ def test_too_high_a_loss_scale_is_no_divergence(shards: Path, tmp_path: Path, mo
 def test_ten_steps_that_are_not_finite_stop_the_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from smelter.train import Trainer
-
     original = Trainer._train_step
 
     def broken(self: Trainer, batches: Any) -> dict[str, float]:

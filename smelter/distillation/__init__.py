@@ -2,12 +2,10 @@
 
 from smelter.distillation.cache import open_caches
 from smelter.distillation.chunk_cache import ChunkTeacher
-from smelter.distillation.objective import Objective, load_teachers, validation_weights
+from smelter.distillation.objective import Objective
 
 __all__ = [
     "ChunkTeacher",
     "Objective",
-    "load_teachers",
     "open_caches",
-    "validation_weights",
 ]

@@ -24,17 +24,18 @@ and another arrangement needs another cache.
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from smelter.base import ConfigError, DataError, file_sha256
 from smelter.config import Config
-from smelter.data import TeacherRows
 from smelter.distillation.sparse import Entries
+from smelter.losses import SparseTeacher
 from smelter.tokens import ShardSet
 
 FORMAT = "smelter-teacher"
@@ -44,7 +45,7 @@ LENGTH_DTYPE = np.dtype("<u4")
 
 Method = Literal["sampled", "top_k"]
 
-AGAIN = "run `smelter teach` again with another --out"
+AGAIN = "run the same `smelter teach` command with another --out"
 WIDTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Entries a token to which a batch is padded: few sizes, so that compiled code is seldom compiled anew."""
 
@@ -94,7 +95,7 @@ class RowFormat:
         """The record of a row: `entries` of its T tokens, entropy [T]."""
         count, ids, value = self.dtypes
         parts = ((entries.counts, count), (entropy, "<f2"), (entries.ids, ids), (entries.values, value))
-        return b"".join(np.asarray(values).astype(dtype).tobytes() for values, dtype in parts)
+        return b"".join(np.asarray(array).astype(dtype).tobytes() for array, dtype in parts)
 
     def unpack(self, raw: NDArray[np.uint8]) -> tuple[Entries, NDArray[np.float16]]:
         """`pack` undone. ValueError for bytes that are no such record."""
@@ -108,10 +109,10 @@ class RowFormat:
         third = second + size * ids.itemsize
         if len(raw) != third + size * value.itemsize or (size and int(counts.max()) > self.max_entries):
             raise ValueError("counts and length do not agree")
-        found = raw[second:third].view(ids)
-        if size and int(found.max()) >= self.vocab_size:
+        entries = Entries(counts, raw[second:third].view(ids), raw[third:].view(value))
+        if size and int(entries.ids.max()) >= self.vocab_size:
             raise ValueError("an id outside the vocabulary")
-        return Entries(counts, found, raw[third:].view(value)), raw[first:second].view("<f2")
+        return entries, raw[first:second].view("<f2")
 
     def width(self, num_entries: int) -> int:
         """The padded number of entries for a batch whose fullest token has `num_entries`."""
@@ -128,23 +129,16 @@ class TeacherCache:
         self.method: Method = index["method"]
         self.temperature: float = index["temperature"]
         self.vocab_size: int = index["vocab_size"]
-        self.num_draws: int = index["draws"]
         self.format = row_format(index)
         lengths = np.fromfile(path / LENGTHS, dtype=LENGTH_DTYPE).astype(np.int64)
         firsts = np.cumsum([0, *(file["rows"] for file in index["files"])])
-        if not len(lengths) == self.num_rows == firsts[-1]:
-            raise DataError(f"{path / LENGTHS}: not the lengths of {self.num_rows:,} rows: {AGAIN}")
         self._firsts: list[int] = firsts.tolist()
         self._ends = np.concatenate([np.cumsum(part) for part in np.split(lengths, firsts[1:-1])])
+        sizes = [file["bytes"] for file in index["files"]]
+        if not len(lengths) == self.num_rows == firsts[-1] or self._ends[firsts[1:] - 1].tolist() != sizes:
+            raise DataError(f"{path / LENGTHS}: not the lengths of {self.num_rows:,} rows: {AGAIN}")
         self._begins = self._ends - lengths
-        self._files: list[NDArray[np.uint8]] = []
-        for number, file in enumerate(index["files"]):
-            where = path / file["name"]
-            size = where.stat().st_size if where.is_file() else -1
-            if not size == file["bytes"] == self._ends[firsts[number + 1] - 1]:
-                state = "is missing" if size < 0 else f"has {size:,} bytes instead of {file['bytes']:,}"
-                raise DataError(f"{where}: {state}: copy it again, or {AGAIN}")
-            self._files.append(np.memmap(where, dtype=np.uint8, mode="r"))
+        self._files = [np.memmap(path / file["name"], dtype=np.uint8, mode="r") for file in index["files"]]
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = False) -> "TeacherCache":
@@ -153,18 +147,14 @@ class TeacherCache:
         Raises DataError that names the file and the fix.
         """
         path = Path(path)
-        index = read_index(path)
+        index = read_index(path, FORMAT, "smelter teach")
         try:
-            cache = cls(path, index)
-            entries = [*index["files"], index["row_bytes"]] if verify else []
+            check_files(path, [*index["files"], index["row_bytes"]], verify)
+            return cls(path, index)
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}: copy it again, or {AGAIN}") from None
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{path / INDEX}: an entry is missing or damaged ({error}): {AGAIN}") from None
-        for entry in entries:
-            if file_sha256(path / entry["name"]) != entry["sha256"]:
-                raise DataError(f"{path / entry['name']}: contents have changed: copy it again, or {AGAIN}")
-        return cache
 
     @property
     def num_rows(self) -> int:
@@ -182,50 +172,65 @@ class TeacherCache:
             file = self.path / self.index["files"][number]["name"]
             raise DataError(f"{file}: row {index} is damaged ({error}): copy it again, or {AGAIN}") from None
 
-    def rows(self, indices: Sequence[int]) -> TeacherRows:
-        """What the teacher says about these rows: K entries a token, K as the fullest of them needs, rounded up."""
-        read = [self.row(index) for index in indices]
-        fullest = max(int(entries.counts.max()) for entries, _ in read)
-        shape = (len(read), self.arrangement.seq_len, self.format.width(max(fullest, 1)))
+    def rows(self, indices: Sequence[int]) -> SparseTeacher:
+        """What the teacher says about the tokens of these rows, one row after the other.
+
+        K entries a token, K as the fullest of them needs, rounded up.
+        """
+        rows = [self.row(index) for index in indices]
+        counts = np.concatenate([entries.counts for entries, _ in rows]).astype(np.int64)
+        shape = len(counts), self.format.width(max(int(counts.max()), 1))
         ids, probs = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
-        starts = np.arange(shape[1]) * shape[2]
-        for number, (entries, _) in enumerate(read):
-            counts = entries.counts.astype(np.int64)
-            begins = np.cumsum(counts) - counts
-            # Where each entry goes: the token's place, then one after the other.
-            places = np.arange(len(entries.ids)) + np.repeat(starts - begins, counts)
-            ids[number].reshape(-1)[places] = entries.ids
-            probs[number].reshape(-1)[places] = self._probs(entries.values)
+        # Where each entry goes: the token's place, then one after the other.
+        begins = np.cumsum(counts) - counts
+        places = np.arange(counts.sum()) + np.repeat(np.arange(shape[0]) * shape[1] - begins, counts)
+        ids.reshape(-1)[places] = np.concatenate([entries.ids for entries, _ in rows])
+        probs.reshape(-1)[places] = self._probs(np.concatenate([entries.values for entries, _ in rows]))
         if self.method == "top_k":
             total = probs.sum(-1, keepdims=True)
             # Rounded logarithms may add up to more than 1; and where every id is there, nothing is left over.
             is_whole = self.format.max_entries == self.vocab_size
             probs /= np.where(total > (0.0 if is_whole else 1.0), total, 1.0)
-        return TeacherRows(ids, probs, np.stack([entropy for _, entropy in read]).astype(np.float32))
+        entropy = np.concatenate([entropy for _, entropy in rows]).astype(np.float32)
+        parts = torch.from_numpy(ids), torch.from_numpy(probs), self.method, torch.from_numpy(entropy)
+        return SparseTeacher(*parts, temperature=self.temperature)
 
-    def _probs(self, values: NDArray[Any]) -> NDArray[np.float32]:
+    def _probs(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Probabilities of what an entry holds: counted draws, or a log-probability."""
         if self.method == "sampled":
-            return values * np.float32(1 / self.num_draws)
-        probs: NDArray[np.float32] = np.exp(values.astype(np.float32))
+            return stored * np.float32(1 / self.format.max_entries)
+        probs: NDArray[np.float32] = np.exp(stored.astype(np.float32))
         return probs
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """index.json of a finished cache. Raises DataError where there is none, or one of another kind."""
+def read_index(path: Path, kind: str, command: str) -> dict[str, Any]:
+    """index.json of a finished folder of a kind, which `command` writes. Raises DataError for none or another."""
     file = path / INDEX
     if not file.is_file() and (path / UNFINISHED).is_file():
         raise DataError(f"{path}: not finished: run the same `smelter teach` command again, which goes on")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}: `smelter teach --out {path}` makes a teacher's cache") from None
+        raise DataError(f"{file}: {error.strerror}: `{command} --out {path}` makes a teacher's cache") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{file}: not a cache of `smelter teach`: give the folder that it wrote")
+    if not isinstance(index, dict) or index.get("format") != kind:
+        raise DataError(f"{file}: not a cache of `{command}`: give the folder that it wrote")
     if index.get("version") != VERSION:
         raise DataError(f"{file}: format version {index.get('version')}, this program reads {VERSION}: {AGAIN}")
     return index
+
+
+def check_files(path: Path, entries: Sequence[dict[str, Any]], verify: bool) -> None:
+    """DataError for a file that is not as its index entry says: its size, and with `verify` its sha256."""
+    for entry in entries:
+        file = path / entry["name"]
+        size = file.stat().st_size if file.is_file() else -1
+        if size < 0 or size != entry.get("bytes", size):
+            state = "is missing" if size < 0 else f"has {size:,} bytes instead of {entry['bytes']:,}"
+            raise DataError(f"{file}: {state}: copy it again, or {AGAIN}")
+        if verify and file_sha256(file) != entry["sha256"]:
+            raise DataError(f"{file}: contents have changed: copy it again, or {AGAIN}")
 
 
 def row_format(index: dict[str, Any]) -> RowFormat:
@@ -251,13 +256,13 @@ def open_caches(config: Config, shards: ShardSet) -> list[TeacherCache]:
 
 
 def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: TeacherCache) -> None:
-    made, data = cache.arrangement, config.data
-    wanted = Arrangement(
+    stored, data = cache.arrangement, config.data
+    needed = Arrangement(
         shards=shards.hash,
         tokenizer=shards.tokenizer.hash,
         seq_len=config.model.max_seq_len,
         fim_rate=data.fim_rate,
-        fim_spm_rate=data.fim_spm_rate if data.fim_rate and made.fim_rate else made.fim_spm_rate,
+        fim_spm_rate=data.fim_spm_rate if data.fim_rate and stored.fim_rate else stored.fim_spm_rate,
         use_document_mask=data.use_document_mask,
         seed=first.arrangement.seed,
         num_rows=first.num_rows,
@@ -268,7 +273,7 @@ def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: Teacher
     }
     # The tokenizer first: with another one the shards differ as well, and it says more.
     for key in ("tokenizer", *(item.name for item in fields(Arrangement) if item.name != "tokenizer")):
-        was, now = asdict(made)[key], asdict(wanted)[key]
+        was, now = getattr(stored, key), getattr(needed, key)
         if was == now:
             continue
         where = f"distillation.cached: {cache.path} "

@@ -3,7 +3,7 @@
 The folder, all little-endian:
 
     index.json     what it was made from; the files with their sizes and sha256; counts
-    chunks.f16     [num_tokens of the train split]: `chunk_alignment.chunk_log_probs` of every document, and NaN for eos
+    chunks.f16     [num_tokens of the train split]: `tokens.chunk_log_probs` of every document, and NaN for eos
     states.u1      [num_docs]: whether the teacher has read the document, or why not (`READ`, `NOT_SPELT`, `NOT_TEXT`)
 
 It belongs to the shards alone, not to an arrangement of their rows: whatever the context length, the seed and the
@@ -11,22 +11,21 @@ rate of fill-in-the-middle, a row takes the slices of its documents. Two bytes a
 digits of a chunk's nats.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base import ConfigError, DataError, file_sha256
+from smelter.base import ConfigError
+from smelter.distillation.cache import AGAIN, check_files, read_index
 from smelter.tokens import Chunks, ShardSet, chunks_of_slice
 
-FORMAT, VERSION = "smelter-chunk-teacher", 1
-INDEX, UNFINISHED, VALUES, STATES = "index.json", "unfinished.json", "chunks.f16", "states.u1"
+FORMAT = "smelter-chunk-teacher"
+VALUES, STATES = "chunks.f16", "states.u1"
 VALUE_DTYPE = np.dtype("<f2")
 READ, NOT_SPELT, NOT_TEXT = 1, 2, 3
 """States of a document: read; the teacher's tokens do not spell its bytes; it holds tokens that stand for no text."""
-AGAIN = "run `smelter teach --method chunks` again with another --out"
 
 
 class ChunkTeacher:
@@ -44,32 +43,14 @@ class ChunkTeacher:
         Raises DataError for a damaged or unfinished folder, and ConfigError that says which of shards and tokenizer
         is another.
         """
-        file = path / INDEX
-        if not file.is_file() and (path / UNFINISHED).is_file():
-            raise DataError(f"{path}: not finished: give the same `smelter teach` command again, it goes on from there")
-        try:
-            index = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror}: `smelter teach --method chunks` writes it") from None
-        except ValueError as error:
-            raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
-        if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-            raise DataError(f"{file}: not what `smelter teach --method chunks` of this version wrote: {AGAIN}")
-        for name, there, here in (
-            ("tokenizer", index["tokenizer"], shards.tokenizer.hash),
-            ("shards", index["shards"], shards.hash),
-        ):
-            if there != here:
+        index = read_index(path, FORMAT, "smelter teach --method chunks")
+        for name, here in (("tokenizer", shards.tokenizer.hash), ("shards", shards.hash)):
+            if index[name] != here:
                 raise ConfigError(
                     f"distillation.chunk_teachers: {path} was made for other {name} than those of {shards.path} "
-                    f"({there[:12]}, not {here[:12]}): {AGAIN}"
+                    f"({index[name][:12]}, not {here[:12]}): {AGAIN}"
                 )
-        for entry in index["files"]:
-            part = path / entry["name"]
-            if not part.is_file() or part.stat().st_size != entry["bytes"]:
-                raise DataError(f"{part}: not the {entry['bytes']:,} bytes that were written: {AGAIN}")
-            if verify and file_sha256(part) != entry["sha256"]:
-                raise DataError(f"{part}: contents have changed: {AGAIN}")
+        check_files(path, index["files"], verify)
         return cls(path, index, shards)
 
     def chunks(self, doc: int, begin: int, size: int) -> Chunks:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from smelter.base import ConfigError, DataError
 from smelter.config import Config, DistillationConfig
-from smelter.distillation.cache import TeacherCache
+from smelter.data import Batch
 from smelter.distillation.teacher import TeacherModel, load_teacher
-from smelter.loss import Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss
-from smelter.losses import ChunkBatch, chunk_loss, target_log_probs
+from smelter.loss import Loss, LossConfig, chunked_loss
+from smelter.losses import Teacher, TeacherHead, chunk_loss, target_log_probs
 from smelter.model import Model
-from smelter.run import distributed, print0
-from smelter.tokens import Split, Tokenizer, spread_windows
+from smelter.run import Machine, distributed, print0
+from smelter.tokens import ShardSet, Split, Tokenizer, spread_windows
 
 
 def load_teachers(config: Config, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device) -> list[TeacherModel]:
@@ -59,7 +59,7 @@ def weights_by_loss(weights: tuple[float, ...], losses: list[float], tau: float)
     # A teacher of weight 0 may be better than the best, by more than an exponential can hold.
     factors = [math.exp(min(0.0, (best - loss) / tau)) for loss in losses]
     scaled = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
-    return tuple(value / sum(scaled) for value in scaled)
+    return tuple(weight / sum(scaled) for weight in scaled)
 
 
 def held_out_loss(teacher: TeacherModel, split: Split, config: Config, eos_id: int) -> float:
@@ -98,26 +98,26 @@ def validation_weights(
 class Objective(nn.Module):
     """Student and loss as one module, so that DistributedDataParallel sees every gradient; teachers beside it.
 
-    `teacher_weights` are the recipe's unless given. `kl_weight` is the divergence's share, which a schedule may change
-    between steps.
+    `teacher_weights` are the recipe's unless given: of those that run here, then of the stored ones. `kl_weight` is the
+    divergence's share, which a schedule may change between steps.
     """
 
     def __init__(
         self,
         model: Model,
         config: Config,
-        teachers: Sequence[TeacherModel],
-        use_compile: bool,
+        teachers: Sequence[TeacherModel] = (),
         teacher_weights: tuple[float, ...] | None = None,
-        caches: Sequence[TeacherCache] = (),
+        *,
+        use_compile: bool,
     ) -> None:
         super().__init__()
         self.model = model
         self.use_compile = use_compile
         self.soft_cap = config.model.final_logit_soft_cap
         self.chunk_size = config.training.loss_chunk_size
-        # Kept out of the module tree: teachers are neither trained nor saved.
-        self.teachers, self.caches = teachers, caches
+        # A list is no part of the module tree: teachers are neither trained nor saved.
+        self.teachers = teachers
         self.teacher_weights = teacher_weights or fixed_weights(config.distillation)
         self.kl_weight = config.distillation.kl_weight
         self.chunk_weight = config.distillation.chunk_weight
@@ -131,80 +131,49 @@ class Objective(nn.Module):
             use_confidence=config.distillation.teacher_weighting == "confidence",
         )
 
-    def forward(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        doc_ids: Tensor | None,
-        normalizer: Tensor,
-        cached: Sequence[Sequence[Tensor]] = (),
-        chunks: Sequence[Sequence[Tensor]] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Total, CE, z, KL and chunk divergence of one micro-batch [B, T], each divided by `normalizer`.
+    @classmethod
+    def of(cls, model: Model, config: Config, shards: ShardSet, machine: Machine) -> "Objective":
+        """With the teachers that the recipe names. Raises UserError for one that does not fit."""
+        teachers = load_teachers(config, shards.tokenizer, machine.dtype, machine.device)
+        weights = None
+        if config.distillation.teacher_weighting == "validation" and teachers:
+            weights = validation_weights(teachers, config, shards.split("val"), shards.tokenizer)
+        return cls(model, config, teachers, weights, use_compile=machine.use_compile)
 
-        `cached` has ids [B, T, K], probabilities [B, T, K] and entropy [B, T] for each of the caches, `chunks` starts,
-        ends and log-probabilities [B, T] for each of the chunk teachers.
-        """
-        hidden = self.model(inputs, doc_ids)
-        soft_cap = self.model.config.final_logit_soft_cap
+    def forward(self, batch: Batch, normalizer: Tensor) -> Loss:
+        """The loss of a micro-batch, divided by `normalizer`."""
+        hidden = self.model(batch.inputs, batch.doc_ids).flatten(0, 1)
+        head, soft_cap = self.model.head, self.model.config.final_logit_soft_cap
         # A cap on its way out is another number each step, which would be compiled anew each step.
         use_compile = self.use_compile and soft_cap == self.soft_cap
-        of_chunks = self._chunks(hidden, targets, weights, chunks, soft_cap, use_compile) if chunks else None
-        teachers: list[Teacher] = []
-        for teacher, weight in zip(self.teachers, self.teacher_weights, strict=False):
-            teachers.append(TeacherHead(teacher.hidden(inputs, doc_ids), teacher.head, teacher.soft_cap, weight))
-        for cache, rows, weight in zip(self.caches, cached, self.teacher_weights[len(self.teachers) :], strict=True):
-            ids, probs, entropy = (values.flatten(0, 1) for values in rows)
-            teachers.append(SparseTeacher(ids, probs, cache.method, entropy, weight, cache.temperature))
-        loss: Loss = chunked_loss(
-            hidden.flatten(0, 1),
-            self.model.head,
-            targets.flatten(),
+        targets, ce_scale, chunks = batch.targets.flatten(), None, None
+        if batch.chunks:
+            # A first pass over the head: the student's likelihoods of the chunks, and what follows from them.
+            log_probs = target_log_probs(hidden, head, targets, soft_cap, self.chunk_size, use_compile)
+            log_probs = log_probs.view(batch.targets.shape)
+            chunks = chunk_loss(log_probs, batch.targets, batch.weights, batch.chunks, self.chunk_temperature)
+            ce_scale = 1 + self.chunk_weight * (chunks.factors - chunks.present).flatten()
+        loss = chunked_loss(
+            hidden,
+            head,
+            targets,
             replace(self.loss_config, kl_weight=self.kl_weight, soft_cap=soft_cap),
-            weights=None if weights is None else weights.flatten(),
-            ce_scale=None if of_chunks is None else of_chunks.ce_scale.flatten(),
+            weights=None if batch.weights is None else batch.weights.flatten(),
+            ce_scale=ce_scale,
             normalizer=normalizer,
-            teachers=teachers,
+            teachers=self._weighted_teachers(batch),
             chunk_size=self.chunk_size,
             use_compile=use_compile,
         )
-        if of_chunks is None:
-            return loss.total, loss.ce, loss.z, loss.kl, torch.zeros_like(loss.kl)
-        # The gradient is there; what the factors made of cross-entropy gives way to the divergence itself.
-        total = loss.total + of_chunks.correction / normalizer
-        return total, loss.ce, loss.z, loss.kl, of_chunks.divergence / normalizer
+        if chunks is None:
+            return loss
+        total = loss.total + self.chunk_weight * chunks.correction / normalizer
+        return loss._replace(total=total, chunk=chunks.total / normalizer)
 
-    @torch.no_grad()
-    def _chunks(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        chunks: Sequence[Sequence[Tensor]],
-        soft_cap: float,
-        use_compile: bool,
-    ) -> "_ChunkTerms":
-        """The first pass over the head: the student's likelihoods of the chunks, and what follows from them."""
-        flat, head = hidden.flatten(0, 1), self.model.head
-        log_probs = target_log_probs(flat, head, targets.flatten(), soft_cap, self.chunk_size, use_compile)
-        log_probs = log_probs.view(targets.shape)
-        loss = chunk_loss(log_probs, targets, weights, [ChunkBatch(*parts) for parts in chunks], self.chunk_temperature)
-        surrogate = -log_probs * loss.factors
-        if weights is not None:
-            surrogate = surrogate * weights
-        return _ChunkTerms(
-            ce_scale=1 + self.chunk_weight * (loss.factors - loss.present),
-            correction=self.chunk_weight * (loss.total - surrogate.sum()),
-            divergence=loss.total,
-        )
-
-
-@dataclass(frozen=True)
-class _ChunkTerms:
-    """What the chunks add to a micro-batch: scale of each token's cross-entropy [B, T], and two sums."""
-
-    ce_scale: Tensor
-    correction: Tensor
-    """What the total lacks when its gradient comes from scaled cross-entropy."""
-    divergence: Tensor
+    def _weighted_teachers(self, batch: Batch) -> list[Teacher]:
+        """What the teachers here and the stored ones say about the batch, with their weights in the mixture."""
+        teachers: list[Teacher] = [
+            *(TeacherHead(t.hidden(batch.inputs, batch.doc_ids), t.head, t.soft_cap) for t in self.teachers),
+            *batch.teachers,
+        ]
+        return [replace(t, weight=weight) for t, weight in zip(teachers, self.teacher_weights, strict=True)]

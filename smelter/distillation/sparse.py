@@ -52,8 +52,8 @@ def count_draws(ids: NDArray[np.int64]) -> Entries:
 
 def likeliest(log_probs: Tensor, k: int) -> Entries:
     """The k likeliest ids of log_probs [N, V] with their log-probabilities, likeliest first."""
-    values, ids = log_probs.topk(k, dim=-1)
-    return Entries(np.full(len(ids), k), ids.flatten().cpu().numpy(), values.float().flatten().cpu().numpy())
+    top, ids = log_probs.topk(k, dim=-1)
+    return Entries(np.full(len(ids), k), ids.flatten().cpu().numpy(), top.float().flatten().cpu().numpy())
 
 
 def entropy(probs: Tensor, log_probs: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, Tea
 from smelter.distillation.cache_writer import CacheWriter, Resume, begin, free_bytes
 from smelter.distillation.sparse import Entries, count_draws, draw, entropy, likeliest
 from smelter.distillation.teacher import TeacherModel, is_hf_folder, load_teacher, teacher_name, weights_hash
-from smelter.kernels import reference
+from smelter.losses import TeacherHead
 from smelter.run import Precision, StopSignal, load_checkpoint, pick_device, pick_dtype, short_duration, short_number
 from smelter.tokens import ShardSet
 
@@ -181,14 +180,12 @@ class Reader:
         self.format = row_format(settings)
         self.seed: int = settings["arrangement"]["seed"]
         self.temperature: float = settings["temperature"]
-        self.use_document_mask: bool = settings["arrangement"]["use_document_mask"]
 
     def records(self, batch: Batch, first_row: int) -> Iterator[bytes]:
         """The record of each row of a batch."""
-        has_target = batch.targets >= 0
-        inputs = torch.from_numpy(batch.inputs).to(self.device)
-        doc_ids = torch.from_numpy(batch.doc_ids).to(self.device) if self.use_document_mask else None
-        hidden = self.teacher.hidden(inputs, doc_ids).unflatten(0, inputs.shape)
+        has_target = batch.targets.numpy() >= 0
+        batch = batch.to(self.device)
+        hidden = self.teacher.hidden(batch.inputs, batch.doc_ids).unflatten(0, batch.inputs.shape)
         self.head = self.head.to(hidden.dtype)  # once: the head of one of ours is kept in float32
         for number, wanted in enumerate(has_target):
             entries, nats = self._row(hidden[number], wanted, first_row + number)
@@ -198,7 +195,7 @@ class Reader:
     def _row(self, hidden: Tensor, wanted: NDArray[np.bool_], row: int) -> tuple[Entries, NDArray[np.float32]]:
         """Entries of the T tokens of a row [T, C'] and entropy [T]; none where no target is."""
         places = np.flatnonzero(wanted)
-        states = hidden[torch.from_numpy(places).to(self.device)]
+        said = TeacherHead(hidden[torch.from_numpy(places).to(self.device)], self.head, self.teacher.soft_cap)
         counts, nats = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
         parts = [Entries(counts[:0], np.zeros(0, np.int64), np.zeros(0, np.int64))]
         uniforms = None
@@ -208,8 +205,7 @@ class Reader:
         size = max(1, CHUNK_BYTES // (24 * len(self.head)))
         for start in range(0, len(places), size):
             chunk = slice(start, start + size)
-            logits = reference.soft_cap(F.linear(states[chunk], self.head).float(), self.teacher.soft_cap)
-            log_probs = F.log_softmax(logits / self.temperature, dim=-1)
+            log_probs = said.log_probs(chunk, self.temperature)
             probs = log_probs.exp()
             nats[places[chunk]] = entropy(probs, log_probs).cpu().numpy()
             if uniforms is None:

@@ -21,18 +21,16 @@ import torch
 from numpy.typing import NDArray
 
 from smelter.base import ConfigError, DataError, file_sha256, parse
+from smelter.distillation.cache import INDEX, UNFINISHED, VERSION
 from smelter.distillation.cache_writer import Resume, free_bytes, fsync_folder, state_of, write_json
 from smelter.distillation.chunk_cache import (
     FORMAT,
-    INDEX,
     NOT_SPELT,
     NOT_TEXT,
     READ,
     STATES,
-    UNFINISHED,
     VALUE_DTYPE,
     VALUES,
-    VERSION,
     ChunkTeacher,
 )
 from smelter.distillation.teacher import (

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smelter.base import CheckpointError, ConfigError, DataError, file_sha256
-from smelter.kernels import reference
+from smelter.losses import TeacherHead
 from smelter.model import Model
 from smelter.run import CONFIG_FILE, find_checkpoint, load_model, run_folder
 from smelter.tokens import Tokenizer
@@ -45,7 +45,6 @@ class TeacherModel(Protocol):
 
     def hidden(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Hidden states [B * T, C'] of token ids [B, T]; doc_ids [B, T] keep attention inside each document."""
-        ...
 
 
 class CheckpointTeacher:
@@ -82,18 +81,17 @@ class FolderTeacher:
         self.soft_cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self.max_seq_len = int(getattr(config, "max_position_embeddings", None) or 2**31)
         self.start_id = _start_id(self._model)
-        self._rows = int(self._model.get_input_embeddings().weight.shape[0])
+        num_rows = int(self._model.get_input_embeddings().weight.shape[0])
         output = self._model.get_output_embeddings()
-        head, bias = output.weight.detach(), getattr(output, "bias", None)
+        self.head, bias = output.weight.detach(), getattr(output, "bias", None)
         self._has_bias = bias is not None
-        # A bias is one more column, against a hidden state that is always 1.
-        whole = head if bias is None else torch.cat([head, bias.detach()[:, None]], dim=1)
-        self.head = whole
+        if bias is not None:  # one more column, against a hidden state that is always 1
+            self.head = torch.cat([self.head, bias.detach()[:, None]], dim=1)
         self._pad_id = -1 if tokenizer is None else tokenizer.pad_id
         if tokenizer is not None:
-            _check_ids(path, tokenizer, min(self._rows, len(head)))
-        self._check_logits(min(self._rows, 64))
-        self.head = whole[:vocab_size]
+            _check_ids(path, tokenizer, min(num_rows, len(self.head)))
+        self._check_logits(min(num_rows, 64))
+        self.head = self.head[:vocab_size]
 
     @torch.no_grad()
     def hidden(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
@@ -113,7 +111,7 @@ class FolderTeacher:
         own = self._model(tokens, use_cache=False).logits[0].float()
         if not torch.isfinite(own).all():
             raise DataError(f"{self.path}: logits that are not finite: try another precision, fp32 above all")
-        ours = reference.soft_cap(F.linear(self.hidden(tokens, None), self.head).float(), self.soft_cap)
+        ours = TeacherHead(self.hidden(tokens, None), self.head, self.soft_cap).logits(slice(None))
         margin = 0.02 * float(own.std()) + 1e-6
         if not torch.allclose(ours, own, rtol=0.02, atol=margin):
             raise DataError(
@@ -143,10 +141,10 @@ def positions_in_documents(doc_ids: Tensor) -> Tensor:
 def is_hf_folder(path: Path) -> bool:
     """Whether this is a model of Transformers, not a run or checkpoint of ours."""
     try:
-        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and "model_type" in values
+    return isinstance(config, dict) and "model_type" in config
 
 
 def load_teacher(
@@ -197,9 +195,9 @@ def _start_id(model: Any) -> int | None:
     """The id that begins a text for a model of Transformers: bos, or eos, of several the first; None without."""
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.config.get_text_config(), model.generation_config):
-            found = getattr(config, name, None)
-            if found is not None:
-                return int(found[0] if isinstance(found, (list, tuple)) else found)
+            token = getattr(config, name, None)
+            if token is not None:
+                return int(token[0] if isinstance(token, (list, tuple)) else token)
     return None
 
 

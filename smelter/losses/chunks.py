@@ -31,7 +31,7 @@ MIN_NATS = 1e-4
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """The chunks of one teacher in a micro-batch [B, T]: `chunk_alignment.Chunks` of the targets, as tensors."""
+    """What one teacher says about the chunks of a micro-batch [B, T]: `tokens.Chunks` of the targets, as tensors."""
 
     starts: Tensor
     ends: Tensor
@@ -48,6 +48,8 @@ class ChunkLoss:
     """[B, T]: dD/db at every token of a chunk, 0 elsewhere."""
     present: Tensor
     """[B, T]: 1 at every token of a chunk, 0 elsewhere; with several teachers, the share of those that have one."""
+    correction: Tensor
+    """What takes the place of cross-entropy times `factors`, which has the gradient: `total` less that, a number."""
 
 
 @torch.no_grad()
@@ -59,16 +61,16 @@ def target_log_probs(
     At most chunk_size x V logits exist at once.
     """
     matrix = head.to(hidden.dtype)
-    made = torch.zeros(len(targets), device=hidden.device)
+    log_probs = torch.zeros(len(targets), device=hidden.device)
     # What is not compiled makes copies of the logits in float32: a quarter of them takes less than what they save.
     size = chunk_size if use_compile else max(1, chunk_size // 4)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         logits = F.linear(hidden[rows], matrix)
         at_target, lse, _ = target_log_prob(logits, targets[rows], soft_cap, use_compile)
-        made[rows] = torch.where(targets[rows] >= 0, (at_target - lse).squeeze(-1), 0.0)
+        log_probs[rows] = torch.where(targets[rows] >= 0, (at_target - lse).squeeze(-1), 0.0)
         del logits
-    return made
+    return log_probs
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -109,4 +111,7 @@ def chunk_loss(
         factors += torch.where(is_chunk, binary_factor(student, nats, tau), 0.0).float()
         present += is_chunk
     count = len(teachers)
-    return ChunkLoss((total / count).float(), factors / count, present / count)
+    mean, factors = (total / count).float(), factors / count
+    surrogate = -log_probs * factors
+    correction = mean - (surrogate if weights is None else surrogate * weights).sum()
+    return ChunkLoss(mean, factors, present / count, correction)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smelter.kernels import COMPILER_OPTIONS, capped, capped_exp, is_bounded
-from smelter.losses.targets import SparseTarget, mass_of_same_id
+from smelter.losses.targets import SparseTarget, mass_of_same_id, places
 
 MAX_RATIO = 1e30
 """Bound of teacher's tail / student's tail, so that it stays finite where the latter underflows."""
@@ -28,21 +28,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _log_sum_exp(logits: Tensor, soft_cap: float, skips: bool) -> Tensor:
     """lse [n, 1] of the capped logits [n, V]; `skips`: without those that are -inf, which a cap would make finite."""
-    values, _ = capped(logits, soft_cap)
+    scores, _ = capped(logits, soft_cap)
     if is_bounded(soft_cap):
-        exponentials = capped_exp(values, soft_cap, logits.dtype)
+        exponentials = capped_exp(scores, soft_cap, logits.dtype)
         if skips:
             exponentials = torch.where(logits == float("-inf"), 0.0, exponentials)
         return exponentials.sum(-1, keepdim=True).log()
     if skips:
-        values = torch.where(logits == float("-inf"), float("-inf"), values)
-    return torch.logsumexp(values, dim=-1, keepdim=True)
+        scores = torch.where(logits == float("-inf"), float("-inf"), scores)
+    return torch.logsumexp(scores, dim=-1, keepdim=True)
 
 
 def _replace_by_softmax_grad(logits: Tensor, shift: Tensor | None, factor: Tensor, soft_cap: float) -> None:
     """Replaces logits [n, V] by factor [n, 1] times exp(capped - shift [n, 1]) times the cap's slope."""
-    values, slope = capped(logits, soft_cap)
-    exponentials = capped_exp(values, soft_cap, logits.dtype) if shift is None else torch.exp(values - shift)
+    scores, slope = capped(logits, soft_cap)
+    exponentials = capped_exp(scores, soft_cap, logits.dtype) if shift is None else torch.exp(scores - shift)
     logits.copy_(exponentials * slope * factor)
 
 
@@ -53,11 +53,6 @@ def _replace(logits: Tensor, lse: Tensor, factor: Tensor, soft_cap: float, use_c
         replace(logits, None, factor * (-lse).exp(), soft_cap)
     else:
         replace(logits, lse, factor, soft_cap)
-
-
-def _places(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the entries `ids` [n, K] of each row, for index_put_: scatter_ copies the whole tensor on a CPU."""
-    return torch.arange(len(ids), device=ids.device).unsqueeze(-1), ids
 
 
 def target_log_prob(
@@ -91,7 +86,7 @@ def cross_entropy_and_grad(
     factor = (scale + 2.0 * z_loss * lse) * share
     _replace(logits, lse, factor, soft_cap, use_compile)
     grad_at_target = ((at_target - lse).exp() * factor - scale * share) * slope
-    logits.index_put_(_places(index), grad_at_target.to(logits.dtype))
+    logits.index_put_(places(index), grad_at_target.to(logits.dtype))
     ce, z = (lse - at_target) * share, (lse.square() * share).sum()
     total = (scale * ce).sum() + z_loss * z
     return torch.stack((total, ce.sum(), z, torch.zeros_like(total))), logits
@@ -129,7 +124,7 @@ def soft_cross_entropy_and_grad(
         lse = sums(logits, soft_cap, False)
     else:
         # The student's tail is summed by itself: as a difference it would be lost where the student is sure.
-        logits.index_put_(_places(ids), raw.masked_fill(mass > 0, float("-inf")))
+        logits.index_put_(places(ids), raw.masked_fill(mass > 0, float("-inf")))
         rest = sums(logits, soft_cap, True)
         top = torch.logsumexp(at_soft.masked_fill(soft.probs <= 0, float("-inf")), dim=-1, keepdim=True)
         lse = torch.logaddexp(rest, top)
@@ -143,7 +138,7 @@ def soft_cross_entropy_and_grad(
     _replace(logits, lse, elsewhere * share, soft_cap, use_compile)
     # All places of an id hold one and the same number, computed whole in float32, whichever is written last.
     grad = (at_ids - lse).exp() * torch.where(mass > 0, at_entries, elsewhere) - a * mass - (scale - a) * (ids == index)
-    logits.index_put_(_places(ids), (grad * slope * share).to(logits.dtype))
+    logits.index_put_(places(ids), (grad * slope * share).to(logits.dtype))
     ce, z = lse - at_target, lse.square()
     parts = torch.cat(((scale - a) * ce + z_loss * z + a * kl, ce, z, kl), dim=-1)
     return (parts * share).sum(0), logits

@@ -7,7 +7,7 @@
 
 Each is a sum over q_v f(p_v / q_v), so its gradient to the student's logits, p held constant, is
 q_v (g_v - sum_u q_u g_u) with g_v = dD/dq_v. Hence also: entries whose ratio p_v / q_v is the same may be merged into
-one category without any change of value or gradient, which is what makes a teacher's tail one category (mixture.py).
+one category without any change of value or gradient, which is what makes a teacher's tail one category (targets.py).
 """
 
 import math

@@ -35,6 +35,14 @@ class TeacherHead:
     soft_cap: float
     weight: float = 1.0
 
+    def logits(self, rows: slice) -> Tensor:
+        """Logits [n, V], float32, at the tokens `rows`."""
+        return reference.soft_cap(F.linear(self.hidden[rows], self.head.to(self.hidden.dtype)).float(), self.soft_cap)
+
+    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+        """Log-probabilities [n, V] at the tokens `rows`, softened."""
+        return F.log_softmax(self.logits(rows) / temperature, dim=-1)
+
 
 @dataclass(frozen=True)
 class SparseTeacher:
@@ -184,38 +192,32 @@ def mass_of_same_id(ids: Tensor, mass: Tensor) -> Tensor:
     return torch.empty_like(mass).scatter_(-1, order, totals.gather(-1, segment))
 
 
-def _row_index(ids: Tensor) -> Tensor:
-    return torch.arange(len(ids), device=ids.device).unsqueeze(-1)
+def places(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the entries `ids` [n, K] of each row, for index_put_: scatter_ copies the whole tensor on a CPU."""
+    return torch.arange(len(ids), device=ids.device).unsqueeze(-1), ids
 
 
 def _sampled_row(ids: Tensor, probs: Tensor, log_q: Tensor) -> Tensor:
     """Log-probabilities [n, V] of draws: -inf where none fell."""
     row = torch.zeros_like(log_q)
-    return row.index_put_((_row_index(ids), ids), probs, accumulate=True).log_()
+    return row.index_put_(places(ids), probs, accumulate=True).log_()
 
 
 def _top_k_row(ids: Tensor, probs: Tensor, log_q: Tensor) -> Tensor:
     """Log-probabilities [n, V] of the k likeliest, the tail's mass laid out as the student's log_q [n, V] is."""
-    places = _row_index(ids), ids
     of_id = mass_of_same_id(ids, probs)  # so that unused places write what the used ones do
     row = log_q.detach().clone()
     at_ids = row.gather(-1, ids)
-    row.index_put_(places, at_ids.masked_fill(of_id > 0, float("-inf")))
+    row.index_put_(places(ids), at_ids.masked_fill(of_id > 0, float("-inf")))
     rest = torch.logsumexp(row, dim=-1, keepdim=True)
     row += torch.where(rest > float("-inf"), _tail(probs).log() - rest, 0.0)
-    return row.index_put_(places, torch.where(of_id > 0, of_id.log(), row.gather(-1, ids)))
-
-
-def teacher_log_probs(teacher: TeacherHead, rows: slice, temperature: float) -> Tensor:
-    """Log-probabilities [n, V] of a teacher that runs beside the student, softened."""
-    logits = F.linear(teacher.hidden[rows], teacher.head.to(teacher.hidden.dtype)).float()
-    return F.log_softmax(reference.soft_cap(logits, teacher.soft_cap) / temperature, dim=-1)
+    return row.index_put_(places(ids), torch.where(of_id > 0, of_id.log(), row.gather(-1, ids)))
 
 
 def _row(teacher: Teacher, rows: slice, temperature: float, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """A teacher's log-probabilities [n, V], and at which tokens it is present [n, 1]."""
     if isinstance(teacher, TeacherHead):
-        row = teacher_log_probs(teacher, rows, temperature)
+        row = teacher.log_probs(rows, temperature)
         return row, torch.ones(len(row), 1, dtype=torch.bool, device=row.device)
     assert log_q is not None
     ids, probs = teacher.ids[rows], teacher.probs[rows]

@@ -1,6 +1,6 @@
 """A run: where it computes, what it costs, what it leaves behind."""
 
-from smelter.run import device, distributed
+from smelter.run import distributed
 from smelter.run.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -11,7 +11,7 @@ from smelter.run.checkpoint import (
     run_folder,
     save_checkpoint,
 )
-from smelter.run.device import Precision, pick_device, pick_dtype
+from smelter.run.device import Machine, Precision, pick_device, pick_dtype
 from smelter.run.distributed import print0
 from smelter.run.load import load_initial_weights, load_model
 from smelter.run.metrics import (
@@ -27,17 +27,19 @@ from smelter.run.packed import write_packed
 from smelter.run.plan import plan
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.run.signals import StopSignal
+from smelter.run.trits import TritWatch
 
 __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
     "SAMPLES_FILE",
     "Checkpoint",
+    "Machine",
     "MetricsLogger",
     "Precision",
     "RunLength",
     "StopSignal",
-    "device",
+    "TritWatch",
     "distributed",
     "final_cap",
     "find_checkpoint",

@@ -1,6 +1,6 @@
 """What this machine computes with: device, precision, compiler, and the peak it reaches.
 
-Decided once, at the start, and said: `smelter train` prints the line that `describe` gives.
+Decided once, at the start, and said: `smelter train` prints the line that `Machine.describe` gives.
 """
 
 import ctypes
@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -22,23 +24,17 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`, of this rank; "auto" is the GPU if there is one. ConfigError for one that is not."""
-    wanted = name
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{distributed.local_rank()}"
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{distributed.local_rank()}" if kind == "cuda" else kind)
     except RuntimeError:
-        raise ConfigError(f"device {wanted!r}: unknown: use auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"device {name!r}: unknown: use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {wanted!r}: use auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"device {name!r}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {wanted!r}: this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh")
+        raise ConfigError(f"device {name!r}: this PyTorch sees no CUDA GPU: use cpu, or scripts/setup_cuda.sh")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {wanted!r}: there are {torch.cuda.device_count()} CUDA devices here: use auto or cpu"
-        )
+        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices here: use auto or cpu")
     return device
 
 
@@ -97,19 +93,52 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory used so far, in MiB: allocated on the GPU, or resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
+@dataclass(frozen=True)
+class Machine:
+    """Where a training run computes, and how. From `Machine.of`."""
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    device: torch.device
+    dtype: torch.dtype
+    """What matrix products are computed in."""
+    use_compile: bool
+    keeps_freed_memory: bool
+    rank: int
+    """This process's number among those that train together, from 0."""
+    world_size: int
+    """Their number."""
 
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Machine":
+        """What the recipe asks for of what is here; joins the other processes. ConfigError for what is not here."""
+        device = pick_device(config.device)
+        distributed.start(device)
+        return cls(
+            device=device,
+            dtype=pick_dtype(config.precision, device, is_training=True),
+            use_compile=can_compile(config, device),
+            keeps_freed_memory=device.type == "cpu" and keep_freed_memory(),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
 
-def describe(device: torch.device, dtype: torch.dtype, use_compile: bool, peak_flops: float) -> str:
-    """One line: where and how the run computes, and which kernels it takes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    how = "compiled blocks" if use_compile else "eager"
-    peak = f"measured peak {peak_flops / 1e9:,.0f} GFLOP/s"
-    kernels, computing = capability_of(device).describe(), str(dtype).removeprefix("torch.")
-    return f"{name} | {kernels} | computing in {computing}, {how} | {peak}"
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of a large matrix product on this device, measured when it is first asked for."""
+        return measure_peak_flops(self.device, self.dtype)
+
+    def peak_memory_mib(self) -> float:
+        """Most memory used so far, in MiB: allocated on the GPU, or resident of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def describe(self) -> str:
+        """One line: where and how the run computes, and which kernels it takes."""
+        is_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_gpu else f"{torch.get_num_threads()} threads"
+        how = "compiled blocks" if self.use_compile else "eager"
+        peak = f"measured peak {self.peak_flops / 1e9:,.0f} GFLOP/s"
+        kernels, computing = capability_of(self.device).describe(), str(self.dtype).removeprefix("torch.")
+        return f"{name} | {kernels} | computing in {computing}, {how} | {peak}"

@@ -4,10 +4,13 @@ Under `torchrun` the environment names rank and world size; without it there is 
 function here is a no-op. Gloo carries CPU tensors, NCCL carries CUDA tensors.
 """
 
+import contextlib
 import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start(device: torch.device) -> None:
@@ -56,6 +59,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def averaging(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with gradients that become their mean over all ranks in the backward pass."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def micro_step(module: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """One of several passes through an `averaging` module: gradients are added up, and averaged in the last one."""
+    if isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor summed over all ranks, in place."""
     if dist.is_initialized():
@@ -63,21 +80,20 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _number(value: float) -> torch.Tensor:
+    """A number where the process group can reach it."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.tensor(value, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+
+
 def agree(value: float) -> float:
     """The main process's value on every rank, so that decisions by the clock are taken together."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.broadcast(tensor, src=0)
-    return float(tensor.item())
+    tensor = _number(value)
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return float(tensor)
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank (a signal may reach only one of them)."""
-    if not dist.is_initialized():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+    return bool(sum_over_ranks(_number(flag)))

@@ -1,8 +1,8 @@
-"""Starting a run from the weights of another: `training.init_from`.
+"""From a folder to a model: ready to use, or as the start of another run (`training.init_from`).
 
-The usual way to a ternary model from a full-precision one: its weights become latent weights, and training goes on
-with a new optimizer from step 0. Full precision first and ternary after it costs fewer tokens than ternary alone
-(arXiv 2502.11895); `training.ternary_start_step` does both within one run and keeps the optimizer.
+The second is the usual way from a full-precision model to a ternary one: its weights become latent weights, and
+training goes on with a new optimizer from step 0. Full precision first and ternary after it costs fewer tokens than
+ternary alone (arXiv 2502.11895); `training.ternary_start_step` does both within one run and keeps the optimizer.
 """
 
 from dataclasses import fields
@@ -37,11 +37,11 @@ def load_initial_weights(model: Model, config: Config, tokenizer: Tokenizer) -> 
     where = f"training.init_from: {loaded.path}"
     changes = []
     for key in (item.name for item in fields(ModelConfig)):
-        there, here = getattr(loaded.config.model, key), getattr(model.config, key)
-        if there != here and key in SHAPES:
-            raise ConfigError(f"{where} has model.{key} = {there}, this run {here}: set model.{key} = {there}")
-        if there != here:
-            changes.append(f"{key} {there} -> {here}")
+        old, new = getattr(loaded.config.model, key), getattr(model.config, key)
+        if old != new and key in SHAPES:
+            raise ConfigError(f"{where} has model.{key} = {old}, this run {new}: set model.{key} = {old}")
+        if old != new:
+            changes.append(f"{key} {old} -> {new}")
     if Tokenizer.load(loaded.tokenizer_file).hash != tokenizer.hash:
         raise ConfigError(
             f"{where} has another tokenizer than the shards {config.data.shards}: tokenize the data with "

@@ -27,6 +27,6 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)
+        for stopping, handler in self._previous.items():
+            signal.signal(stopping, handler)
         print0(f"\n{signal.Signals(number).name}: {self._answer} (again: stop at once)")

@@ -9,7 +9,6 @@ from smelter.tokens.alignment import (
     chunk_log_probs,
     chunks_of_slice,
     read_as_written,
-    stack_targets,
     student_ends,
 )
 from smelter.tokens.chat import TEMPLATE, ChatFormat, stop_ids
@@ -39,7 +38,6 @@ __all__ = [
     "open_shards",
     "read_as_written",
     "spread_windows",
-    "stack_targets",
     "stop_ids",
     "student_ends",
 ]

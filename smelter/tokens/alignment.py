@@ -187,9 +187,3 @@ def read_as_written(ids: Ids, arranged: "Ids | list[int]", tokenizer: Tokenizer)
     size = min(len(ids), len(arranged) - 1)
     differs = np.flatnonzero(np.asarray(arranged[1 : size + 1]) != ids[:size])
     return 1, int(differs[0]) if len(differs) else size
-
-
-def stack_targets(rows: Sequence[Chunks]) -> Chunks:
-    """The chunks of rows [n] each as those of their targets, [rows, n - 1]."""
-    targets = [row.as_targets() for row in rows]
-    return Chunks(*(np.stack([getattr(row, name) for row in targets]) for name in ("starts", "ends", "log_probs")))

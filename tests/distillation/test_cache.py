@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from smelter.distillation.cache import RowFormat, TeacherCache, open_caches
 from smelter.distillation.sparse import Entries
 from smelter.tokens.shards import ShardSet
 from tests import tiny
-from tests.distillation.teaching import make_cache, make_shards, student_config
+from tests.distillation.teaching import SEQ_LEN, make_cache, make_shards, student_config
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +87,17 @@ def test_a_batch_is_as_wide_as_it_must_be(made: Path) -> None:
         rows = cache.rows(indices)
         read = [cache.row(index)[0] for index in indices]
         assert rows.ids.shape == rows.probs.shape
-        assert rows.ids.shape[2] == cache.format.width(max(int(entries.counts.max()) for entries in read))
+        assert rows.ids.shape[1] == cache.format.width(max(int(entries.counts.max()) for entries in read))
         for number, entries in enumerate(read):
-            is_used = rows.probs[number] > 0
+            of_row = slice(number * SEQ_LEN, (number + 1) * SEQ_LEN)
+            ids, probs = rows.ids[of_row].numpy(), rows.probs[of_row].numpy()
+            is_used = probs > 0
             assert (is_used.sum(-1) == entries.counts).all()
-            assert (rows.ids[number][is_used] == entries.ids).all()
-            assert np.allclose(rows.probs[number][is_used] * 50, entries.values)
-            assert (rows.ids[number][~is_used] == 0).all()
-    assert [str(part.dtype) for part in (rows.ids, rows.probs, rows.entropy)] == ["int64", "float32", "float32"]
+            assert (ids[is_used] == entries.ids).all()
+            assert np.allclose(probs[is_used] * 50, entries.values)
+            assert (ids[~is_used] == 0).all()
+    assert rows.entropy is not None
+    assert (rows.ids.dtype, rows.probs.dtype, rows.entropy.dtype) == (torch.int64, torch.float32, torch.float32)
     with pytest.raises(IndexError, match="row 11 of 11"):
         cache.row(11)
 
@@ -123,8 +127,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: shorten(c / "rows_00000.bin"), r"rows_00000.bin: has [\d,]+ bytes instead of [\d,]+: copy it again"),
         (lambda c: (c / "rows_00000.bin").unlink(), "rows_00000.bin: is missing"),
         (lambda c: shorten(c / "row_bytes.bin"), "row_bytes.bin: not the lengths of 11 rows"),
-        (lambda c: (c / "row_bytes.bin").unlink(), "row_bytes.bin: No such file"),
-        (lambda c: change_byte(c / "row_bytes.bin", 0), "rows_00000.bin: has"),
+        (lambda c: (c / "row_bytes.bin").unlink(), "row_bytes.bin: is missing"),
+        (lambda c: change_byte(c / "row_bytes.bin", 0), "row_bytes.bin: not the lengths of 11 rows"),
         (lambda c: (c / "index.json").unlink(), "index.json: No such file.*smelter teach --out"),
         (lambda c: (c / "index.json").rename(c / "unfinished.json"), "not finished: run the same `smelter teach`"),
         (lambda c: shorten(c / "index.json", 9), "index.json: damaged"),

@@ -251,10 +251,10 @@ def test_damage_is_noticed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contents have changed"):
         ChunkTeacher.open(copy, shards, verify=True)
     (copy / "chunks.f16").write_bytes(raw[:-2])
-    with pytest.raises(DataError, match="bytes that were written"):
+    with pytest.raises(DataError, match=r"chunks.f16: has [\d,]+ bytes instead of"):
         ChunkTeacher.open(copy, shards)
     (copy / "index.json").write_text("{}")
-    with pytest.raises(DataError, match="this version"):
+    with pytest.raises(DataError, match="not a cache of `smelter teach --method chunks`"):
         ChunkTeacher.open(copy, shards)
 
 
@@ -292,18 +292,18 @@ def test_chunks_of_a_batch_are_those_of_the_text_in_its_rows(folder: Path) -> No
         (chunks,) = batch.chunks
         assert chunks.starts.shape == batch.targets.shape
         for row in range(4):
-            for place in np.flatnonzero(chunks.starts[row] >= 0).tolist():
+            for place in np.flatnonzero(chunks.starts[row].numpy() >= 0).tolist():
                 start, end = int(chunks.starts[row, place]), int(chunks.ends[row, place])
                 assert start <= place <= end
                 value = float(chunks.log_probs[row, place])
                 assert value in known[tuple(batch.targets[row, start : end + 1].tolist())]
-        shares.append(float((chunks.starts >= 0).mean()))
+        shares.append(float((chunks.starts >= 0).float().mean()))
     assert 0.4 < np.mean(shares) < 0.9  # rearranged documents keep their prefix at most
     plain = BatchStream(
         split, shards.tokenizer, DataConfig(fim_rate=0.0), seq_len=64, seed=0, device_batch_size=4, rows_per_step=4,
         chunk_teachers=[teacher],
     )  # fmt: skip
-    assert float((plain.batch(0, 0, 0, 1).chunks[0].starts >= 0).mean()) > 0.8
+    assert float((plain.batch(0, 0, 0, 1).chunks[0].starts >= 0).float().mean()) > 0.8
 
 
 def test_a_student_learns_from_chunks_and_goes_on_after_a_stop(folder: Path, tmp_path: Path) -> None:

@@ -135,10 +135,10 @@ def test_a_folder_teaches_online_and_from_the_disk(shards: Path, tmp_path: Path)
     config = replace(config, data=replace(config.data, use_document_mask=True))
     (teacher,) = load_teachers(config, opened.tokenizer, torch.float32, CPU)
     batch = stream_of(config, opened).batch(1, 0, 0, 1)
-    online = logits_of(teacher, torch.from_numpy(batch.inputs), torch.from_numpy(batch.doc_ids)).softmax(-1)
+    online = logits_of(teacher, batch.inputs, batch.doc_ids).softmax(-1)
     rows = cache.rows([3, 4, 5])
-    stored = torch.zeros(3, SEQ_LEN, 512).scatter_(-1, torch.from_numpy(rows.ids), torch.from_numpy(rows.probs))
-    valid = torch.from_numpy(batch.targets >= 0)
+    stored = torch.zeros(3 * SEQ_LEN, 512).scatter_(-1, rows.ids, rows.probs).view(3, SEQ_LEN, 512)
+    valid = batch.targets >= 0
     assert torch.allclose(stored[valid], online[valid], rtol=1e-3, atol=1e-6)
 
 

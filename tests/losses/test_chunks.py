@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from smelter.base.errors import ConfigError
 from smelter.config import Config, DistillationConfig
+from smelter.data import Batch, chunk_batch
 from smelter.distillation.objective import Objective
 from smelter.kernels import reference
-from smelter.loss import LossConfig, SparseTeacher, TeacherHead, chunked_loss, dense_loss
+from smelter.loss import LossConfig, dense_loss
 from smelter.losses.chunks import ChunkBatch, binary_divergence, binary_factor, chunk_loss, target_log_probs
-from smelter.tokens.alignment import Chunks, chunks_of_slice, stack_targets
+from smelter.losses.targets import SparseTeacher, TeacherHead
+from smelter.tokens.alignment import chunks_of_slice
 from tests import tiny
 
 B, T, V = 3, 12, 40
@@ -70,21 +73,17 @@ def made(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     return hidden, head, targets, weights
 
 
-def random_chunks(seed: int) -> Chunks:
+def random_chunks(seed: int) -> ChunkBatch:
     """Chunks of one to five tokens in rows of T + 1 tokens; some tokens have none."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(B):
         values = np.where(rng.random(T + 9) < 0.5, -rng.exponential(2.0, size=T + 9), np.nan)
         rows.append(chunks_of_slice(values, int(rng.integers(8)), T + 1))
-    return stack_targets(rows)
+    return chunk_batch(rows)
 
 
-def as_tensors(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.from_numpy(chunks.starts), torch.from_numpy(chunks.ends), torch.from_numpy(chunks.log_probs)
-
-
-def dense(log_probs: Tensor, targets: Tensor, weights: Tensor, chunks: Chunks, tau: float) -> Tensor:
+def dense(log_probs: Tensor, targets: Tensor, weights: Tensor, chunks: ChunkBatch, tau: float) -> Tensor:
     """The specification: a loop over chunks, differentiable."""
     total = torch.zeros((), dtype=torch.float64)
     for row in range(B):
@@ -126,34 +125,37 @@ def test_two_passes_have_the_gradient_of_the_dense_formula(kind: str) -> None:
     """With masks, weights, soft-cap, z-loss, two chunk teachers, and other teachers beside them."""
     hidden, head, targets, weights = made(1, torch.float32)
     chunks, share, tau = [random_chunks(1), random_chunks(2)], 0.4, 100.0
-    teachers: list[Any] = []
+    beside: list[TeacherHead] = []
+    stored: tuple[SparseTeacher, ...] = ()
     config = LossConfig(soft_cap=8.0, z_loss=1e-2, kl_weight=0.0 if kind == "alone" else 0.3)
     if kind in ("head", "reverse"):
-        teachers = [TeacherHead(torch.randn(B * T, 5), torch.randn(V, 5), 0.0)]
+        beside = [TeacherHead(torch.randn(B * T, 5), torch.randn(V, 5), 0.0)]
         config = replace(config, direction="reverse" if kind == "reverse" else "forward", temperature=2.0)
     elif kind == "sampled":
-        probs = torch.full((B * T, 4), 0.25)
-        teachers = [SparseTeacher(torch.randint(V, (B * T, 4)), probs, "sampled")]
-    objective = made_objective(head, config, share, tau)
+        stored = (SparseTeacher(torch.randint(V, (B * T, 4)), torch.full((B * T, 4), 0.25), "sampled"),)
+    distillation = DistillationConfig(chunk_weight=share, chunk_temperature=tau, kl_weight=config.kl_weight)
+    batch = Batch(inputs=targets, targets=targets, weights=weights, teachers=stored, chunks=tuple(chunks))
 
     def total(use_chunks: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        flat, of_targets, of_weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
         if use_chunks:
-            objective.model = Stub(w)  # type: ignore[assignment]
-            terms = objective._chunks(x, targets, weights, [as_tensors(c) for c in chunks], config.soft_cap, False)
-            loss = chunked_loss(
-                flat, w, of_targets, config, weights=of_weights, ce_scale=terms.ce_scale.flatten(), normalizer=3.0,
-                teachers=teachers, chunk_size=5,
-            )  # fmt: skip
-            value, ce, divergence = loss.total + terms.correction / 3.0, loss.ce, terms.divergence
+            objective = Objective(
+                Stub(x, w, config.soft_cap),  # type: ignore[arg-type]
+                Config(distillation=distillation),
+                [Beside(teacher) for teacher in beside],
+                (1.0,) * len([*beside, *stored]),
+                use_compile=False,
+            )
+            objective.loss_config, objective.chunk_size = config, 5
+            loss = objective(batch, torch.tensor(3.0))
+            value, ce, divergence = loss.total, loss.ce, loss.chunk * 3.0
         else:
             capped = reference.soft_cap(F.linear(x, w), config.soft_cap)
             own = F.log_softmax(capped, -1).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
             present = sum((torch.from_numpy(whole(c, targets)) for c in chunks), torch.zeros(B, T)) / len(chunks)
             base = dense_loss(
-                flat, w, of_targets, config, weights=of_weights, ce_scale=(1 - share * present).flatten(),
-                normalizer=3.0, teachers=teachers,
+                x.flatten(0, 1), w, targets.flatten(), config, weights=weights.flatten(),
+                ce_scale=(1 - share * present).flatten(), normalizer=3.0, teachers=[*beside, *stored],
             )  # fmt: skip
             each = [dense(own, targets, weights, c, tau) for c in chunks]
             divergence = torch.stack(each).mean()
@@ -169,21 +171,30 @@ def test_two_passes_have_the_gradient_of_the_dense_formula(kind: str) -> None:
 
 
 class Stub(torch.nn.Module):
-    """A model of which only the head is asked for."""
+    """A model of fixed hidden states and head."""
 
-    def __init__(self, head: Tensor) -> None:
+    def __init__(self, hidden: Tensor, head: Tensor, soft_cap: float) -> None:
         super().__init__()
-        self.head = head
+        self.hidden, self.head = hidden, head
+        self.config = replace(tiny.TINY, final_logit_soft_cap=soft_cap)
+
+    def forward(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
+        return self.hidden
 
 
-def made_objective(head: Tensor, config: LossConfig, share: float, tau: float) -> Objective:
-    distillation = DistillationConfig(chunk_weight=share, chunk_temperature=tau)
-    objective = Objective(tiny.model(), Config(distillation=distillation), [], use_compile=False)
-    objective.loss_config, objective.chunk_size = config, 5
-    return objective
+class Beside:
+    """A teacher of fixed hidden states."""
+
+    path, max_seq_len = Path(), T
+
+    def __init__(self, said: TeacherHead) -> None:
+        self.head, self.soft_cap, self._hidden = said.head, said.soft_cap, said.hidden
+
+    def hidden(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
+        return self._hidden
 
 
-def whole(chunks: Chunks, targets: Tensor) -> np.ndarray[Any, Any]:
+def whole(chunks: ChunkBatch, targets: Tensor) -> np.ndarray[Any, Any]:
     """1 at tokens of chunks without a masked target."""
     made = np.zeros((B, T), dtype=np.float32)
     for row in range(B):

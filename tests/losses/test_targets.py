@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smelter.base.errors import ConfigError
-from smelter.loss import Direction, Loss, LossConfig, SparseTeacher, Teacher, TeacherHead, chunked_loss, dense_loss
-from smelter.losses.targets import mass_of_same_id
+from smelter.loss import Loss, LossConfig, chunked_loss, dense_loss
+from smelter.losses.divergence import Direction
+from smelter.losses.targets import SparseTeacher, Teacher, TeacherHead, mass_of_same_id
 from tests.largest import Largest
 
 N, C, V, K = 23, 12, 40, 6

@@ -18,7 +18,6 @@ from smelter.tokens.alignment import (
     chunk_log_probs,
     chunks_of_slice,
     read_as_written,
-    stack_targets,
     student_ends,
 )
 from smelter.tokens.fim import Piece
@@ -97,10 +96,10 @@ def test_chunks_in_a_row_and_as_targets() -> None:
     row.put(3, chunks_of_slice(np.array([np.nan, -3.0, np.nan]), 0, 3))
     assert row.starts.tolist() == [0, 1, 1, 3, 3, -1]
     assert row.ends.tolist() == [0, 2, 2, 4, 4, -1]
-    targets = stack_targets([row, row])
-    assert targets.starts.tolist() == [[0, 0, 2, 2, -1]] * 2
-    assert targets.ends.tolist() == [[1, 1, 3, 3, -1]] * 2
-    assert targets.log_probs.tolist() == [[-2.0, -2.0, -3.0, -3.0, 0.0]] * 2
+    targets = row.as_targets()
+    assert targets.starts.tolist() == [0, 0, 2, 2, -1]
+    assert targets.ends.tolist() == [1, 1, 3, 3, -1]
+    assert targets.log_probs.tolist() == [-2.0, -2.0, -3.0, -3.0, 0.0]
     # A chunk whose first token is the row's first has a token that is no target: it falls away.
     longer = Chunks.empty(4)
     longer.put(0, chunks_of_slice(np.array([np.nan, -1.0, -2.0]), 0, 3))
