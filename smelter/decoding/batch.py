@@ -96,7 +96,7 @@ class Batch(Generic[R]):
         return len(self.writing) + len(self.reading)
 
     def add(self, row: R, slot: int, num_cached: int = 0, source: int | None = None) -> None:
-        """Begin with a row in the free `slot`, which holds the first `num_cached` tokens of its prompt, or `source` does.
+        """Begin with a row in the free `slot`, which, or `source`, holds the first `num_cached` tokens of its prompt.
 
         It is brought beside the rows that are read with it.
         """

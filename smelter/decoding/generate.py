@@ -86,6 +86,7 @@ def complete_many(
     *,
     max_tokens: int,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     order: FimOrder = "spm",
@@ -98,8 +99,8 @@ def complete_many(
     farthest first. Row i samples with seed `seed + i`. `each(i, text)` is called as soon as a batch is done,
     `progress` with the number that is.
     """
-    requests = []
-    for prompt in prompts:
+    requests: list[Request] = []
+    for index, prompt in enumerate(prompts):
         encoded = make_prompt(
             tokenizer, model.config.max_seq_len, prompt.prefix, prompt.suffix, max_tokens=max_tokens, order=order
         )
@@ -108,8 +109,9 @@ def complete_many(
             encoded.pending,
             max_tokens=max_tokens,
             temperature=temperature,
+            top_k=top_k,
             top_p=top_p,
-            seed=seed + len(requests),
+            seed=seed + index,
             stops=prompt.stops,
             stop_ids=[tokenizer.eos_id],
         )
