@@ -153,27 +153,28 @@ class Batch(Generic[R]):
             row.num_read += len(piece)
         if any(row.num_read < len(row.request.ids) for row in rows):
             return []
-        done = list(rows)
-        for row in done:
+        joining = list(rows)
+        for row in joining:
             rows.remove(row)
             self._swap(row.slot, len(self.writing))
             row.slot = len(self.writing)
             self.writing.append(row)
             if not row.limit:
                 row.finish = "length"
-        write = [index for index, row in enumerate(done) if row.limit]
-        if write:
-            self._choose([done[index] for index in write], hidden[write, [len(pieces[index]) - 1 for index in write]])
-        return done
+        choosing = [index for index, row in enumerate(joining) if row.limit]
+        if choosing:
+            last = [len(pieces[index]) - 1 for index in choosing]
+            self._choose([joining[index] for index in choosing], hidden[choosing, last])
+        return joining
 
     def step(self) -> None:
         """One more token for each row that writes; those with a `finish` must have been removed."""
         rows = self.writing
-        written = self.slots[: len(rows)]
-        where = [len(slot.ids) for slot in written]
-        positions = torch.tensor(where, device=self._device)[:, None]
-        hidden = self._hidden([[row.ids[-1]] for row in rows], positions, max(where) + 1)[:, 0]  # [B, C]
-        for slot, row in zip(written, rows, strict=True):
+        slots = self.slots[: len(rows)]
+        lengths = [len(slot.ids) for slot in slots]
+        positions = torch.tensor(lengths, device=self._device)[:, None]
+        hidden = self._hidden([[row.ids[-1]] for row in rows], positions, max(lengths) + 1)[:, 0]  # [B, C]
+        for slot, row in zip(slots, rows, strict=True):
             slot.ids.append(row.ids[-1])
         self.num_steps += 1
         self._choose(rows, hidden)
@@ -213,13 +214,13 @@ class Batch(Generic[R]):
             uniforms = torch.tensor(numbers, dtype=torch.float64, device=self._device)
             chosen[group] = sample(possible if len(groups) == 1 else possible[group], uniforms, *sampling)
         tokens = chosen.tolist()
-        told: list[tuple[float | None, Top]] = [(None, ())] * len(rows)
+        scores: list[tuple[float | None, Top]] = [(None, ())] * len(rows)
         asking = [index for index, row in enumerate(rows) if row.request.num_top is not None]
         if asking:
             logprobs = logits[asking].log_softmax(dim=-1)
             for index, row_logprobs in zip(asking, logprobs, strict=True):
-                told[index] = float(row_logprobs[tokens[index]]), _likeliest(row_logprobs, rows[index].request)
-        for row, token, (logprob, top) in zip(rows, tokens, told, strict=True):
+                scores[index] = float(row_logprobs[tokens[index]]), _likeliest(row_logprobs, rows[index].request)
+        for row, token, (logprob, top) in zip(rows, tokens, scores, strict=True):
             row.take(token, self._bytes_of[token], logprob, top)
 
     def _note_prompt(self, row: R, hidden: Tensor) -> None:

@@ -142,7 +142,7 @@ class Engine:
 
         Raises EngineBusy or EngineStopped.
         """
-        answers = [Answer(request, self.context, to) for request, to in zip(requests, deliver, strict=True)]
+        answers = [Answer(request, self.context, call) for request, call in zip(requests, deliver, strict=True)]
         with self._changed:
             if self._stopping or self.failure is not None:
                 raise EngineStopped(self.failure or "the server is shutting down")

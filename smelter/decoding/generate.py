@@ -91,12 +91,12 @@ def complete_many(
     seed: int = 0,
     order: FimOrder = "spm",
     progress: Callable[[int], None] | None = None,
-    each: Callable[[int, str], None] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """What the model writes for every prompt, in their order; texts are the same for every batch size.
 
     Context that does not fit beside `max_tokens` (or half the model's context, if that is more) is left out, the
-    farthest first. Row i samples with seed `seed + i`. `each(i, text)` is called as soon as a batch is done,
+    farthest first. Row i samples with seed `seed + i`. `on_text(i, text)` is called as soon as a batch is done,
     `progress` with the number that is.
     """
     requests: list[Request] = []
@@ -122,8 +122,8 @@ def complete_many(
     for start in range(0, len(requests), batch_size):
         for row in generate(model, tokenizer, requests[start : start + batch_size]):
             texts.append(row.text.close())
-            if each is not None:
-                each(len(texts) - 1, texts[-1])
+            if on_text is not None:
+                on_text(len(texts) - 1, texts[-1])
         if progress is not None:
             progress(len(texts))
     return texts

@@ -56,5 +56,5 @@ class Healing:
         """`logits` [B, V] with every token that does not spell what is `pending` in its row at -infinity."""
         if not any(pending):
             return logits
-        allowed = torch.stack([self._allowed(each) for each in pending])
+        allowed = torch.stack([self._allowed(raw) for raw in pending])
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))

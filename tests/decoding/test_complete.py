@@ -43,7 +43,7 @@ def test_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, temperature:
         temperature=temperature,
         seed=5,
         progress=done.append,
-        each=seen.__setitem__,
+        on_text=seen.__setitem__,
     )
     assert parts == whole
     assert done == [3, 6, 9, 10]
