@@ -1,6 +1,7 @@
 """Small things that several tests need: a corpus, a tokenizer, a model, a checkpoint of it."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 
 from smelter.config import Config, DataConfig, ModelConfig, TrainingConfig
+from smelter.decoding.batch import Row
+from smelter.decoding.generate import Prompt, complete_many, generate
+from smelter.decoding.request import Request
 from smelter.model import Model
 from smelter.run.checkpoint import save_checkpoint
 from smelter.tokens.tokenizer import Tokenizer
@@ -64,3 +68,22 @@ def checkpoint(folder: Path, made: Model, tokens: Tokenizer | None = None, shard
         keep=1,
     )
     return folder
+
+
+def write(
+    made: Model, prompts: Sequence[Sequence[int]], *, pending: Sequence[bytes] = (), seed: int = 0, **options: Any
+) -> list[Row]:
+    """What `generate` makes of prompts with the tiny tokenizer; row i has seed `seed + i`, and log-probabilities."""
+    pending = pending or [b""] * len(prompts)
+    requests = [
+        Request(ids, raw, seed=seed + i, **{"num_top": 0} | options)
+        for i, (ids, raw) in enumerate(zip(prompts, pending, strict=True))
+    ]
+    return generate(made, tokenizer(), requests)
+
+
+def complete(prefix: str, suffix: str | None = None, made: Model | None = None, **options: Any) -> str:
+    """What a model, the tiny one if none is given, writes after `prefix`, or between it and `suffix`."""
+    prompts = [Prompt(prefix, suffix)]
+    (text,) = complete_many(made or model(), tokenizer(), prompts, **{"max_tokens": 64} | options)
+    return text

@@ -40,38 +40,21 @@ def take_back(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[int], byte
 
 
 class Healing:
-    """The bytes that each row of a batch has yet to spell again, and the tokens that do so."""
+    """Which tokens spell what a row has yet to spell again."""
 
-    def __init__(self, tokenizer: Tokenizer, pending: Sequence[bytes]) -> None:
-        self._pending = list(pending)
-        self._tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.bytes_of = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+        """What each token stands for."""
         self._allowed = lru_cache(maxsize=256)(self._make_allowed)
 
     def _make_allowed(self, pending: bytes) -> Tensor:
         # Special tokens have no bytes; they would spell nothing, for ever.
-        return torch.tensor([bool(t) and (t.startswith(pending) or pending.startswith(t)) for t in self._tokens])
+        spell = [bool(raw) and (raw.startswith(pending) or pending.startswith(raw)) for raw in self.bytes_of]
+        return torch.tensor(spell if pending else [True] * len(spell))
 
-    def start(self, row: int, pending: bytes) -> None:
-        """Row `row` begins anew and must spell `pending` first."""
-        self._pending[row] = pending
-
-    def is_pending(self, row: int) -> bool:
-        """Whether the row has bytes left to spell; what ends a text does not end it before that."""
-        return bool(self._pending[row])
-
-    def restrict(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """`logits` [B, V] of the rows with every token that does not spell what is pending at -infinity."""
-        if not any(self._pending[row] for row in rows):
+    def restrict(self, logits: Tensor, pending: Sequence[bytes]) -> Tensor:
+        """`logits` [B, V] with every token that does not spell what is `pending` in its row at -infinity."""
+        if not any(pending):
             return logits
-        allowed = torch.ones(logits.shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            if self._pending[row]:
-                known = self._allowed(self._pending[row])
-                allowed[i] = False
-                allowed[i, : len(known)] = known
+        allowed = torch.stack([self._allowed(raw) for raw in pending])
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
-
-    def advance(self, row: int, token: int) -> None:
-        """Row `row` wrote `token`."""
-        if self._pending[row]:
-            self._pending[row] = self._pending[row][len(self._tokens[token]) :]

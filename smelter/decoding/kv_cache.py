@@ -2,7 +2,7 @@
 
 Every row is filled from slot 0 without holes, wherever its neighbours are, so the mask needs no lengths:
 a query at position p sees the slots 0..p of its own row. What lies beyond, padding of a shorter prompt
-or a row that is done, is never seen before it is overwritten.
+or what an earlier one left, is never seen before it is overwritten.
 """
 
 import torch
@@ -41,10 +41,6 @@ class KVCache:
         keys[rows, :, self.positions] = k.transpose(1, 2)
         values[rows, :, self.positions] = v.transpose(1, 2)
         return keys[:, :, : self.end], values[:, :, : self.end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, in this order."""
-        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first `length` slots of two rows."""

@@ -1,17 +1,37 @@
-"""A request to the engine, and what comes back of its answer."""
+"""What is asked of a model, and what comes back of the answer."""
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
-from smelter.decoding.text import TextStream
+from smelter.decoding.text import Stop
 
 Finish = Literal["stop", "length", "time", "cancelled", "error"]
 Top = tuple[tuple[int, float], ...]
 """The likeliest tokens and their log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue and how; `ids` and `pending` as in `prompts.EncodedPrompt`.
+
+    With each token its log-probability is told and the `num_top` likeliest tokens; None tells neither, which is
+    quicker. `max_seconds` counts from the first token, for who is served. `max_tokens` may be 0 there, where
+    `prompt_logprobs` are asked for.
+    """
+
+    ids: Sequence[int]
+    pending: bytes = b""
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stops: Sequence[Stop] = ()
+    stop_ids: Sequence[int] = ()
+    num_top: int | None = None
+    prompt_logprobs: bool = False
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,49 +72,3 @@ class Piece:
     tokens: tuple[Token, ...] = ()
     end: End | None = None
     prompt: tuple[Token, ...] = ()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue and how; `ids` and `pending` as in `generate.EncodedPrompt`.
-
-    With each token its log-probability is told and the `num_top` likeliest tokens; None tells neither, which is
-    quicker. `max_seconds` counts from the first token. `max_tokens` may be 0 where `prompt_logprobs` are asked for.
-    """
-
-    ids: Sequence[int]
-    pending: bytes = b""
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stops: Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
-    num_top: int | None = None
-    prompt_logprobs: bool = False
-    max_seconds: float | None = None
-
-
-@dataclass(eq=False)
-class Answer:
-    """A request on its way through the engine."""
-
-    request: Request
-    deliver: Callable[[Piece], None]
-    text: TextStream
-    uniforms: Tensor
-    limit: int
-    submitted: float = field(default_factory=time.monotonic)
-    started: float = 0.0
-    first: float = 0.0
-    slot: int = -1
-    lane: int = -1
-    num_read: int = 0
-    num_cached: int = 0
-    num_tokens: int = 0
-    next_id: int = 0
-    num_bytes: int = 0
-    held: list[tuple[Token, int]] = field(default_factory=list)
-    prompt: list[Token] = field(default_factory=list)
-    is_cancelled: bool = False

@@ -10,7 +10,6 @@ much of an answer would have to be typed anew.
 """
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -158,9 +157,6 @@ def exact_match(written: Sequence[str], cases: Sequence[InfillCase]) -> float | 
     return sum(is_exact(a, case.middle) for a, case in zip(written, cases, strict=True)) / len(cases)
 
 
-LINE_BREAK = re.compile(rb"\n")
-
-
 def infill_lines(
     model: Model,
     tokenizer: Tokenizer,
@@ -171,7 +167,7 @@ def infill_lines(
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy line for every case: up to its end of text or the first line break."""
-    prompts = [Prompt(case.prefix, case.suffix, LINE_BREAK) for case in cases]
+    prompts = [Prompt(case.prefix, case.suffix, stops=["\n"]) for case in cases]
     return complete_many(model, tokenizer, prompts, max_tokens=max_tokens, order=order, progress=progress)
 
 

@@ -102,7 +102,7 @@ def attempt(
             temperature=temperature,
             seed=seed,
             progress=progress,
-            each=lambda i, text: verdicts.append(pool.submit(judge, tasks[i], text)),
+            on_text=lambda i, text: verdicts.append(pool.submit(judge, tasks[i], text)),
         )
         try:
             found = [verdict.result() for verdict in verdicts]

@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from smelter.base import DataError
-from smelter.decoding import END_OF_LINE, Prompt, stop_pattern
+from smelter.decoding import Prompt
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a HumanEval completion."""
+END_OF_LINE = re.compile(rb"(?<=[^\s])[^\S\n]*\n")
+"""The first line break after something that is no space."""
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
 )
@@ -72,7 +74,7 @@ def _human_eval(row: dict[str, Any]) -> Problem:
     test = f"\n{row['test']}\ncheck({row['entry_point']})\n"
     return Problem(
         task_id=str(row["task_id"]),
-        prompt=Prompt(row["prompt"], stop=stop_pattern(STOPS)),
+        prompt=Prompt(row["prompt"], stops=STOPS),
         solution=row["canonical_solution"],
         before=row["prompt"],
         after=test,
@@ -82,13 +84,13 @@ def _human_eval(row: dict[str, Any]) -> Problem:
 
 def _infilling(row: dict[str, Any]) -> Problem:
     has_test = bool(row.get("test")) and bool(row.get("entry_point"))
-    stop = END_OF_LINE if str(row["task_id"]).startswith("SingleLine") else None
+    stops = [END_OF_LINE] if str(row["task_id"]).startswith("SingleLine") else []
     # What ends the line is cut off with it.
-    line_break = "\n" if stop is not None and row["canonical_solution"].endswith("\n") else ""
+    line_break = "\n" if stops and row["canonical_solution"].endswith("\n") else ""
     test = f"\n{row['test']}\ncheck({row['entry_point']})\n" if has_test else ""
     return Problem(
         task_id=str(row["task_id"]),
-        prompt=Prompt(row["prompt"], row["suffix"], stop),
+        prompt=Prompt(row["prompt"], row["suffix"], stops),
         solution=row["canonical_solution"],
         before=row["prompt"],
         after=line_break + row["suffix"] + test,
@@ -105,7 +107,7 @@ def _mbpp(row: dict[str, Any], shots: str) -> Problem:
     setup = "\n".join(row["test_imports"]) if row.get("test_imports") else row.get("test_setup_code") or ""
     return Problem(
         task_id=str(row["task_id"]),
-        prompt=Prompt(shots + _mbpp_prompt(row), stop=stop_pattern(["[DONE]"])),
+        prompt=Prompt(shots + _mbpp_prompt(row), stops=["[DONE]"]),
         solution=row["code"],
         before=f"{setup}\n",
         after="\n" + "\n".join(row["test_list"]) + "\n",
@@ -124,7 +126,7 @@ def _safim(row: dict[str, Any]) -> Problem:
     is_line = str(row["task_id"]).startswith(("control", "api"))
     return Problem(
         task_id=str(row["task_id"]),
-        prompt=Prompt(prefix, suffix, END_OF_LINE if is_line else None),
+        prompt=Prompt(prefix, suffix, [END_OF_LINE] if is_line else []),
         solution=row["ground_truth"],
         before=before,
         after=after,

@@ -1,10 +1,14 @@
 """Many completions at once are those of one at a time, and end where their pattern says."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 
-from smelter.decoding import complete as decode
-from smelter.decoding.complete import END_OF_LINE, Prompt, complete_many, complete_text, stop_pattern
+from smelter.decoding import generate as decode
+from smelter.decoding.generate import Prompt, complete_many
 from smelter.decoding.prompts import FimOrder
+from smelter.decoding.text import Stop
 from smelter.evaluation.gaps import InfillCase, infill_lines, samples
 from tests import tiny
 
@@ -19,7 +23,7 @@ PROMPTS = [
 
 def test_they_are_those_of_one_at_a_time() -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
-    expected = [complete_text(model, tokenizer, prompt.prefix, prompt.suffix, max_tokens=20).text for prompt in PROMPTS]
+    expected = [tiny.complete(prompt.prefix, prompt.suffix, max_tokens=20) for prompt in PROMPTS]
     assert complete_many(model, tokenizer, PROMPTS, max_tokens=20) == expected
 
 
@@ -39,7 +43,7 @@ def test_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, temperature:
         temperature=temperature,
         seed=5,
         progress=done.append,
-        each=seen.__setitem__,
+        on_text=seen.__setitem__,
     )
     assert parts == whole
     assert done == [3, 6, 9, 10]
@@ -47,13 +51,14 @@ def test_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, temperature:
     assert (whole[0] == whole[1]) == (temperature == 0)
 
 
-def test_a_pattern_ends_a_row_and_is_cut_off() -> None:
+@pytest.mark.parametrize("kind", [str, lambda stop: re.compile(re.escape(stop.encode()))], ids=["text", "pattern"])
+def test_a_stop_ends_a_row_and_is_cut_off(kind: Callable[[str], Stop]) -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     (free,) = complete_many(model, tokenizer, PROMPTS[:1], max_tokens=30)
     stop = free[8:10]
     assert stop.isascii()
     assert len(free) > 12
-    (cut,) = complete_many(model, tokenizer, [Prompt(PROMPTS[0].prefix, stop=stop_pattern([stop]))], max_tokens=30)
+    (cut,) = complete_many(model, tokenizer, [Prompt(PROMPTS[0].prefix, stops=["never", kind(stop)])], max_tokens=30)
     assert cut == free[: free.index(stop)]
 
 
@@ -63,9 +68,7 @@ def test_a_line_is_the_beginning_of_the_completion(order: FimOrder) -> None:
     cases = [InfillCase(0, tiny.CODE[: 900 + 40 * i], "", tiny.CODE[1_000 + 40 * i : 1_500]) for i in range(12)]
     done: list[int] = []
     lines = infill_lines(model, tokenizer, cases, order=order, max_tokens=40, progress=done.append)
-    whole = [
-        complete_text(model, tokenizer, case.prefix, case.suffix, max_tokens=40, order=order).text for case in cases
-    ]
+    whole = [tiny.complete(case.prefix, case.suffix, max_tokens=40, order=order) for case in cases]
     assert lines == [text.split("\n")[0] for text in whole]
     assert lines != whole, "no line ended"
     assert done[-1] == len(cases)
@@ -80,25 +83,3 @@ def test_samples_are_json_and_repeat() -> None:
     for row in made:
         assert list(row) == ["prefix", "suffix", "completion", "expected"]
         assert row["prefix"] + row["expected"] + row["suffix"] in tiny.CODE
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("    x = 1\n    y", "    x = 1"),
-        ("\n  \n  x = 1  \ny", "\n  \n  x = 1"),
-        ("x", "x"),
-        ("\n\n", "\n\n"),
-        ("é\n", "é"),
-    ],
-)
-def test_the_end_of_a_line_comes_after_something(text: str, kept: str) -> None:
-    match = END_OF_LINE.search(text.encode())
-    assert text.encode()[: match.start() if match else None].decode() == kept
-
-
-def test_stop_sequences_are_taken_literally() -> None:
-    pattern = stop_pattern(["\nclass", "[DONE]"])
-    assert pattern.search(b"x\nclasses")
-    assert pattern.search(b"x[DONE]")
-    assert not pattern.search(b"class D\nclas")

@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from smelter.decoding import engine as engine_module
-from smelter.decoding.complete import complete_text
 from smelter.decoding.engine import Engine, EngineBusy, EngineStopped
 from smelter.decoding.generate import generate
-from smelter.decoding.healing import Healing
 from smelter.decoding.kv_cache import KVCache
 from smelter.decoding.prompts import make_prompt
-from smelter.decoding.request import Answer, Piece, Request
-from smelter.decoding.text import TextStream
+from smelter.decoding.request import Piece, Request
 from smelter.kernels import head as screened
 from tests import tiny
 
@@ -75,7 +70,7 @@ class Asked:
 
 def alone_ids(prompt: Any, **options: Any) -> list[int]:
     """What `generate` writes, without special tokens, which add nothing to a text."""
-    (found,) = generate(tiny.model(), [prompt], **options)
+    (found,) = tiny.write(tiny.model(), [prompt], **options)
     return [i for i in found.ids if tiny.tokenizer().decode_bytes([i])]
 
 
@@ -98,9 +93,7 @@ def test_many_at_once_equal_one_at_a_time(engine: Engine, sampling: dict[str, An
     ]
     asked = [Asked(engine, request) for request in requests]
     for each, request in zip(asked, requests, strict=True):
-        (alone,) = generate(
-            tiny.model(), [request.ids], max_tokens=request.max_tokens, seed=request.seed, stop_ids=[eos], **sampling
-        )
+        (alone,) = generate(tiny.model(), tiny.tokenizer(), [request])
         each.all()
         spelling = [i for i in alone.ids if tiny.tokenizer().decode_bytes([i])]
         assert each.ids == spelling
@@ -122,9 +115,8 @@ def test_a_frozen_model_answers_as_it_does_alone(monkeypatch: pytest.MonkeyPatch
     asked = [Asked(engine, request) for request in requests]
     engine.start()
     for each, request in zip(asked, requests, strict=True):
-        healing = Healing(tiny.tokenizer(), [request.pending])
-        options = {"temperature": request.temperature, "seed": request.seed, "max_tokens": 20, "healing": healing}
-        spelt = alone_ids(request.ids, **options)
+        options = {"temperature": request.temperature, "seed": request.seed, "max_tokens": 20}
+        spelt = alone_ids(request.ids, pending=[request.pending], **options)
         assert [token.id for piece in each.all().pieces for token in piece.tokens][-len(spelt) + 1 :] == spelt[1:]
         told = {token.logprob is not None for piece in each.pieces for token in piece.tokens}
         assert told == {request.num_top is not None}
@@ -137,7 +129,7 @@ def test_mixed_sampling_in_one_batch(engine: Engine) -> None:
     settings: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}]
     asked = [Asked(engine, Request(prompt, max_tokens=20, seed=9, **setting)) for setting in settings]
     for each, setting in zip(asked, settings, strict=True):
-        (alone,) = generate(tiny.model(), [prompt], max_tokens=20, seed=9, **setting)
+        (alone,) = tiny.write(tiny.model(), [prompt], max_tokens=20, seed=9, **setting)
         assert each.all().ids == [i for i in alone.ids if tiny.tokenizer().decode_bytes([i])]
 
 
@@ -147,13 +139,14 @@ def test_text_equals_complete(engine: Engine, suffix: str | None) -> None:
     prompt = "def dedent(text):\n    marg"
     made = make_prompt(tiny.tokenizer(), CONTEXT, prompt, suffix, max_tokens=24)
     assert made.pending
-    expected = complete_text(tiny.model(), tiny.tokenizer(), prompt, suffix, max_tokens=24, temperature=0.7, seed=5)
+    expected = tiny.complete(prompt, suffix, max_tokens=24, temperature=0.7, seed=5)
     request = Request(
         made.ids, made.pending, max_tokens=24, temperature=0.7, seed=5, stop_ids=[tiny.tokenizer().eos_id]
     )
     asked = Asked(engine, request).all()
-    assert asked.text == expected.text
-    assert asked.finish == expected.finish
+    assert asked.text == expected
+    (alone,) = generate(tiny.model(), tiny.tokenizer(), [request])
+    assert asked.finish == alone.finish
     raw = b"".join(token.raw for piece in asked.pieces for token in piece.tokens)
     assert raw.decode("utf-8", "replace") == asked.text
 
@@ -191,7 +184,7 @@ def test_a_prompt_in_work_is_shared_too(engine: Engine) -> None:
     prompt = list(range(40))
     asked = [Asked(engine, Request(prompt, max_tokens=30, temperature=1.0, seed=seed)) for seed in range(3)]
     for seed, each in enumerate(asked):
-        (alone,) = generate(tiny.model(), [prompt], max_tokens=30, temperature=1.0, seed=seed)
+        (alone,) = tiny.write(tiny.model(), [prompt], max_tokens=30, temperature=1.0, seed=seed)
         assert each.all().ids == [i for i in alone.ids if tiny.tokenizer().decode_bytes([i])]
     assert [each.pieces[-1].end.num_cached for each in asked if each.pieces[-1].end] == [0, 39, 39]
 
@@ -206,7 +199,7 @@ def test_slots_keep_what_they_hold_when_rows_move() -> None:
     ]
     asked = [Asked(engine, request) for request in requests]
     for each, request in zip(asked, requests, strict=True):
-        (alone,) = generate(tiny.model(), [request.ids], max_tokens=request.max_tokens)
+        (alone,) = tiny.write(tiny.model(), [request.ids], max_tokens=request.max_tokens)
         assert each.all().ids == [i for i in alone.ids if tiny.tokenizer().decode_bytes([i])]
     assert engine.counts.cached_tokens > 30 * 20
     engine.stop()
@@ -231,7 +224,7 @@ def test_cache_rows_are_moved_and_copied() -> None:
 
 def test_stop_strings_across_tokens(engine: Engine) -> None:
     prompt = [5, 6, 7]
-    (alone,) = generate(tiny.model(), [prompt], max_tokens=30)
+    (alone,) = tiny.write(tiny.model(), [prompt], max_tokens=30)
     text = tiny.tokenizer().decode(alone.ids)
     borders = [len(tiny.tokenizer().decode(alone.ids[:i])) for i in range(3, 30)]
     border = next(b for b in borders if text[b - 1 : b + 1].isascii() and text.find(text[b - 1 : b + 1]) == b - 1)
@@ -293,8 +286,8 @@ def test_cancelled_answers_free_their_slots(engine: Engine) -> None:
     assert {each.finish for each in slow} <= {"cancelled", "length"}
     assert slow[5].finish == "cancelled"
     wait_until(lambda: engine.num_active == engine.num_waiting == 0)
-    assert len(engine._lanes) == 3
-    assert Asked(engine, Request([5, 6, 7], max_tokens=9)).all().ids == alone_ids([5, 6, 7], max_tokens=9)
+    asked = [Asked(engine, Request([5, 6, i], max_tokens=9)) for i in range(3)]
+    assert [each.all().ids for each in asked] == [alone_ids([5, 6, i], max_tokens=9) for i in range(3)]
 
 
 def test_the_queue_has_an_end() -> None:
@@ -320,11 +313,11 @@ def test_a_stopped_engine_tells_who_waits() -> None:
 
 
 def test_a_defect_reaches_who_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    def broken(_rows: list[Answer], _logits: torch.Tensor) -> None:
+    def broken(_rows: list[Any], _hidden: torch.Tensor) -> None:
         raise ZeroDivisionError("a defect")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_choose", broken)
+        patch.setattr(engine._batch, "_choose", broken)
         assert Asked(engine, Request([5], max_tokens=3)).all().finish == "error"
         assert "a defect" in capfd.readouterr().err
     # It was of that request: the next ones are served, in every slot.
@@ -367,13 +360,13 @@ def test_short_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     asked = [Asked(engine, request) for request in requests]
     engine.cancel([asked[2].answer])
     read: list[int] = []
-    forward = engine.model.forward
+    forward = engine._batch.model.forward
 
     def counted(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         read.append(tokens.numel())
         return forward(tokens, **options)
 
-    monkeypatch.setattr(engine.model, "forward", counted)
+    monkeypatch.setattr(engine._batch.model, "forward", counted)
     engine.start()
     for index, each in enumerate(asked):
         expected = [] if index in (2, 4) else alone_ids(prompts[index], max_tokens=12)
@@ -382,46 +375,3 @@ def test_short_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [token.id for token in asked[4].pieces[0].prompt] == prompts[4]
     assert read[0] > 3 * len(prompts[3])
     engine.stop()
-
-
-# --- text as it may be shown -----------------------------------------------------------------------
-
-
-def split(raw: bytes, sizes: list[int]) -> list[bytes]:
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(raw[start : start + size])
-        start += size
-    return [*pieces, raw[start:]]
-
-
-@given(
-    st.text(st.sampled_from("ab\né漢🙂"), max_size=30),
-    st.lists(st.text(st.sampled_from("ab\né漢"), min_size=1, max_size=4), max_size=3),
-    st.lists(st.integers(1, 4), max_size=40),
-)
-def test_text_stream_against_the_whole_text(text: str, stops: list[str], sizes: list[int]) -> None:
-    stream, shown = TextStream(stops), ""
-    where = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-    expected = text[: min(where)[1]] if where else text
-    for piece in split(text.encode(), sizes):
-        if stream.stop is not None:
-            break
-        shown += stream.push(piece)
-        assert expected.startswith(shown)
-    shown += stream.close()
-    assert shown == expected
-    assert (stream.stop is not None) == bool(where)
-
-
-def test_text_stream_skips_what_the_prompt_has() -> None:
-    stream = TextStream([" "], skip=3)
-    assert [stream.push(b"ab"), stream.push(b"cde"), stream.push(b"f g")] == ["", "de", "f"]
-    assert stream.stop == " "
-
-
-def test_invalid_bytes_are_shown_as_such() -> None:
-    stream = TextStream()
-    assert stream.push(b"a\xe6\xbc") == "a"
-    assert stream.push(b"b") == "\ufffdb"
-    assert stream.push(b"\xf0\x9f") + stream.close() == "\ufffd"

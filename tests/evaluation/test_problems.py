@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 
 from smelter.base.errors import DataError
-from smelter.decoding.complete import END_OF_LINE
+from smelter.decoding.text import Stop, Text
 from smelter.evaluation.pass_at_k import judge
-from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
+from smelter.evaluation.problems import END_OF_LINE, OWN_PROBLEMS, Problem, line_variants, load_problems
 
 HUMAN_EVAL = {
     "task_id": "X/0",
@@ -54,25 +55,43 @@ def load(path: Path, *rows: Any) -> list[Problem]:
     return load_problems(write(path / "problems.jsonl", *rows))
 
 
+def cut(text: str, stops: Sequence[Stop]) -> str:
+    """What is left of a text, of which a byte comes at a time."""
+    written = Text(stops)
+    any(written.push(bytes([byte])) for byte in text.encode())
+    return written.close()
+
+
 def test_human_eval(tmp_path: Path) -> None:
     (found,) = load(tmp_path, HUMAN_EVAL)
     assert not found.is_infill
     assert found.prompt.prefix == HUMAN_EVAL["prompt"]
     assert judge(found, found.solution) == "passed"
     assert judge(found, "    return x + 2\n") == "failed"
-    stop = found.prompt.stop
-    assert stop is not None
     for after in ("class", "def g", "# end", "if x", "print(1)"):
-        match = stop.search(f"    return 1\n{after}".encode())
-        assert match is not None
-        assert match.start() == len("    return 1")
-    assert stop.search(b"    if x:\n        print(1)\n") is None
+        assert cut(f"    return 1\n{after}", found.prompt.stops) == "    return 1"
+    inner = "    if x:\n        print(1)\n"
+    assert cut(inner, found.prompt.stops) == inner
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("    x = 1\n    y", "    x = 1"),
+        ("\n  \n  x = 1  \ny", "\n  \n  x = 1"),
+        ("x", "x"),
+        ("\n\n", "\n\n"),
+        ("é\n", "é"),
+    ],
+)
+def test_the_end_of_a_line_comes_after_something(text: str, kept: str) -> None:
+    assert cut(text, [END_OF_LINE]) == kept
 
 
 def test_human_eval_infilling(tmp_path: Path) -> None:
     multi = INFILLING | {"task_id": "MultiLineInfilling/X/0/L0_L1"}
     single, block, silent = load(tmp_path, INFILLING, multi, {**INFILLING, "task_id": "RandomSpan/1", "test": ""})
-    assert (single.prompt.stop, block.prompt.stop) == (END_OF_LINE, None)
+    assert (single.prompt.stops, block.prompt.stops) == ([END_OF_LINE], [])
     assert (single.prompt.prefix, single.prompt.suffix) == ("def inc(x):\n", "    return y\n")
     # What ends a single line is cut off with its line break; a block brings its own.
     assert judge(single, "    y = 1 + x") == "passed"
@@ -91,8 +110,7 @@ def test_mbpp(tmp_path: Path) -> None:
     )
     assert judge(found, found.solution) == "passed"
     assert judge(found, "def inc(x): return x") == "failed"
-    assert found.prompt.stop is not None
-    assert found.prompt.stop.search(b"code\n[DONE]")
+    assert cut("code\n[DONE]\n", found.prompt.stops) == "code\n"
 
 
 def test_all_of_mbpp_is_its_test_split_three_shot(tmp_path: Path) -> None:
@@ -120,7 +138,7 @@ def test_safim(tmp_path: Path) -> None:
     assert line.prompt.prefix.startswith("Description: add.")
     assert line.prompt.prefix.endswith("\nif ")
     assert line.prompt.suffix == "\n    print(a)\n"
-    assert (line.prompt.stop, block.prompt.stop, other.prompt.stop) == (END_OF_LINE, None, END_OF_LINE)
+    assert [problem.prompt.stops for problem in (line, block, other)] == [[END_OF_LINE], [], [END_OF_LINE]]
     for problem in (line, block):
         assert judge(problem, problem.solution) == "passed"
         assert judge(problem, "a >= b:") == "passed"

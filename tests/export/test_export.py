@@ -16,7 +16,6 @@ from smelter import kernels
 from smelter.__main__ import main
 from smelter.base.errors import UserError
 from smelter.bitnet import bit_linears
-from smelter.decoding.generate import generate
 from smelter.export.check import CapReport, compare, logits_of, measure_caps, probe_windows, runtime_model
 from smelter.export.gguf import check_gguf, gguf_name, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, compare_trits, qwen3_config, read_hf, write_hf
@@ -81,7 +80,7 @@ def test_the_folder_loads_and_writes_our_tokens(tmp_path: Path, tie: bool) -> No
         written = reader.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
         stop = [tiny.tokenizer().eos_id]
         if ours is not None:
-            (expected,) = generate(ours, [prompt], max_tokens=24, stop_ids=stop)
+            (expected,) = tiny.write(ours, [prompt], max_tokens=24, stop_ids=stop)
             assert [token for token in written if token not in stop] == expected.ids
     with torch.no_grad():
         ids = torch.tensor([prompt])

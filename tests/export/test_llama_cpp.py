@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smelter.decoding.complete import complete_text
-from smelter.decoding.generate import generate
+from smelter.decoding.generate import Prompt, complete_many, generate
+from smelter.decoding.request import Request
 from smelter.evaluation.gaps import choose_cases
 from smelter.export.check import EXAMPLE, compare, infill_prompt, llama_cpp_ids, logits_of, runtime_model
 from smelter.export.gguf import write_gguf
@@ -127,7 +127,8 @@ def test_greedy_continuations_are_the_checkpoints(
     cuts = choose_cases(student.held_out.num_docs, lambda i: student.tokenizer.decode(student.documents()[i]), 200)
     prompts = [student.tokenizer.encode(case.prefix)[-64:] or [student.tokenizer.eos_id] for case in cuts]
     assert len(prompts) == 200
-    ours = generate(student.model, prompts, max_tokens=32, stop_ids=[student.tokenizer.eos_id])
+    requests = [Request(prompt, max_tokens=32, stop_ids=[student.tokenizer.eos_id]) for prompt in prompts]
+    ours = generate(student.model, student.tokenizer, requests)
     options = {"n_predict": 32, "temperature": 0, "cache_prompt": False, "return_tokens": True}
     same = 0
     for prompt, result in zip(prompts, ours, strict=True):
@@ -153,8 +154,9 @@ def test_infilling_and_completions_write_what_we_write(server: Server, student: 
         completion = server.ask("/v1/completions", {"prompt": text, "max_tokens": 16, **greedy})
         assert completion["usage"]["prompt_tokens"] == len(expected)
         assert completion["choices"][0]["text"] == answer["content"]
-        ours = complete_text(student.model, student.tokenizer, prefix, suffix, max_tokens=16, order="psm")
-        same += answer["content"] == ours.text
+        prompt = Prompt(prefix, suffix)
+        (ours,) = complete_many(student.model, student.tokenizer, [prompt], max_tokens=16, order="psm")
+        same += answer["content"] == ours
     assert same >= 14
 
 

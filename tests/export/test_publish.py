@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, UserError
 from smelter.bitnet import bit_linears
-from smelter.decoding.complete import complete_text
+from smelter.decoding.generate import Prompt, complete_many
 from smelter.export.card import data_section, modelfile, server_command
 from smelter.export.check import check_llama_cpp_tokenizer, infill_prompt, llama_cpp_ids
 from smelter.export.gguf import read_gguf, write_gguf
@@ -151,7 +151,7 @@ def test_packed_completes_evaluates_and_exports(published: Path, tmp_path: Path)
     assert main(["evaluate", str(folder), *shards]) == 0
     assert json.loads((folder / "results.json").read_text())["val_bpb"] > 0
     model, tokenizer, _ = load_model(folder)
-    assert complete_text(model, tokenizer, "import ", max_tokens=4).num_prompt_tokens
+    assert len(complete_many(model, tokenizer, [Prompt("import ")], max_tokens=4)) == 1
 
 
 def test_packed_layers_without_a_single_weight_come_back(tmp_path: Path) -> None:

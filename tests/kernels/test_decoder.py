@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smelter.decoding.engine import Engine
-from smelter.decoding.generate import generate
 from smelter.decoding.kv_cache import KVCache
 from smelter.decoding.request import Piece, Request
 from smelter.kernels import decoder as decode
@@ -146,13 +145,13 @@ def test_writes_what_the_model_writes(changes: dict[str, Any]) -> None:
     """Rows of unequal lengths, of which some end early; where it differs, the likeliest two were nearly as likely."""
     model = frozen(**changes)
     prompts = [some_tokens(length, seed=length).tolist() for length in (3, 17, 1, 40)]
-    ours = generate(model, prompts, max_tokens=20, stop_ids=[7])
+    ours = tiny.write(model, prompts, max_tokens=20, stop_ids=[7])
     model.decoder, decoder = None, model.decoder
-    theirs = generate(model, prompts, max_tokens=20, stop_ids=[7])
+    theirs = tiny.write(model, prompts, max_tokens=20, stop_ids=[7])
     model.decoder = decoder
     same = sum(a.ids[:5] == b.ids[:5] for a, b in zip(ours, theirs, strict=True))
     assert same >= 3
-    alone = [generate(model, [prompt], max_tokens=20, stop_ids=[7])[0] for prompt in prompts]
+    alone = [tiny.write(model, [prompt], max_tokens=20, stop_ids=[7])[0] for prompt in prompts]
     assert [each.ids for each in alone] == [each.ids for each in ours]
 
 
@@ -168,6 +167,6 @@ def test_serves_what_generate_writes() -> None:
         time.sleep(0.01)
     engine.stop()
     for prompt, each in zip(prompts, pieces, strict=True):
-        (alone,) = generate(model, [prompt], max_tokens=15, seed=1, temperature=0.7)
+        (alone,) = tiny.write(model, [prompt], max_tokens=15, seed=1, temperature=0.7)
         spelling = [i for i in alone.ids if tiny.tokenizer().decode_bytes([i])]
         assert [token.id for piece in each for token in piece.tokens] == spelling

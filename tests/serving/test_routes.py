@@ -11,8 +11,6 @@ import httpx
 import openai
 import pytest
 
-from smelter.decoding.complete import complete_text
-from smelter.decoding.generate import generate
 from smelter.serving.bridge import Service
 from smelter.serving.gate import MAX_BODY_BYTES, Rules
 from smelter.tokens.chat import ChatFormat, stop_ids
@@ -43,7 +41,7 @@ def client(server: tuple[str, Service]) -> Iterator[openai.OpenAI]:
 
 
 def expected(prompt: str = PROMPT, suffix: str | None = None, **options: Any) -> str:
-    return complete_text(tiny.model(), tiny.tokenizer(), prompt, suffix, **options).text
+    return tiny.complete(prompt, suffix, **options)
 
 
 # --- OpenAI's client, unchanged --------------------------------------------------------------------
@@ -148,7 +146,7 @@ def test_chat(client: openai.OpenAI) -> None:
     tokenizer = tiny.tokenizer()
     ids = ChatFormat(tokenizer).render(messages, add_generation_prompt=True).ids
     assert ids.count(tokenizer.im_end_id or -1) == 2
-    (alone,) = generate(tiny.model(), [ids], max_tokens=12, stop_ids=stop_ids(tokenizer))
+    (alone,) = tiny.write(tiny.model(), [ids], max_tokens=12, stop_ids=stop_ids(tokenizer))
     content = found.choices[0].message.content
     assert content == tokenizer.decode(alone.ids)
     assert found.usage is not None

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.decoding import complete
-from smelter.decoding.complete import answer_messages
-from smelter.decoding.generate import Generation
+from smelter.decoding.batch import Row
+from smelter.decoding.generate import generate
+from smelter.decoding.request import Request
 from smelter.run.load import load_model
 from smelter.tokens import tokenize as write_shards
 from smelter.tokens.chat import TEMPLATE, ChatFormat, head, stop_ids
@@ -221,22 +222,28 @@ def test_the_command_answers_a_message(tmp_path: Path, capsysbinary: pytest.Capt
     model, run = tiny.model(), str(tiny.checkpoint(tmp_path / "run", tiny.model()))
     assert main(["complete", run, "--chat", "x = caf\udce9?", "--max-tokens", "8", "--device", "cpu"]) == 0
     out = capsysbinary.readouterr()
-    assert out.out.decode() == answer_messages(model, TOKENS, messages("x = caf\udce9?"), max_tokens=8).text
+    ids = CHAT.render(messages("x = caf\udce9?"), add_generation_prompt=True).ids
+    (row,) = tiny.write(model, [ids], max_tokens=8, stop_ids=stop_ids(TOKENS))
+    assert out.out.decode() == TOKENS.decode(row.ids)
     assert not out.err
 
 
-def test_an_answer_ends_at_either_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+@pytest.mark.parametrize("end", stop_ids(TOKENS))
+def test_an_answer_ends_at_either_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: int
+) -> None:
+    rows: list[Row] = []
 
-    def fake(_: Any, prompts: list[list[int]], *, stop_ids: list[int], **options: Any) -> list[Generation]:
-        asked.extend(prompts)
-        assert set(stop_ids) == {CHAT.im_end_id, TOKENS.eos_id}
-        return [Generation(TOKENS.encode("Yes."), [0.0], "stop", CHAT.im_end_id)]
+    def fake(_: Any, __: Any, requests: list[Request]) -> list[Row]:
+        rows.extend(Row(request, 96) for request in requests)
+        for token in [*TOKENS.encode("Yes."), end]:
+            rows[0].take(token, TOKENS.decode_bytes([token]))
+        return rows
 
     monkeypatch.setattr(complete, "generate", fake)
-    answered = answer_messages(tiny.model(), TOKENS, messages("Is it?"))
-    assert (answered.text, answered.finish, answered.num_prompt_tokens) == ("Yes.", "stop", len(asked[0]))
-    assert asked == [CHAT.render(messages("Is it?"), add_generation_prompt=True).ids]
+    assert main(["complete", str(tiny.checkpoint(tmp_path / "run", tiny.model())), "--chat", "Is it?"]) == 0
+    assert (capsys.readouterr().out, rows[0].finish) == ("Yes.", "stop")
+    assert [row.request.ids for row in rows] == [CHAT.render(messages("Is it?"), add_generation_prompt=True).ids]
 
 
 def test_mistakes_of_conversations_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,8 +304,9 @@ use_torch_compile = false
     assert main(["train", str(recipe)]) == 0
     model, tokens, _ = load_model(tmp_path / "run")
     for question, answer in ANSWERS.items():
-        answered = answer_messages(model, tokens, messages(question), max_tokens=60)
-        assert (answered.text, answered.finish) == (answer, "stop")
+        ids = ChatFormat(tokens).render(messages(question), add_generation_prompt=True).ids
+        (row,) = generate(model, tokens, [Request(ids, max_tokens=60, stop_ids=stop_ids(tokens))])
+        assert (tokens.decode(row.ids), row.finish) == (answer, "stop")
     capsys.readouterr()
     assert main(["complete", str(tmp_path / "run"), "--chat", "Say hello.", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == 'print("hello")\n'

@@ -1,0 +1,76 @@
+"""Text as it may be shown, and what ends it, however its bytes were cut into tokens."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smelter.decoding.text import Text
+
+
+def split(raw: bytes, sizes: list[int]) -> list[bytes]:
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(raw[start : start + size])
+        start += size
+    return [*pieces, raw[start:]]
+
+
+def push(text: Text, raw: bytes) -> str:
+    """What may be shown after these bytes."""
+    return text.close() if text.push(raw) else text.show()
+
+
+@given(
+    st.text(st.sampled_from("ab\né漢🙂"), max_size=30),
+    st.lists(st.text(st.sampled_from("ab\né漢"), min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 4), max_size=40),
+)
+def test_text_in_pieces_against_the_whole_text(whole: str, stops: list[str], sizes: list[int]) -> None:
+    text, shown = Text(stops), ""
+    where = [(at + len(stop), at) for stop in stops if (at := whole.find(stop)) >= 0]
+    expected = whole[: min(where)[1]] if where else whole
+    for piece in split(whole.encode(), sizes):
+        if text.stop is not None:
+            break
+        shown += push(text, piece)
+        assert expected.startswith(shown)
+    shown += text.close()
+    assert shown == expected
+    assert (text.stop is not None) == bool(where)
+
+
+def test_what_the_prompt_has_is_skipped() -> None:
+    text = Text([" "], skip=3)
+    assert [push(text, b"ab"), push(text, b"cde"), push(text, b"f g")] == ["", "de", "f"]
+    assert text.stop == " "
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+def test_a_pattern_matches_across_tokens(size: int) -> None:
+    """And sees what the prompt has; until it matches, nothing is shown."""
+    text = Text(["end", re.compile(rb"(?<=x)[ ]*\n")], skip=1)
+    raw = b"x1 \n x  \n end"
+    for start in range(0, len(raw), size):
+        if text.push(raw[start : start + size]):
+            break
+        assert text.show() == ""
+    assert (text.stop, text.close()) == ("  \n", "1 \n x")
+    text = Text([re.compile(rb"(?<=x)\n")], skip=1)
+    assert text.push(b"x\n")
+    assert text.close() == ""
+
+
+def test_stops_are_taken_literally() -> None:
+    text = Text(["[DONE]", "", "a.c"])
+    assert push(text, b"DONE abc ") == "DONE abc "
+    assert push(text, b"a.c[DONE]") == ""
+    assert text.stop == "a.c"
+
+
+def test_invalid_bytes_are_shown_as_such() -> None:
+    text = Text()
+    assert push(text, b"a\xe6\xbc") == "a"
+    assert push(text, b"b") == "\ufffdb"
+    assert push(text, b"\xf0\x9f") + text.close() == "\ufffd"
