@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smelter.base import ConfigError, UserError, cli
+from smelter.base import ConfigError, UserError, cli, short_duration, short_number
 from smelter.bitnet import bit_linears
 from smelter.config import Config, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
@@ -46,8 +46,6 @@ from smelter.run import (
     progress_line,
     save_checkpoint,
     set_rates,
-    short_duration,
-    short_number,
 )
 from smelter.run import device as hardware
 from smelter.tokens import ShardSet

@@ -24,7 +24,6 @@ from foundry.stats import (
     rarest_joined,
     read_rejects,
     render,
-    short_number,
 )
 from smelter.base.errors import UserError
 from smelter.base.record import Record, Response, write_records
@@ -290,9 +289,7 @@ def test_origin_is_the_first_part(source: str, name: str) -> None:
     assert origin(source) == name
 
 
-def test_numbers_are_short() -> None:
-    numbers = [0, 950, 999.7, 18_240, 101_000_000, 2.5e9]
-    assert [short_number(number) for number in numbers] == ["0", "950", "1k", "18.2k", "101M", "2.5B"]
+def test_amounts_have_the_digits_that_matter() -> None:
     amounts = [None, 0, 12.4, 1_234.5, 0.000512, 0.25]
     assert [dollars(amount) for amount in amounts] == [
         "none kept",
