@@ -96,6 +96,8 @@ def errors_name(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None and " requested and " in str(error):  # numpy's words for a full disk
+            error.errno, error.strerror = errno.ENOSPC, os.strerror(errno.ENOSPC)
         if error.filename is not None:
             error.filename = str(error.filename).replace(str(temporary), str(path))
         elif error.errno in DISK_FULL:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models
 
@@ -29,6 +30,7 @@ from smelter.run.checkpoint import (
     load_checkpoint,
     prepare_run_dir,
     save_checkpoint,
+    write_tensors,
 )
 
 CONFIG = preset("tiny")
@@ -360,6 +362,29 @@ def test_a_new_run_folder_explains_itself(tmp_path: Path) -> None:
     readme = (run / "README.md").read_text()
     assert f"smelter train {run / 'config.toml'} --resume must" in readme
     assert sorted(path.name for path in run.iterdir()) == ["README.md", "config.toml"]
+
+
+def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    prepare_run_dir(tmp_path / "runs" / "new", CONFIG, "auto")
+    assert {str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "runs" / "new")} <= synced
+
+
+def test_tensors_are_written_like_any_file(small_disk: Path) -> None:
+    (small_disk / "any").touch()
+    write_tensors(small_disk / "t.safetensors", {"a": torch.ones(2)})
+    modes = {path.stat().st_mode for path in small_disk.iterdir()}
+    assert len(modes) == 1
+    assert torch.equal(safetensors.torch.load_file(small_disk / "t.safetensors")["a"], torch.ones(2))
+    with pytest.raises(OSError, match=f"No space left on device: '{small_disk}/large'"):
+        write_tensors(small_disk / "large", {"a": torch.ones(2**20)})
 
 
 def test_resume_must_and_never(tmp_path: Path, tokenizer_file: Path) -> None:

@@ -87,6 +87,15 @@ def test_resuming_at_step_0_keeps_step_0(tmp_path: Path) -> None:
     assert not (tmp_path / "absent.jsonl").exists()
 
 
+def test_a_full_disk_leaves_the_lines_and_nothing_else(small_disk: Path) -> None:
+    path = small_disk / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "text": "x" * 1_200_000}) + '\n{"step": 2}\n')
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        drop_after(path, 1)
+    assert list(small_disk.iterdir()) == [path]
+    assert logged(small_disk) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
