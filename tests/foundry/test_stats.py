@@ -230,7 +230,7 @@ def test_the_command_prints_and_writes(files: tuple[Path, Path], capsys: pytest.
         (["clean.jsonl", "--open"], r"--open without --html: say where the page is to be written"),
         (["clean.jsonl", "--rejects", "bad.jsonl"], r'bad\.jsonl:1: no "reason": give the rejects of foundry clean'),
         (["clean.jsonl", "--htm", "x"], r"--htm"),
-        (["clean.jsonl", "--html", "."], r"\.: Is a directory"),
+        (["clean.jsonl", "--html", "."], r"\.: exists and is not a regular file"),
         ([], r"no file of records: give one, such as data/clean\.jsonl"),
     ],
 )
