@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +41,6 @@ def fill(folder: Path, text: str) -> None:
         write_text(temporary / "b.txt", text)
 
 
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is fsynced and renamed, by name, in order; a temporary file is `~`."""
-    events: list[str] = []
-    originals: dict[str, Callable[..., Any]] = {"replace": os.replace, "rename": Path.rename, "fsync": os.fsync}
-
-    def spy_fsync(descriptor: int) -> None:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append("~" if name.endswith(".tmp") else name)
-        originals["fsync"](descriptor)
-
-    def spy_replace(source: Path, target: Path) -> None:
-        events.append(f"-> {target.name}")
-        originals["replace"](source, target)
-
-    def spy_rename(self: Path, target: Path) -> Path:
-        events.append(f"-> {target.name}")
-        renamed: Path = originals["rename"](self, target)
-        return renamed
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
-    monkeypatch.setattr(Path, "rename", spy_rename)
-    return events
-
-
 class FailingFsync:
     """`os.fsync` that fails at one call; `calls` are those so far."""
 
@@ -98,13 +72,15 @@ def test_text_and_json(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"new/a.txt": "grün\n\n", "a.json": text}
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_are_new_folders(tmp_path: Path, events: list[str]) -> None:
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_are_new_folders(
+    tmp_path: Path, disk_events: list[str]
+) -> None:
     write_text(tmp_path / "a" / "b" / "c.txt", "x")
-    assert sorted(events[:2]) == sorted([tmp_path.name, "a"])
-    assert events[2:] == ["~", "-> c.txt", "b"]
-    events.clear()
+    assert sorted(disk_events[:2]) == sorted([tmp_path.name, "a"])
+    assert disk_events[2:] == ["~", "-> c.txt", "b"]
+    disk_events.clear()
     write_text(tmp_path / "a" / "b" / "c.txt", "y")
-    assert events == ["~", "-> c.txt", "b"]
+    assert disk_events == ["~", "-> c.txt", "b"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error"), RuntimeError("no")])
@@ -196,15 +172,15 @@ def test_errors_name_the_path_below_the_temporary_one_and_leave_others_alone(tmp
 # ---------------------------------------------------------------- a folder
 
 
-def test_a_folder_and_all_in_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, events: list[str]) -> None:
+def test_a_folder_and_all_in_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, disk_events: list[str]) -> None:
     fill(tmp_path / "new" / "f", "1")
-    place = events.index("-> f")
-    assert events[0] == tmp_path.name
-    assert {"inner", "a.txt", "b.txt", ".tmp_f"} <= set(events[:place])
-    assert events[place + 1 :] == ["new"]
-    events.clear()
+    place = disk_events.index("-> f")
+    assert disk_events[0] == tmp_path.name
+    assert {"inner", "a.txt", "b.txt", ".tmp_f"} <= set(disk_events[:place])
+    assert disk_events[place + 1 :] == ["new"]
+    disk_events.clear()
     fill(tmp_path / "new" / "f", "2")
-    assert events[-4:] == [".tmp_f", "-> .tmp-old_f", "-> f", "new"]
+    assert disk_events[-4:] == [".tmp_f", "-> .tmp-old_f", "-> f", "new"]
     assert contents(tmp_path) == {"new/f/inner/a.txt": "2", "new/f/b.txt": "2"}
 
 
@@ -307,21 +283,21 @@ def test_killed_at_any_moment_files_are_whole(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the rest
 
 
-def test_appended_bytes_are_on_the_disk(tmp_path: Path, events: list[str]) -> None:
+def test_appended_bytes_are_on_the_disk(tmp_path: Path, disk_events: list[str]) -> None:
     for data in (b"ab", b"", b"c"):
         append_bytes(tmp_path / "a.bin", data)
     assert (tmp_path / "a.bin").read_bytes() == b"abc"
-    assert events == ["a.bin"] * 3
+    assert disk_events == ["a.bin"] * 3
 
 
-def test_a_new_folder_is_on_the_disk(tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_folder_is_on_the_disk(tmp_path: Path, disk_events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "a" / "b")
-    assert sorted(events) == sorted([tmp_path.name, "a"])
+    assert sorted(disk_events) == sorted([tmp_path.name, "a"])
     make_folder(tmp_path / "a" / "b")
-    assert len(events) == 2
+    assert len(disk_events) == 2
     monkeypatch.chdir(tmp_path)
     make_folder(Path("c"))
-    assert events[2:] == [tmp_path.name]
+    assert disk_events[2:] == [tmp_path.name]
 
 
 def test_folders_that_cannot_be_fsynced_are_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from foundry.stats import (
 from smelter.base.errors import UserError
 from smelter.base.record import Record, Response, write_records
 
-HOSTILE = '</title><script>alert("1")</script>\'{{ 7 * 6 }}&\u2028'
+HOSTILE = '</title><script>alert("1")</script>\'{{ 77 * 999 }}&\u2028'
 
 
 def answered(prompt: str, *responses: Response, source: str = "mine.txt:1", license: str = "unknown") -> Record:
@@ -166,7 +166,7 @@ def test_hostile_names_are_text_on_the_page_and_harmless_on_the_terminal() -> No
     assert page.tags["title"] == 1 + page.tags["rect"]
     assert not page.open
     assert "<script>" in "".join(page.words)
-    assert "42" not in "".join(page.words)
+    assert "76923" not in "".join(page.words)
     assert all(not name.startswith("on") for name, _ in page.attributes)
     table = stats.table()
     assert "\x1b" not in table

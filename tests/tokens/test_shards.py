@@ -240,39 +240,6 @@ def test_a_failure_on_the_way_leaves_the_old_shards(corpus: Path, monkeypatch: p
     assert {path.name for path in corpus.parent.iterdir()} == {"corpus.jsonl", "s"}
 
 
-def test_shards_are_on_the_disk_before_they_have_their_name(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a link to where they are to lie stays one."""
-    (corpus.parent / "large disk").mkdir()
-    out = corpus.parent / "s"
-    out.symlink_to(corpus.parent / "large disk" / "shards")
-    synced: set[str] = set()
-    fsync = os.fsync
-
-    def spy(descriptor: int) -> None:
-        if not out.exists():
-            synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", spy)
-    assert tokenize(corpus, "--out", out, "--vocab-size", 300) == 0
-    assert {path.name for path in out.iterdir()} <= synced
-    assert out.is_symlink()
-    assert tokenize(corpus, "--out", out, "--vocab-size", 320) == 0
-    assert out.is_symlink()
-    assert {path.name for path in corpus.parent.iterdir()} == {"corpus.jsonl", "s", "large disk"}
-    assert {path.name for path in (corpus.parent / "large disk").iterdir()} == {"shards"}
-
-
-def test_a_full_disk_is_named_by_the_folder_of_shards(
-    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = [{**record(number), "text": "x = 1\n" * 40_000} for number in range(20)]
-    path = write_lines(tmp_path / "corpus.jsonl", records)
-    assert tokenize(path, "--out", small_disk / "s", "--vocab-size", 263) == 2
-    assert f"error: {small_disk / 's'}: No space left on device: " in capsys.readouterr().err
-    assert list(small_disk.iterdir()) == []
-
-
 KILLED = """
 import os, sys
 from smelter.tokens import tokenize as write_shards
