@@ -382,7 +382,7 @@ def _write(options: Options, files: list[Path], out: Path, rejects: Path) -> Sum
                 progress(cleaner.summary.num_read, f"{cleaner.summary.num_kept:,} kept")
                 yield record
             rejected.flush()
-            os.fsync(rejected.fileno())
+            os.fsync(rejected.fileno())  # before the kept ones take their name
 
         write_records(out, kept())
     return cleaner.summary
