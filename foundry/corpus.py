@@ -14,9 +14,7 @@ import io
 import os
 import re
 import stat
-import sys
 import sysconfig
-import time
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,7 +24,7 @@ from typing import Annotated
 
 import tyro
 
-from smelter.base import ConfigError, DataError, Record, nearest, parse, write_records
+from smelter.base import ConfigError, DataError, Progress, Record, megabytes, nearest, parse, write_records
 
 LANGUAGES = {
     "assembly": "s asm",
@@ -167,6 +165,7 @@ def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) ->
     Raises DataError if there is none, and OSError where the disk fails.
     """
     seen: set[str] = set()
+    progress = Progress("reading", "files")
     for tree in trees:
         for path in _files(tree, options, summary):
             source = f"{tree.name}/{path.relative_to(tree.root).as_posix()}"
@@ -189,6 +188,7 @@ def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) ->
             seen.add(record.id)
             summary.files[split] += 1
             summary.num_bytes[split] += len(text.encode())
+            progress(summary.files.total(), megabytes(summary.num_bytes.total()), f"at {source}")
             yield record
     if not seen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.left_out.most_common())
@@ -287,19 +287,6 @@ def unfit(text: str) -> str | None:
     return None
 
 
-def _with_progress(records: Iterator[Record], summary: Summary) -> Iterator[Record]:
-    """Says on stderr every two seconds how far the work is."""
-    last = time.monotonic()
-    for record in records:
-        if time.monotonic() - last > 2:
-            last = time.monotonic()
-            print(
-                f"  {summary.files.total():,} files, {summary.num_bytes.total() / 1e6:.1f} MB, at {record.source}",
-                file=sys.stderr,
-            )
-        yield record
-
-
 def main(argv: list[str]) -> int:
     """`foundry corpus`: write the records and print what became of every file."""
     options = parse(Options, argv, "foundry corpus")
@@ -307,7 +294,7 @@ def main(argv: list[str]) -> int:
     for tree in trees:
         print(f"reading {tree.root} as {tree.name} ({tree.license})")
     summary = Summary()
-    write_records(options.out, _with_progress(corpus_records(trees, options, summary), summary))
+    write_records(options.out, corpus_records(trees, options, summary))
     print(summary.table())
     if options.val_fraction and not summary.files["val"]:
         print(f"no file fell to validation: raise --val-fraction above {options.val_fraction} for so few files")

@@ -10,11 +10,9 @@ otherwise good record.
 
 import asyncio
 import dataclasses
-import itertools
 import signal
 import sys
-import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +23,7 @@ from foundry.journal import Account, BudgetReachedError, JournalError
 from foundry.seeds import Seed, iterate
 from foundry.settings import Settings, load_settings
 from foundry.teachers import Ensemble, Member, Outcome, StoppedError, make_teacher
-from smelter.base import Record, Response, UserError, parse, write_records
+from smelter.base import Progress, Record, Response, UserError, parse, write_records
 
 MAX_LISTED = 5
 """Failed seeds that the summary lists; the journal has all."""
@@ -72,7 +70,7 @@ class Run:
         self._seeds = iterate(settings.seeds)
         self._workers: list[asyncio.Task[None]] = []
         self._is_stopping = False
-        self._started = time.monotonic()
+        self._progress = Progress("asking", "seeds", seconds=10.0)
 
     async def run(self) -> None:
         """Work on every seed, or until a signal, an error or the loss of every teacher; then see `signal`, `error`."""
@@ -177,34 +175,24 @@ class Run:
         )
 
     async def _show_progress(self) -> None:
-        """A line every second on a terminal, every ten elsewhere."""
-        marks = deque([(self._started, 0)], maxlen=30)
-        for second in itertools.count(1):
+        while True:
             await asyncio.sleep(1.0)
-            since, done = marks[0]
-            marks.append((time.monotonic(), self.num_new))
-            if sys.stderr.isatty() or second % 10 == 0:
+            if self._progress.is_due:
                 await self.account.journal.sync()  # what is shown as done is on the disk
-                self._print_progress((self.num_new - done) / (time.monotonic() - since))
+                self._print_progress()
 
-    def _print_progress(self, rate: float = 0.0, *, last: bool = False) -> None:
-        """done/total, rate, spend, time left, failures by cause, and what is being waited for."""
-        if last:
-            rate = self.num_new / max(time.monotonic() - self._started, 1e-3)
-        ledger, total = (
-            self.account.ledger,
-            len(self.order) if last else max(self.settings.seeds.count, len(self.order)),
-        )
-        parts = [f"{self.num_done:,}/{total:,} seeds", f"{rate:,.1f}/s"]
+    def _print_progress(self, *, last: bool = False) -> None:
+        """This run's seeds, earlier runs', spend, failures by cause, and what is being waited for."""
+        ledger, num_before = self.account.ledger, self.num_done - self.num_new
+        count = len(self.order) if last else max(self.settings.seeds.count, len(self.order))
+        self._progress.total = count - num_before
+        notes = [f"{num_before:,} done before"] if num_before else []
         if ledger.cap:
-            parts.append(f"${ledger.settled:,.4f} spent and ${ledger.reserved:,.4f} reserved of ${ledger.cap:,.2f}")
-        if rate and not last:
-            parts.append(f"{time.strftime('%H:%M:%S', time.gmtime((total - self.num_done) / rate))} left")
-        parts += [f"{count:,} {cause}" for cause, count in self.failures.most_common()]
+            notes.append(f"${ledger.settled:,.4f} spent and ${ledger.reserved:,.4f} reserved of ${ledger.cap:,.2f}")
+        notes += [f"{number:,} {cause}" for cause, number in self.failures.most_common()]
         if not last:
-            parts += [f"waiting: {member.trouble}"[:120] for member in self.members if member.trouble]
-        start, end = ("\r\x1b[K", "\n" if last else "") if sys.stderr.isatty() else ("", "\n")
-        print(f"{start}  {', '.join(parts)}", end=end, file=sys.stderr, flush=True)
+            notes += [f"waiting: {member.trouble}"[:120] for member in self.members if member.trouble]
+        self._progress(self.num_new, *notes, now=last)
 
 
 async def generate(settings: Settings, out: Path) -> int:

@@ -32,7 +32,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smelter.base import UserError
+from smelter.base import UserError, fsync, make_folder
 
 _VERSION = 1
 _HEADER = {"t": "journal", "version": _VERSION}
@@ -191,7 +191,7 @@ class Journal:
 
     def _open_locked(self) -> int:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise JournalError(f"{self.path}: {error.strerror}: choose another --out") from None
@@ -232,7 +232,7 @@ class Journal:
         if not good:
             try:
                 good = self._write(_encode(_HEADER))
-                _sync_folder(self.path.parent)
+                fsync(self.path.parent)  # so that a new file's name survives a power cut
             except OSError as error:
                 raise JournalError(f"{self.path}: {error.strerror}: choose another --out") from None
         self._synced = self._end = good
@@ -326,12 +326,3 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         return None
     entry: dict[str, Any] = json.loads(line[9:])
     return entry
-
-
-def _sync_folder(path: Path) -> None:
-    """So that a new file's name survives a power cut."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

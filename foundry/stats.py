@@ -21,7 +21,16 @@ import jinja2
 import tyro
 
 from foundry import __version__
-from smelter.base import ConfigError, DataError, Record, RecordError, parse, read_records
+from smelter.base import (
+    ConfigError,
+    DataError,
+    Record,
+    RecordError,
+    parse,
+    read_records,
+    short_number,
+    write_text,
+)
 
 MAX_BARS = 14
 """Bars of one plot; what is rarer is added up as the rest."""
@@ -273,14 +282,6 @@ def histogram(counts: Mapping[int, int]) -> dict[str, Any]:
     return {"columns": columns, "ticks": ticks, "top": top, "total": sum(counts.values())}
 
 
-def short_number(value: float) -> str:
-    """3 significant digits and a unit: 950, 18.2k, 101M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
-    return f"{float(f'{value:.3g}'):g}"
-
-
 def dollars(value: float | None) -> str:
     """An amount to the digits that matter: $0, $12.40, $0.000512."""
     if value is None:
@@ -325,10 +326,9 @@ def main(argv: list[str]) -> int:
     stats = gather(options)
     print(stats.table())
     if options.html:
-        options.html.parent.mkdir(parents=True, exist_ok=True)
         # A file's name need not be UTF-8; the page is.
         names = [os.fsencode(path).decode(errors="replace") for path in options.records]
-        options.html.write_text(render(stats, names), encoding="utf-8", errors="backslashreplace")
+        write_text(options.html, render(stats, names))
         print(f"wrote {options.html} ({options.html.stat().st_size / 1024:,.0f} KiB)")
         if options.open:
             webbrowser.open(options.html.resolve().as_uri())

@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from smelter.base import ConfigError, UserError, cli
+from smelter.base import ConfigError, UserError, cli, short_duration, short_number
 from smelter.config import Config, TrainingConfig, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distillation import ChunkTeacher, Objective, open_caches
@@ -44,8 +44,6 @@ from smelter.run import (
     progress_line,
     save_checkpoint,
     set_rates,
-    short_duration,
-    short_number,
 )
 from smelter.tokens import ShardSet
 

@@ -4,7 +4,7 @@ import gc
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,32 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def disk_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is fsynced (its name; `~` for a temporary file) and renamed (`-> ` and its new name), in order."""
+    events: list[str] = []
+    originals: dict[str, Callable[..., Any]] = {"replace": os.replace, "rename": Path.rename, "fsync": os.fsync}
+
+    def spy_fsync(descriptor: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append("~" if name.endswith(".tmp") else name)
+        originals["fsync"](descriptor)
+
+    def spy_replace(source: Path, target: Path) -> None:
+        events.append(f"-> {target.name}")
+        originals["replace"](source, target)
+
+    def spy_rename(self: Path, target: Path) -> Path:
+        events.append(f"-> {target.name}")
+        renamed: Path = originals["rename"](self, target)
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    return events
 
 
 @pytest.fixture

@@ -37,14 +37,15 @@ from smelter.base import (
     ConfigError,
     DataError,
     Limits,
+    Progress,
     Record,
     Response,
     SandboxError,
     UserError,
-    output_file,
     parse,
     read_records,
     run_python,
+    whole_file,
     write_records,
 )
 
@@ -372,26 +373,26 @@ def _programs(record: Record) -> list[tuple[str, str] | None]:
 
 def _write(options: Options, files: list[Path], out: Path, rejects: Path) -> Summary:
     """Clean the files. Both outputs are complete on disk before either takes its name, so they belong together."""
-    new_out, new_rejects = (path.with_name(f".{path.name}.{os.getpid()}.new") for path in (out, rejects))
-    try:
-        with open(new_rejects, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as rejected:
-            cleaner = Cleaner(options, rejected)
-            write_records(new_out, cleaner.clean(itertools.chain.from_iterable(map(read_records, files))))
+    with whole_file(rejects) as rejected:
+        cleaner = Cleaner(options, rejected)
+
+        def kept() -> Iterator[Record]:
+            progress = Progress("cleaning", "records")
+            for record in cleaner.clean(itertools.chain.from_iterable(map(read_records, files))):
+                progress(cleaner.summary.num_read, f"{cleaner.summary.num_kept:,} kept")
+                yield record
             rejected.flush()
-            os.fsync(rejected.fileno())
-        os.replace(new_rejects, rejects)
-        os.replace(new_out, out)
-    finally:
-        new_rejects.unlink(missing_ok=True)
-        new_out.unlink(missing_ok=True)
+            os.fsync(rejected.fileno())  # before the kept ones take their name
+
+        write_records(out, kept())
     return cleaner.summary
 
 
 def main(argv: list[str]) -> int:
     """`foundry clean`: write what is kept and what is not, and print how many for which reason."""
     options = parse(Options, argv, "foundry clean")
-    out = output_file(options.out)
-    rejects = output_file(options.rejects or options.out.with_name(f"{options.out.stem}.rejects.jsonl"))
+    beside = options.out.parent / f"{options.out.stem}.rejects.jsonl"
+    out, rejects = (Path(os.path.realpath(path)) for path in (options.out, options.rejects or beside))
     if out == rejects:
         raise ConfigError(f"--rejects {rejects}: is the same file as --out: name another")
     files = [path for path in options.files if Path(os.path.realpath(path)) not in (out, rejects)]

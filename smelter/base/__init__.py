@@ -3,7 +3,20 @@
 from smelter.base import cli
 from smelter.base.cli import parse, run
 from smelter.base.errors import CheckpointError, ConfigError, DataError, UserError, nearest, require
-from smelter.base.files import file_sha256
+from smelter.base.files import (
+    DISK_FULL,
+    append_bytes,
+    errors_name,
+    file_sha256,
+    free_bytes,
+    fsync,
+    fsync_all,
+    make_folder,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from smelter.base.record import (
     MAX_LINE_BYTES,
     MAX_WEIGHT,
@@ -13,14 +26,15 @@ from smelter.base.record import (
     RecordReader,
     Response,
     content_id,
-    output_file,
     read_records,
     write_records,
 )
 from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
 from smelter.base.strict import check_ranges, from_table, read_toml
+from smelter.base.terminal import Progress, megabytes, percent, short_duration, short_number, table
 
 __all__ = [
+    "DISK_FULL",
     "MAX_LINE_BYTES",
     "MAX_WEIGHT",
     "CheckpointError",
@@ -28,6 +42,7 @@ __all__ = [
     "DataError",
     "InputFile",
     "Limits",
+    "Progress",
     "Reason",
     "Record",
     "RecordError",
@@ -35,18 +50,32 @@ __all__ = [
     "Response",
     "SandboxError",
     "UserError",
+    "append_bytes",
     "check_ranges",
     "cli",
     "content_id",
+    "errors_name",
     "file_sha256",
+    "free_bytes",
     "from_table",
+    "fsync",
+    "fsync_all",
+    "make_folder",
+    "megabytes",
     "nearest",
-    "output_file",
     "parse",
+    "percent",
     "read_records",
     "read_toml",
     "require",
     "run",
     "run_python",
+    "short_duration",
+    "short_number",
+    "table",
+    "whole_file",
+    "whole_folder",
+    "write_json",
     "write_records",
+    "write_text",
 ]

@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from smelter.base.errors import DataError, UserError, nearest
+from smelter.base.errors import DataError, nearest
+from smelter.base.files import whole_file
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read; a source file of this size is no source file."""
@@ -266,44 +266,17 @@ def read_records(path: Path | str) -> Iterator[Record]:
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> int:
-    """Write all records or leave `path` as it was (temporary file, fsync, rename); returns their number.
+    """Write all records or leave `path` as it was; returns their number.
 
-    Raises UserError as `output_file` does, and RecordError for a record that `read_records` would refuse.
+    Raises what `whole_file` raises, and RecordError for a record that `read_records` would refuse.
     """
-    path = output_file(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     number = 0
-    try:
-        # Half a surrogate pair in `meta` is written as JSON escapes it.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for record in records:
-                record.check_provenance()
-                file.write(record.to_json() + "\n")
-                number += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # also an interruption: half a file must not stay behind
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with whole_file(Path(path)) as file:
+        for record in records:
+            record.check_provenance()
+            file.write(record.to_json() + "\n")
+            number += 1
     return number
-
-
-def output_file(path: Path | str) -> Path:
-    """The file behind a path and its links, which stay links; its folder is made.
-
-    Raises UserError where it is something else than a file.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: exists and is not a regular file: choose another output file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def content_id(*parts: str) -> str:

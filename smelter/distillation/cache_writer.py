@@ -7,22 +7,32 @@ on; `index.json` takes its place at the end. Nothing depends on when the process
 """
 
 import contextlib
-import errno
 import json
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
-from smelter.base import ConfigError, DataError, file_sha256
+from smelter.base import (
+    DISK_FULL,
+    ConfigError,
+    DataError,
+    append_bytes,
+    file_sha256,
+    free_bytes,
+    fsync,
+    make_folder,
+    megabytes,
+    write_json,
+)
 from smelter.distillation.cache import INDEX, LENGTH_DTYPE, LENGTHS, UNFINISHED, TeacherCache
 
 Resume = Literal["auto", "must", "never"]
 
 
-def _say(values: dict[str, Any]) -> dict[str, Any]:
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """An index's settings in one level: arrangement.seed and so on."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -57,13 +67,13 @@ def state_of(folder: Path, settings: dict[str, Any], resume: Resume) -> Literal[
     if resume == "never":
         raise DataError(f"{folder}: already holds a cache, which --resume never leaves alone: choose another --out")
     try:
-        there = _say(json.loads((folder / state).read_text(encoding="utf-8")))
+        earlier = _flat(json.loads((folder / state).read_text(encoding="utf-8")))
     except (ValueError, AttributeError):
         raise DataError(f"{folder / state}: damaged: remove {folder}, or choose another --out") from None
     differing = [
-        f"{key} = {value!r} (there: {there.get(key)!r})"
-        for key, value in _say(settings).items()
-        if there.get(key) != value and key != "teacher.path"
+        f"{key} = {value!r} (there: {earlier.get(key)!r})"
+        for key, value in _flat(settings).items()
+        if earlier.get(key) != value and key != "teacher.path"
     ]
     if differing:
         raise ConfigError(
@@ -72,14 +82,27 @@ def state_of(folder: Path, settings: dict[str, Any], resume: Resume) -> Literal[
     return "complete" if state == INDEX else "unfinished"
 
 
+def begin_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder that says what is being made, and that it is not finished."""
+    make_folder(folder)
+    write_json(folder / UNFINISHED, settings, indent=1, ensure_ascii=True)
+
+
+def finish_folder(folder: Path, index: dict[str, Any]) -> None:
+    """Write the index, which takes the place of what `begin_folder` wrote."""
+    write_json(folder / INDEX, index, indent=1, ensure_ascii=True)
+    (folder / UNFINISHED).unlink()
+    fsync(folder)
+
+
 def _lengths(folder: Path, settings: dict[str, Any]) -> list[int]:
     """Lengths of the rows that are safely written."""
     file = folder / LENGTHS
     raw = file.read_bytes() if file.is_file() else b""
     lengths = np.frombuffer(raw[: len(raw) // LENGTH_DTYPE.itemsize * LENGTH_DTYPE.itemsize], dtype=LENGTH_DTYPE)
     # A file that grew before a power cut and was not filled ends in zeros; no record is that short.
-    found: list[int] = lengths[: int(np.argmin(lengths)) if len(lengths) and not lengths.min() else None].tolist()
-    return found[: settings["arrangement"]["num_rows"]]
+    safe: list[int] = lengths[: int(np.argmin(lengths)) if len(lengths) and not lengths.min() else None].tolist()
+    return safe[: settings["arrangement"]["num_rows"]]
 
 
 class CacheWriter:
@@ -92,8 +115,7 @@ class CacheWriter:
         self._file: IO[bytes] | None = None
         self._waiting: list[int] = []
         with self._full_disk_is_said():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / UNFINISHED, settings)
+            begin_folder(folder, settings)
             done = _lengths(folder, settings)
             for length in done:
                 self._count(length)
@@ -107,7 +129,7 @@ class CacheWriter:
             self._cut(lengths, len(done) * LENGTH_DTYPE.itemsize)
             if self.files:
                 self._file = (folder / self.files[-1]["name"]).open("ab")
-            fsync_folder(folder)
+            fsync(folder)
         self.num_rows = len(done)
 
     @property
@@ -148,10 +170,7 @@ class CacheWriter:
             return
         with self._full_disk_is_said():
             self._sync_rows()
-            with (self.folder / LENGTHS).open("ab") as file:
-                file.write(np.array(self._waiting, dtype=LENGTH_DTYPE).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            append_bytes(self.folder / LENGTHS, np.array(self._waiting, dtype=LENGTH_DTYPE).tobytes())
         self._waiting = []
 
     def finish(self) -> TeacherCache:
@@ -178,11 +197,7 @@ class CacheWriter:
                 "mean_entries": entries / max(tokens, 1),
                 "bytes_per_token": (self.num_bytes + cache.num_rows * LENGTH_DTYPE.itemsize) / size,
             }
-            temporary = self.folder / f".{INDEX}"
-            write_json(temporary, index)
-            temporary.rename(self.folder / INDEX)
-            (self.folder / UNFINISHED).unlink()
-            fsync_folder(self.folder)
+            finish_folder(self.folder, index)
         return TeacherCache(self.folder, index)
 
     def close(self) -> None:
@@ -199,45 +214,16 @@ class CacheWriter:
         os.fsync(self._file.fileno())
 
     @contextlib.contextmanager
-    def _full_disk_is_said(self) -> Any:
+    def _full_disk_is_said(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_FULL:
                 raise
             done = len(_lengths(self.folder, self.settings))
             left = self.settings["arrangement"]["num_rows"] - done
-            needed = left * self.num_bytes // max(self.num_rows_counted, 1)
+            needed = left * self.num_bytes // max(sum(entry["rows"] for entry in self.files), 1)
             raise DataError(
-                f"{self.folder}: {error.strerror} after {done:,} rows: {needed / 1e6:,.1f} MB more are needed and "
-                f"{free_bytes(self.folder) / 1e6:,.1f} MB are free: make room and run the same command, which goes on"
+                f"{self.folder}: {error.strerror} after {done:,} rows: {megabytes(needed)} more are needed and "
+                f"{megabytes(free_bytes(self.folder))} are free: make room and run the same command, which goes on"
             ) from None
-
-    @property
-    def num_rows_counted(self) -> int:
-        """Rows in the table of files."""
-        return sum(entry["rows"] for entry in self.files)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space where `folder` is or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a small file and bring it to the disk."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        json.dump(values, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

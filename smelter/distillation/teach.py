@@ -19,19 +19,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smelter.base import ConfigError, DataError, parse
+from smelter.base import ConfigError, DataError, Progress, free_bytes, megabytes, parse, short_duration
 from smelter.config import Config, DataConfig, load_config
 from smelter.data import Batch, BatchStream, philox, prefetch
 from smelter.distillation import teach_chunks
 from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, TeacherCache, row_format
-from smelter.distillation.cache_writer import CacheWriter, Resume, begin, free_bytes
+from smelter.distillation.cache_writer import CacheWriter, Resume, begin
 from smelter.distillation.sparse import Entries, count_draws, draw, entropy, likeliest
 from smelter.distillation.teacher import TeacherModel, is_hf_folder, load_teacher, teacher_name, weights_hash
 from smelter.losses import TeacherHead
-from smelter.run import Precision, StopSignal, load_checkpoint, pick_device, pick_dtype, short_duration, short_number
+from smelter.run import Precision, StopSignal, load_checkpoint, pick_device, pick_dtype
 from smelter.tokens import ShardSet
 
 FLUSH_SECONDS = 5.0
+"""What a kill costs, at most: what is told as done is safe."""
 CHUNK_BYTES = 2**28
 """Memory for a chunk's logits, probabilities and their sums."""
 
@@ -129,8 +130,8 @@ def _student(options: TeachOptions) -> Config | None:
 
 def plan(options: TeachOptions, shards: ShardSet) -> Plan:
     """Resolve the options against recipe, teacher and shards. Raises UserError for what does not fit."""
-    given = _student(options)
-    config = given or Config()
+    student = _student(options)
+    config = student or Config()
     seq_len = options.seq_len or config.model.max_seq_len
     names = ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -156,7 +157,7 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
     temperature = options.temperature
     if temperature is None:
         temperature = config.distillation.temperature if options.recipe is not None else 1.0
-    vocab_size = shards.tokenizer.vocab_size if given is None else config.model.vocab_size
+    vocab_size = shards.tokenizer.vocab_size if student is None else config.model.vocab_size
     if vocab_size < shards.tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {vocab_size} is smaller than the tokenizer of {shards.path} "
@@ -231,12 +232,12 @@ def _uniforms(seed: int, row: int, num_tokens: int, num_draws: int) -> NDArray[n
     return (raw.view("<u4")[:size] * 2.0**-32).reshape(num_tokens, num_draws)
 
 
-def _settings(options: TeachOptions, made: Plan, teacher: TeacherModel, digest: str) -> dict[str, Any]:
+def _settings(options: TeachOptions, work: Plan, teacher: TeacherModel, digest: str) -> dict[str, Any]:
     """What the index says before anything is written."""
     vocab_size = len(teacher.head)
-    if made.arrangement.seq_len > teacher.max_seq_len:
+    if work.arrangement.seq_len > teacher.max_seq_len:
         raise ConfigError(
-            f"{teacher.path}: reads rows of at most {teacher.max_seq_len:,} tokens, not {made.arrangement.seq_len:,}: "
+            f"{teacher.path}: reads rows of at most {teacher.max_seq_len:,} tokens, not {work.arrangement.seq_len:,}: "
             f"use --seq-len {teacher.max_seq_len} and as much for the student's model.max_seq_len"
         )
     if options.method == "top_k" and options.top_k > vocab_size:
@@ -244,80 +245,63 @@ def _settings(options: TeachOptions, made: Plan, teacher: TeacherModel, digest: 
     return {
         "format": FORMAT,
         "version": VERSION,
-        "arrangement": asdict(made.arrangement),
+        "arrangement": asdict(work.arrangement),
         "teacher": {"path": str(teacher.path), "weights_sha256": digest},
         "method": options.method,
         "draws": options.draws if options.method == "sampled" else 0,
         "top_k": options.top_k if options.method == "top_k" else 0,
         "log_prob_dtype": options.log_prob_dtype,
-        "temperature": made.temperature,
+        "temperature": work.temperature,
         "vocab_size": vocab_size,
     }
-
-
-class _Progress:
-    """A line on stderr every few seconds."""
-
-    def __init__(self, done: int, total: int, seq_len: int) -> None:
-        self.begin, self.total, self.seq_len = done, total, seq_len
-        self.start = self.last = time.monotonic()
-
-    def say(self, done: int, *, now: bool = False) -> None:
-        if time.monotonic() - self.last < FLUSH_SECONDS and not now:
-            return
-        self.last = time.monotonic()
-        rate = (done - self.begin) / max(self.last - self.start, 1e-9)
-        left = short_duration((self.total - done) / rate) if rate else "?"
-        text = f"{done:,} of {self.total:,} rows, {rate:.2f} rows/s, {short_number(rate * self.seq_len)} tokens/s"
-        print(f"teaching: {text}, about {left} left", file=sys.stderr, flush=True)
 
 
 def teach(options: TeachOptions) -> int:
     """Do what `smelter teach` does and say what was done; returns the exit code. Raises UserError."""
     shards = ShardSet.open(options.shards)
-    made = plan(options, shards)
+    work = plan(options, shards)
     device = pick_device(options.device)
     dtype = pick_dtype(options.precision, device)
     teacher = load_teacher(
         options.teacher,
         shards.tokenizer,
-        made.vocab_size,
+        work.vocab_size,
         device=device,
         dtype=dtype,
-        use_document_mask=made.data.use_document_mask,
+        use_document_mask=work.data.use_document_mask,
     )
-    settings = _settings(options, made, teacher, weights_hash(teacher.path))
-    done = begin(made.out, settings, options.resume)
+    settings = _settings(options, work, teacher, weights_hash(teacher.path))
+    done = begin(work.out, settings, options.resume)
     if done is None:
-        print(f"{made.out}: complete already")
+        print(f"{work.out}: complete already")
         return 0
     reader = Reader(teacher, settings, device)
     stream = BatchStream(
         shards.split("train"),
         shards.tokenizer,
-        made.data,
-        seq_len=made.arrangement.seq_len,
-        seed=made.arrangement.seed,
+        work.data,
+        seq_len=work.arrangement.seq_len,
+        seed=work.arrangement.seed,
         device_batch_size=options.batch_size,
         rows_per_step=options.batch_size,
     )
     with StopSignal("finishing these rows") as stop:
-        return _run(reader, stream, made, settings, done, options.file_mb * 2**20, stop)
+        return _run(reader, stream, work, settings, done, options.file_mb * 2**20, stop)
 
 
 def _run(
     reader: Reader,
     stream: BatchStream,
-    made: Plan,
+    work: Plan,
     settings: dict[str, Any],
     done: int,
     file_bytes: int,
     stop: StopSignal,
 ) -> int:
     """Read and write from row `done` on, to the end or until a signal."""
-    size, total, seq_len = stream.device_batch_size, made.arrangement.num_rows, made.arrangement.seq_len
+    size, total, seq_len = stream.device_batch_size, work.arrangement.num_rows, work.arrangement.seq_len
     start = time.monotonic()
-    progress = _Progress(done, total, seq_len)
+    progress = Progress("teaching", "rows", total, done=done, seconds=FLUSH_SECONDS)
     writer: CacheWriter | None = None
     try:
         with closing(prefetch(stream, done // size, 0, 1)) as batches:
@@ -325,17 +309,17 @@ def _run(
                 # Whole batches even at the ends: a batch's size may change the last bit of what a teacher computes.
                 records = list(reader.records(next(batches)[0], step * size))
                 if writer is None:
-                    _say_need(made.out, sum(map(len, records)) / size, total - done, total, seq_len)
-                    writer = CacheWriter(made.out, settings, file_bytes)
+                    _say_need(work.out, sum(map(len, records)) / size, total - done, total, seq_len)
+                    writer = CacheWriter(work.out, settings, file_bytes)
                 for record in records[max(0, done - step * size) : total - step * size]:
                     writer.append(record)
-                if time.monotonic() - progress.last >= FLUSH_SECONDS or stop.number:
+                if progress.is_due or stop.number:
                     writer.flush()
-                progress.say(writer.num_rows, now=stop.number != 0)
+                    progress(writer.num_rows, now=stop.number != 0)
                 if stop.number and writer.num_rows < total:
                     print(f"stopped after {writer.num_rows:,} of {total:,} rows; the same command goes on from there")
                     return 128 + stop.number
-        writer = writer or CacheWriter(made.out, settings, file_bytes)  # all rows were there, only the index was not
+        writer = writer or CacheWriter(work.out, settings, file_bytes)  # all rows were there, only the index was not
         cache = writer.finish()
     finally:
         if writer is not None:
@@ -347,7 +331,7 @@ def _run(
 def _say_need(out: Path, bytes_per_row: float, num_rows: int, total: int, seq_len: int) -> None:
     """Say what the rest will take on the disk, by the first rows; DataError where it does not fit."""
     needed, free = int(bytes_per_row * num_rows), free_bytes(out)
-    text = f"{needed / 1e6:,.1f} MB ({bytes_per_row / seq_len:.1f} bytes a token), {free / 1e6:,.1f} MB are free"
+    text = f"{megabytes(needed)} ({bytes_per_row / seq_len:.1f} bytes a token), {megabytes(free)} are free"
     print(f"{out}: {num_rows:,} of {total:,} rows to go, about {text}", file=sys.stderr, flush=True)
     if needed > free:
         raise DataError(f"{out}: needs about {text}: make room, or lower --draws, --top-k, --epochs or --rows")

@@ -9,7 +9,6 @@ together depends on the block alone, so work that was killed and goes on writes 
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smelter.base import ConfigError, DataError, file_sha256, parse
-from smelter.distillation.cache import INDEX, UNFINISHED, VERSION
-from smelter.distillation.cache_writer import Resume, free_bytes, fsync_folder, state_of, write_json
+from smelter.base import (
+    ConfigError,
+    DataError,
+    Progress,
+    append_bytes,
+    file_sha256,
+    free_bytes,
+    fsync,
+    megabytes,
+    parse,
+    short_duration,
+)
+from smelter.distillation.cache import VERSION
+from smelter.distillation.cache_writer import Resume, begin_folder, finish_folder, state_of
 from smelter.distillation.chunk_cache import (
     FORMAT,
     NOT_SPELT,
@@ -42,7 +52,7 @@ from smelter.distillation.teacher import (
     weights_hash,
 )
 from smelter.losses import target_log_probs
-from smelter.run import Precision, StopSignal, load_model, pick_device, pick_dtype, short_duration, short_number
+from smelter.run import Precision, StopSignal, load_model, pick_device, pick_dtype
 from smelter.tokens import (
     Ids,
     ShardSet,
@@ -56,7 +66,6 @@ from smelter.tokens import (
 
 BLOCK = 64
 """Documents scored together and written at once."""
-SAY_SECONDS = 5.0
 CHUNK_BYTES = 2**28
 """Memory for a chunk of float32 logits and what is made of them."""
 
@@ -124,18 +133,18 @@ class Reader:
     def log_probs(self, spellings: Sequence[Spelling]) -> list[NDArray[np.float64]]:
         """Log-probability of every token of each document, which is read from its start."""
         ids = [np.concatenate(([self.first_id], spelling.ids)) for spelling in spellings]
-        found = [np.zeros(len(spelling.ids)) for spelling in spellings]
+        log_probs = [np.zeros(len(spelling.ids)) for spelling in spellings]
         todo = [w for number, row in enumerate(ids) for w in windows(number, len(row) - 1, self.context)]
         todo.sort(key=lambda window: window.end - window.start)  # rows of like length are padded least
         for first in range(0, len(todo), self.batch_size):
             batch = todo[first : first + self.batch_size]
             values = self._score(batch, ids)
             for window, row in zip(batch, values, strict=True):
-                found[window.document][window.done : window.end] = row
-        for row in found:
+                log_probs[window.document][window.done : window.end] = row
+        for row in log_probs:
             if not np.isfinite(row).all():
                 raise DataError(f"{self.teacher.path}: probabilities that are not finite: try --precision fp32")
-        return found
+        return log_probs
 
     def _score(self, batch: Sequence[Window], ids: Sequence[Ids]) -> list[NDArray[np.float64]]:
         """The new log-probabilities of each window."""
@@ -200,8 +209,7 @@ class _Writer:
     def __init__(self, folder: Path, settings: dict[str, Any], split: Split) -> None:
         """Begin, or go on after the last whole block that is safe."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / UNFINISHED, settings)
+        begin_folder(folder, settings)
         states = np.fromfile(folder / STATES, dtype=np.uint8) if (folder / STATES).is_file() else np.zeros(0, np.uint8)
         # States are written last, and 0 is none of them: a power cut may leave a tail of zeros.
         done = int(np.argmin(states)) if len(states) and not states.min() else len(states)
@@ -212,15 +220,12 @@ class _Writer:
             if (folder / name).stat().st_size < length:
                 raise DataError(f"{folder / name}: shorter than it was: remove {folder} and begin anew")
             os.truncate(folder / name, length)
-        fsync_folder(folder)
+        fsync(folder)
 
     def append(self, values: bytes, states: bytes) -> None:
         """Write a block, so that it is safe."""
-        for name, raw in ((VALUES, values), (STATES, states)):
-            with (self.folder / name).open("ab") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
+        append_bytes(self.folder / VALUES, values)
+        append_bytes(self.folder / STATES, states)
         self.num_docs += len(states)
 
     def finish(self, settings: dict[str, Any], split: Split) -> dict[str, Any]:
@@ -230,11 +235,11 @@ class _Writer:
         num_chunks = num_tokens = num_bytes = 0
         nats = 0.0
         for doc in np.flatnonzero(states == READ).tolist():
-            here = np.asarray(values[int(split.offsets[doc]) : int(split.offsets[doc + 1])], dtype=np.float64)
-            num_chunks += int(np.count_nonzero(~np.isnan(here)))
-            num_tokens += len(here) - 1
+            log_probs = np.asarray(values[int(split.offsets[doc]) : int(split.offsets[doc + 1])], dtype=np.float64)
+            num_chunks += int(np.count_nonzero(~np.isnan(log_probs)))
+            num_tokens += len(log_probs) - 1
             num_bytes += int(split.doc_num_bytes[doc])
-            nats -= float(np.nansum(here))
+            nats -= float(np.nansum(log_probs))
         index = settings | {
             "num_docs": split.num_docs,
             "num_not_spelt": int(np.count_nonzero(states == NOT_SPELT)),
@@ -251,11 +256,7 @@ class _Writer:
                 for name in (VALUES, STATES)
             ],
         }
-        temporary = self.folder / f".{INDEX}"
-        write_json(temporary, index)
-        temporary.rename(self.folder / INDEX)
-        (self.folder / UNFINISHED).unlink()
-        fsync_folder(self.folder)
+        finish_folder(self.folder, index)
         return index
 
 
@@ -283,24 +284,19 @@ def teach_chunks(options: TeachChunksOptions) -> int:
         return 0
     needed = split.num_tokens * VALUE_DTYPE.itemsize
     if needed > free_bytes(out) and not out.exists():
-        raise DataError(f"{out}: needs {needed / 1e6:,.1f} MB, {free_bytes(out) / 1e6:,.1f} MB are free: make room")
-    begin = said = time.monotonic()
+        raise DataError(f"{out}: needs {megabytes(needed)}, {megabytes(free_bytes(out))} are free: make room")
+    begin = time.monotonic()
     writer = _Writer(out, settings, split)
     first = writer.num_docs
+    progress = Progress("teaching", "tokens", split.num_tokens, done=int(split.offsets[first]))
     with StopSignal("finishing these documents") as stop:
         for start in range(first, split.num_docs, BLOCK):
             writer.append(*reader.read(split, shards, range(start, min(start + BLOCK, split.num_docs))))
+            documents = f"{writer.num_docs:,} of {split.num_docs:,} documents"
             if stop.number and writer.num_docs < split.num_docs:
-                done = f"{writer.num_docs:,} of {split.num_docs:,} documents"
-                print(f"stopped after {done}; the same command goes on from there")
+                print(f"stopped after {documents}; the same command goes on from there")
                 return 128 + stop.number
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                tokens = int(split.offsets[writer.num_docs] - split.offsets[first])
-                rate = tokens / (said - begin)
-                left = short_duration((split.num_tokens - int(split.offsets[writer.num_docs])) / max(rate, 1e-9))
-                text = f"{writer.num_docs:,} of {split.num_docs:,} documents, {short_number(rate)} tokens/s"
-                print(f"teaching: {text}, about {left} left", file=sys.stderr, flush=True)
+            progress(int(split.offsets[writer.num_docs]), documents)
     index = writer.finish(settings, split)
     ChunkTeacher.open(out, shards)
     print(

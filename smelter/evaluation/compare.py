@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 
+from smelter.base import table
 from smelter.evaluation.intervals import bootstrap, paired_share_difference, share_difference
 from smelter.evaluation.pass_at_k import pass_at_k
-from smelter.evaluation.results import KINDS, Case, Results, table
+from smelter.evaluation.results import KINDS, Case, Results
 
 
 @dataclass(frozen=True)

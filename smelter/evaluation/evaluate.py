@@ -7,7 +7,6 @@ docs/evaluate.md explains each figure.
 
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from smelter.base import CheckpointError, UserError, parse
+from smelter.base import CheckpointError, Progress, UserError, parse
 from smelter.bitnet import bit_linears
 from smelter.decoding import Prompt, complete_many
 from smelter.evaluation.bpb import (
@@ -73,21 +72,6 @@ def untrained(model: Model, seed: int) -> Model:
     fresh = fresh.to(model.embed_tokens.weight.device).eval()
     fresh.quantize_weights()
     return fresh
-
-
-class Progress:
-    """A line on standard error at most every few seconds, for work that takes longer than that."""
-
-    def __init__(self, what: str, total: int, seconds: float = 5.0) -> None:
-        self.what, self.total, self.seconds = what, total, seconds
-        self.start = self.last = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.last >= self.seconds and done:
-            left = (now - self.start) * (self.total - done) / done
-            print(f"{self.what}: {done:,}/{self.total:,}, {left:.0f} s to go", file=sys.stderr, flush=True)
-            self.last = now
 
 
 @dataclass(frozen=True)
@@ -161,7 +145,7 @@ class Subject:
             return "" if self.split.is_chat(i) else self.documents[i].decode(errors="replace")
 
         cases = choose_cases(len(self.documents), text, num_cases, seed, kind)
-        say = Progress(f"evaluate: {kind.replace('_', ' ')}s filled in", len(cases))
+        say = Progress(f"evaluate: {kind.replace('_', ' ')}s filled in", "gaps", len(cases))
         if kind == "single_line":
             return cases, infill_lines(self.model, self.tokenizer, cases, progress=say)
         prompts = [Prompt(case.prefix, case.suffix) for case in cases]
@@ -230,7 +214,7 @@ def _solve(subject: Subject, options: EvaluateOptions, results: Results, cases: 
                 temperature=temperature if key == "pass_at_k" else 0.0,
                 max_tokens=options.max_tokens,
                 seed=options.seed,
-                progress=Progress(f"evaluate: {name}, completions", number * len(chosen)),
+                progress=Progress(f"evaluate: {name}", "completions", number * len(chosen)),
             )
             found[name] = {
                 **summary(attempts, options.ks if key == "pass_at_k" else [1]),
@@ -268,7 +252,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
     if not 1 <= stride <= context:
         raise UserError(f"--stride {options.stride}: must lie between 1 and the model's context of {context}")
     split = open_shards(options.shards or Path(config.data.shards), tokenizer).split("val")
-    say = Progress("evaluate: bits per byte, tokens", split.num_tokens)
+    say = Progress("evaluate: bits per byte", "tokens", split.num_tokens)
     nats = document_nats(model, split, stride=stride, batch_size=options.batch_size, progress=say)
     val_bpb = float(nats.sum()) / math.log(2) / split.num_bytes
     if not math.isfinite(val_bpb):
@@ -290,10 +274,10 @@ def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
         for i in range(split.num_docs)
     ]
     lines_cases, lines = subject.fill("single_line", options.max_infill, options.seed)
-    say = Progress("evaluate: lines filled in, prefix first", len(lines_cases))
+    say = Progress("evaluate: lines filled in, prefix first", "gaps", len(lines_cases))
     psm_lines = infill_lines(model, tokenizer, lines_cases, order="psm", progress=say)
     fresh = untrained(model, config.training.seed)
-    say = Progress("evaluate: lines filled in by the untrained model", len(lines_cases))
+    say = Progress("evaluate: lines filled in by the untrained model", "gaps", len(lines_cases))
     fresh_lines = infill_lines(fresh, tokenizer, lines_cases, progress=say)
     infill: dict[str, Any] = {}
     num_spans = min(options.max_spans, options.max_infill)

@@ -22,11 +22,11 @@ import jinja2
 import tyro
 
 from smelter import __version__
-from smelter.base import ConfigError, DataError, parse
+from smelter.base import ConfigError, DataError, parse, short_duration, short_number, write_text
 from smelter.config import load_config
 from smelter.evaluation.intervals import wilson
 from smelter.evaluation.results import tables
-from smelter.run import METRICS_FILE, SAMPLES_FILE, read_metrics, short_duration, short_number
+from smelter.run import METRICS_FILE, SAMPLES_FILE, read_metrics
 
 BOX = 1000
 MAX_POINTS = 500
@@ -402,8 +402,7 @@ def render(content: Row) -> str:
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run (to RUN/report.html by default) and return its path. Raises DataError."""
     out = out or run_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(gather(run_dir)), encoding="utf-8")
+    write_text(out, render(gather(run_dir)))
     return out
 
 

@@ -5,34 +5,17 @@ written and how it was judged, which is what two evaluations are compared by.
 """
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smelter.base import DataError
+from smelter.base import DataError, percent, table, write_json, write_text
 from smelter.evaluation.intervals import wilson
 
 Results = dict[str, Any]
 Case = dict[str, Any]
 KINDS = {"single_line": "a line", "multi_line": "2 to 8 lines", "random_span": "a span of characters"}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def cases_path(results: Path) -> Path:
@@ -74,17 +57,6 @@ def _parsed(path: Path, text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}): evaluate again") from None
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; the last one is not padded."""
-    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(max(map(len, rows)))]
-    return "\n".join("  ".join(f"{cell:{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows)
-
-
-def percent(share: float | None) -> str:
-    """A share as text."""
-    return "-" if share is None else f"{share:.1%}"
 
 
 def interval(share: float, cases: int) -> str:

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +19,18 @@ import torch
 import tyro
 from torch import Tensor
 
-from smelter.base import UserError, parse
-from smelter.evaluation import table, write_json
+from smelter.base import (
+    UserError,
+    errors_name,
+    fsync,
+    fsync_all,
+    make_folder,
+    megabytes,
+    parse,
+    table,
+    write_json,
+    write_text,
+)
 from smelter.export.card import model_card, modelfile, server_command, use_section
 from smelter.export.check import (
     CapReport,
@@ -133,7 +144,7 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
         checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)
         text = modelfile(source.name, file.name, tokenizer, source.context)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        write_text(folder / "Modelfile", text)
     else:
         write_packed(folder, model, tokenizer, source.checkpoint.config, source.checkpoint.step)
         again, _, _ = load_model(folder, device="cpu", dtype=torch.float32)
@@ -196,8 +207,9 @@ def export(options: ExportOptions) -> dict[str, Any]:
         )
     work = options.out / ".tmp_export"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with errors_name(options.out, work), ExitStack() as at_the_end:
+        at_the_end.callback(shutil.rmtree, work, ignore_errors=True)
+        make_folder(work)
         reports: dict[str, dict[str, Any]] = {}
         for part, below in options.parts.items():
             folder = work / below
@@ -205,20 +217,21 @@ def export(options: ExportOptions) -> dict[str, Any]:
             checks = _write_part(part, folder, source, options)
             reports[part] = _report(part, folder, source, options, checks)
             if part == "hf":
-                (folder / "README.md").write_text(_card(source, options, reports, {part: Path()}), encoding="utf-8")
+                write_text(folder / "README.md", _card(source, options, reports, {part: Path()}))
                 reports[part]["files"]["README.md"] = (folder / "README.md").stat().st_size
             write_json(folder / "export.json", reports[part])
         if options.format == "all":
-            (work / "README.md").write_text(_card(source, options, reports, options.parts), encoding="utf-8")
+            write_text(work / "README.md", _card(source, options, reports, options.parts))
             write_json(work / "export.json", {"format": "all", "parts": reports})
+        fsync_all(work)
         for path in sorted(work.rglob("*")):
             target = options.out / path.relative_to(work)
             if path.is_dir():
-                target.mkdir(exist_ok=True)
+                make_folder(target)
             else:
                 path.replace(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for below in {Path(), *options.parts.values()}:
+            fsync(options.out / below)
     return reports
 
 
@@ -241,8 +254,8 @@ def _check_out(options: ExportOptions) -> None:
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The report of one format for people, as names and values."""
-    size, part = sum(report["files"].values()) / 1e6, report["format"]
-    yield "written", f"{report['gguf_type'] or part}, {size:,.1f} MB, checkpoint of step {report['step']:,}"
+    size, part = megabytes(sum(report["files"].values())), report["format"]
+    yield "written", f"{report['gguf_type'] or part}, {size}, checkpoint of step {report['step']:,}"
     yield "trits changed", f"{report['trits_changed']} of {report['trits']:,}"
     yield "scales changed", f"{report['scales_changed']} of {report['layers']}"
     if "tokenizer_texts" in report:

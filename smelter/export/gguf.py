@@ -9,6 +9,7 @@ bits in blocks of 256 by itself.
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,10 @@ def write_gguf(
             kind = table if tensor_name in ("model.embed_tokens.weight", "lm_head.weight") else body
         data = gguf.quants.quantize(tensor.numpy(), kind)
         writer.add_tensor(gguf_name(tensor_name, config.num_layers), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def gguf_name(hf_name: str, num_layers: int) -> str:

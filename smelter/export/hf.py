@@ -6,7 +6,6 @@ disagree about which way the scale goes; plain tensors are read alike by everyon
 are Hugging Face's, so export is a copy.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from smelter.base import UserError
+from smelter.base import UserError, write_json
 from smelter.bitnet import bit_linears
 from smelter.config import ModelConfig
 from smelter.model import Model
+from smelter.run import write_tensors
 from smelter.tokens import TEMPLATE, Tokenizer, stop_ids
 
 WEIGHTS = "model.safetensors"
@@ -105,7 +105,7 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Write weights, configuration and tokenizer into `folder`."""
     config, special = model.config, tokenizer.special
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in baked_tensors(model).items()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors)
     tokenizer.save(folder / "tokenizer.json")
     others = [name for role, name in special.roles.items() if role not in ("eos", "pad")]
     named = {"eos_token": special.eos, "pad_token": special.pad, "additional_special_tokens": others}
@@ -127,9 +127,7 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
         "special_tokens_map.json": named,
     }
     for file, values in files.items():
-        (folder / file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    # safetensors makes files that only their owner can read.
-    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
+        write_json(folder / file, values)
 
 
 def read_hf(folder: Path) -> Callable[[str], Tensor]:

@@ -10,6 +10,7 @@ from smelter.run.checkpoint import (
     prepare_run_dir,
     run_folder,
     save_checkpoint,
+    write_tensors,
 )
 from smelter.run.device import Machine, Precision, pick_device, pick_dtype
 from smelter.run.distributed import print0
@@ -20,8 +21,6 @@ from smelter.run.metrics import (
     MetricsLogger,
     progress_line,
     read_metrics,
-    short_duration,
-    short_number,
 )
 from smelter.run.packed import write_packed
 from smelter.run.plan import plan
@@ -58,7 +57,6 @@ __all__ = [
     "run_folder",
     "save_checkpoint",
     "set_rates",
-    "short_duration",
-    "short_number",
     "write_packed",
+    "write_tensors",
 ]

@@ -1,15 +1,12 @@
 """Run folders and checkpoints that survive a kill, a full disk and a careless copy.
 
 A checkpoint is a folder `checkpoints/step_0001000/`: the weights (`model.safetensors`), the tokenizer,
-the configuration, and `state/` with what only training needs. It is written under a temporary name,
-every file and folder is fsynced, and one rename publishes it, so a checkpoint is either whole or not
-there. `config.json` holds each file's size and SHA-256: a copy that was cut short is refused by name
-instead of training on from noise. The trade-off is disk: while a checkpoint is written, its
-predecessors are all still there.
+the configuration, and `state/` with what only training needs. It appears whole and on the disk, or not
+at all (`base.files`). `config.json` holds each file's size and SHA-256: a copy that was cut short is
+refused by name instead of training on from noise. The trade-off is disk: while a checkpoint is written,
+its predecessors are all still there.
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -26,7 +23,17 @@ import torch
 from torch import Tensor
 
 from smelter import __version__
-from smelter.base import CheckpointError, ConfigError
+from smelter.base import (
+    DISK_FULL,
+    CheckpointError,
+    ConfigError,
+    file_sha256,
+    free_bytes,
+    megabytes,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
 from smelter.run.distributed import is_main
 
@@ -38,7 +45,6 @@ MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, STATE_FILE = (
     "tokenizer.json",
     "state/state.pt",
 )
-TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 
 MAY_DIFFER = {
@@ -68,7 +74,7 @@ A training run of Smelter {version}. This folder can be moved or copied as it is
     smelter report {run}                    # curves and results -> report.html
     smelter export {run} --format gguf --out {run}/export/gguf
 
-A checkpoint is published by a rename once it is whole on disk; folders named `{temporary}*` are left
+A checkpoint is published by a rename once it is whole on disk; folders named `.tmp_*` are left
 over from a save that was killed and are removed by the next one.
 """
 
@@ -108,45 +114,34 @@ def save_checkpoint(
     """
     num_bytes = sum(_num_bytes(tensor, name) for name, tensor in tensors.items()) + _num_bytes(state, "state")
     folder = run_dir / "checkpoints"
-    final = folder / f"step_{step:07d}"
-    temporary = folder / f"{TEMPORARY}{final.name}"
+    path = folder / f"step_{step:07d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{TEMPORARY}*"):
+        for leftover in folder.glob(".tmp*"):
             shutil.rmtree(leftover)
-        _write_files(temporary, step, config, tensors, tokenizer_file, state)
-        _publish(temporary, final)
-        older = [path for number, path in _steps(folder) if number < step]
-        for path in older[keep - 1 :] if keep else []:
-            _remove(path)
+        with whole_folder(path) as temporary:
+            _write_files(temporary, step, config, tensors, tokenizer_file, state)
+        older = [earlier for number, earlier in _steps(folder) if number < step]
+        for earlier in older[keep - 1 :] if keep else []:
+            # Renamed first, so that a kill half-way leaves no half checkpoint under its name.
+            shutil.rmtree(earlier.rename(folder / f".tmp-old_{earlier.name}"))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = (
-            f"it needs {_mib(num_bytes)} and {_mib(shutil.disk_usage(folder).free)} are free: make room, or lower "
+            f"it needs {megabytes(num_bytes)} and {megabytes(free_bytes(folder))} are free: make room, or lower "
             "training.keep_checkpoints (earlier checkpoints are intact)"
-            if full
+            if error.errno in DISK_FULL
             else f"check {error.filename or folder} and its permissions (earlier checkpoints are intact)"
         )
-        raise CheckpointError(f"{final}: cannot save the checkpoint: {error.strerror}: {fix}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+        raise CheckpointError(f"{path}: cannot save the checkpoint: {error.strerror}: {fix}") from error
+    return path
 
 
 def _write_files(
     folder: Path, step: int, config: Config, tensors: dict[str, Tensor], tokenizer_file: Path, state: dict[str, Any]
 ) -> None:
-    """Fill `folder` and bring it to the disk, config.json with the other files' digests last."""
-    (folder / "state").mkdir(parents=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.torch.save_file(plain, folder / MODEL_FILE, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        # safetensors has no OSError: the number stands in its message.
-        if match := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(match[1]), os.strerror(int(match[1])), folder / MODEL_FILE) from None
-        raise
+    """Fill `folder`, config.json with the other files' digests last."""
+    write_tensors(folder / MODEL_FILE, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
+    (folder / "state").mkdir()
     try:
         with (folder / STATE_FILE).open("wb") as file:
             torch.save(state, file)
@@ -155,10 +150,8 @@ def _write_files(
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-    files = {}
-    for name in (MODEL_FILE, TOKENIZER_FILE, STATE_FILE):
-        _fsync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    names = (MODEL_FILE, TOKENIZER_FILE, STATE_FILE)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -167,24 +160,21 @@ def _write_files(
         "config": config_to_dict(config.at_step(step)),
         "files": files,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (folder / CONFIG_FILE, folder / "state", folder):
-        _fsync(path)
+    write_json(folder / CONFIG_FILE, manifest, ensure_ascii=True)
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint its name; one of the same step makes way."""
-    if final.exists():
-        _remove(final)
-    temporary.rename(final)
-    _fsync(final.parent)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a kill half-way leaves no half checkpoint under its name."""
-    doomed = path.with_name(f"{TEMPORARY}removed_{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write CPU tensors as safetensors with the permissions of any new file; OSError where that fails."""
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        # safetensors has no OSError: the number stands in its message.
+        if match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(file)) from None
+        raise
+    file.chmod(mode)  # it makes files that only their owner can read
 
 
 def load_checkpoint(path: Path, *, with_state: bool) -> Checkpoint:
@@ -237,7 +227,7 @@ def _problem(path: Path, manifest: dict[str, Any], with_state: bool) -> tuple[Pa
         size = file.stat().st_size
         if size != expected.get("bytes"):
             return file, f"has {size} bytes instead of {expected.get('bytes')}"
-        if _sha256(file) != expected.get("sha256"):
+        if file_sha256(file) != expected.get("sha256"):
             return file, "is damaged (its SHA-256 is not the one in config.json)"
     return None
 
@@ -284,9 +274,9 @@ def find_checkpoint(run_or_ckpt: Path) -> Path:
         if path.is_dir():
             return path
     elif path.is_dir():
-        found = latest_checkpoint(path) or next((step for _, step in _steps(path)), None)
-        if found:
-            return found
+        newest = latest_checkpoint(path) or next((checkpoint for _, checkpoint in _steps(path)), None)
+        if newest:
+            return newest
         raise CheckpointError(f"{path}: no checkpoint here: give a run folder that has been trained, or a checkpoint")
     raise CheckpointError(f"{path}: no such folder: give a run folder or a checkpoint inside one")
 
@@ -298,33 +288,26 @@ def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must
     `never` finds one, and ConfigError naming the keys where the checkpoint was trained otherwise (keys in
     `MAY_DIFFER` may change).
     """
-    found = latest_checkpoint(run_dir)
-    if resume == "must" and found is None:
+    checkpoint = latest_checkpoint(run_dir)
+    if resume == "must" and checkpoint is None:
         raise CheckpointError(f"{run_dir}: no checkpoint to resume from: use --resume auto to start a new run")
-    if resume == "never" and found is not None:
+    if resume == "never" and checkpoint is not None:
         raise CheckpointError(
-            f"{run_dir}: already holds {found.name}, which --resume never would overwrite: use --resume auto to go "
-            f"on, or another --run-dir to start anew"
+            f"{run_dir}: already holds {checkpoint.name}, which --resume never would overwrite: use --resume auto to "
+            f"go on, or another --run-dir to start anew"
         )
-    if found is not None:
-        _check_resumable(found, config)
+    if checkpoint is not None:
+        _check_resumable(checkpoint, config)
     if is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(run_dir / "config.toml", config_to_toml(config))
-        readme = README.format(
-            name=run_dir.resolve().name,
-            version=__version__,
-            config=run_dir / "config.toml",
-            run=run_dir,
-            temporary=TEMPORARY,
-        )
-        _write_text(run_dir / "README.md", readme)
-    return found
+        write_text(run_dir / "config.toml", config_to_toml(config))
+        names = {"name": run_dir.resolve().name, "config": run_dir / "config.toml", "run": run_dir}
+        write_text(run_dir / "README.md", README.format(version=__version__, **names))
+    return checkpoint
 
 
-def _check_resumable(found: Path, config: Config) -> None:
+def _check_resumable(checkpoint: Path, config: Config) -> None:
     """ConfigError where `config` would go on with something else than what the checkpoint has learned."""
-    manifest = _manifest(found)
+    manifest = _manifest(checkpoint)
     new = dict(_flat(config_to_dict(config.at_step(manifest["step"]))))
     # A key that the version which saved it did not know had its default.
     old = dict(_flat(config_to_dict(Config()))) | dict(_flat(manifest["config"]))
@@ -337,7 +320,7 @@ def _check_resumable(found: Path, config: Config) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"{found}: cannot resume with {', '.join(differing)}: set them back, or start a new run with another "
+            f"{checkpoint}: cannot resume with {', '.join(differing)}: set them back, or start a new run with another "
             f"--run-dir"
         )
 
@@ -353,8 +336,8 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     """Step and path of the checkpoints in a folder, newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
+    return sorted(steps, reverse=True)
 
 
 def _num_bytes(value: Any, where: str) -> int:
@@ -370,33 +353,3 @@ def _num_bytes(value: Any, where: str) -> int:
     if type(value) in (int, float, bool, type(None)):
         return 8
     raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, numbers and strings")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(path)
-
-
-def _fsync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and overlay file systems have no fsync for folders; the rename is still atomic there.
-        if not (error.errno == errno.EINVAL and path.is_dir()):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"

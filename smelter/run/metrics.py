@@ -26,7 +26,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from smelter.base import ConfigError, DataError
+from smelter.base import (
+    ConfigError,
+    DataError,
+    make_folder,
+    short_duration,
+    short_number,
+    whole_file,
+    write_text,
+)
 from smelter.config import Config, config_to_dict
 
 METRICS_FILE, SAMPLES_FILE, WANDB_ID_FILE = "metrics.jsonl", "samples.jsonl", "wandb_id.txt"
@@ -49,7 +57,7 @@ class MetricsLogger:
         self._tensorboard: Any = None
         if not self.enabled:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         if "wandb" in trackers:
             self._wandb = _start_wandb(run_dir, config, resume_step)
         if "tensorboard" in trackers:
@@ -107,7 +115,7 @@ def _start_wandb(run_dir: Path, config: Config, resume_step: int | None) -> Any:
         raise ConfigError("training.trackers has wandb, which is not installed: pip install wandb") from None
     id_file = run_dir / WANDB_ID_FILE
     if resume_step is None or not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        write_text(id_file, uuid.uuid4().hex[:12])
     try:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "smelter"),
@@ -162,26 +170,6 @@ def progress_line(values: Mapping[str, float | None]) -> str:
     return " | ".join(parts)
 
 
-def short_number(value: float) -> str:
-    """3 significant digits and a unit: 950, 18.2k, 101M, 2.5B."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
-    return f"{float(f'{value:.3g}'):g}"
-
-
-def short_duration(seconds: float) -> str:
-    """The two largest units: 12s, 6m12s, 3h05m, 2d04h."""
-    total = max(0, round(seconds))
-    if total < 60:
-        return f"{total}s"
-    if total < 3_600:
-        return f"{total // 60}m{total % 60:02d}s"
-    if total < 86_400:
-        return f"{total // 3_600}h{total % 3_600 // 60:02d}m"
-    return f"{total // 86_400}d{total % 86_400 // 3_600:02d}h"
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every line of a metrics or samples file.
 
@@ -219,9 +207,5 @@ def drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_metrics(path) if row["step"] <= step] if step >= 0 else []
-    temporary = path.with_name(f".tmp_{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

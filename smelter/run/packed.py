@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from smelter import __version__
-from smelter.base import CheckpointError, UserError
+from smelter.base import CheckpointError, UserError, write_json
 from smelter.bitnet import bit_linears, pack_trits, unpack_trits
 from smelter.config import Config, config_from_dict, config_to_dict
 from smelter.model import Model
-from smelter.run.checkpoint import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, Checkpoint
+from smelter.run.checkpoint import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, Checkpoint, write_tensors
 from smelter.tokens import Tokenizer
 
 FORMAT = "smelter-packed"
@@ -45,7 +45,7 @@ def write_packed(folder: Path, model: Model, tokenizer: Tokenizer, config: Confi
         else:
             dtype = torch.float32 if parameter.ndim == 1 else torch.bfloat16
             tensors[key] = parameter.detach().to("cpu", dtype).contiguous()
-    safetensors.torch.save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+    write_tensors(folder / MODEL_FILE, tensors)
     tokenizer.save(folder / TOKENIZER_FILE)
     values = {
         "format": FORMAT,
@@ -54,9 +54,7 @@ def write_packed(folder: Path, model: Model, tokenizer: Tokenizer, config: Confi
         "step": step,
         "config": config_to_dict(config),
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    # safetensors makes files that only their owner can read.
-    (folder / MODEL_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
+    write_json(folder / CONFIG_FILE, values, ensure_ascii=True)
 
 
 def is_packed(path: Path) -> bool:

@@ -11,13 +11,11 @@ equal bytes.
 
 import hashlib
 import json
-import os
-import shutil
-import sys
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +23,17 @@ from typing import IO, Any
 import numpy as np
 import tyro
 
-from smelter.base import ConfigError, DataError, file_sha256, nearest, parse
+from smelter.base import (
+    ConfigError,
+    DataError,
+    Progress,
+    file_sha256,
+    megabytes,
+    nearest,
+    parse,
+    whole_folder,
+    write_json,
+)
 from smelter.tokens.chat import ChatFormat, head
 from smelter.tokens.documents import Document, Records, parse_teacher_weights
 from smelter.tokens.shards import DOCUMENT_TABLE, FORMAT, SPLITS, VERSION, file_entries
@@ -132,8 +140,6 @@ class _SplitWriter:
     def close(self) -> None:
         """End the file that is being written, if any."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 
@@ -148,7 +154,7 @@ class _SplitWriter:
         table["sha256"] = np.frombuffer(self._hashes, dtype=np.uint8).reshape(-1, 32)
         documents, sources = f"{self.name}_documents.npy", f"{self.name}_sources.json"
         np.save(self.folder / documents, table)
-        _write_json(self.folder / sources, list(self._source_index))
+        write_json(self.folder / sources, list(self._source_index), indent=1)
         for file in self._files:
             file["sha256"] = file_sha256(self.folder / file["name"])
         return {
@@ -163,14 +169,6 @@ class _SplitWriter:
             "documents": {"name": documents, "sha256": file_sha256(self.folder / documents)},
             "sources": {"name": sources, "sha256": file_sha256(self.folder / sources)},
         }
-
-
-def _write_json(path: Path, values: Any) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Sides:
@@ -192,29 +190,6 @@ class Sides:
         digest = hashlib.sha256(document.source.encode()).digest()
         by_hash = "val" if int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64 else "train"
         return self._said.get(document.source, by_hash)
-
-
-class _Progress:
-    """A line on stderr every few seconds of long work."""
-
-    def __init__(self, what: str, total_bytes: int, seconds: float = 5.0) -> None:
-        self.what, self.total, self.seconds = what, max(total_bytes, 1), seconds
-        self.done = 0
-        self.start = self.last = time.monotonic()
-
-    def add(self, num_bytes: int) -> None:
-        self.done += num_bytes
-        now = time.monotonic()
-        if now - self.last >= self.seconds:
-            self.last = now
-            rate = self.done / (now - self.start)
-            left = (self.total - self.done) / rate
-            text = f"{self.what}: {_mb(self.done)} of {_mb(self.total)}, {_mb(rate)}/s, about {left:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -264,7 +239,7 @@ def survey(records: Records, val_fraction: float) -> Survey:
 def training_texts(records: Records, overview: Survey, max_bytes: int) -> Iterator[str]:
     """Texts of the train side, about `max_bytes` of them: chosen by their hash, so from everywhere alike."""
     share = max_bytes / max(overview.num_bytes["train"], 1)
-    progress = _Progress("reading for the tokenizer", sum(overview.num_bytes.values()))
+    progress = Progress("reading for the tokenizer", "MB", sum(overview.num_bytes.values()))
     for document in records:
         raw = document.content.encode()
         progress.add(len(raw))
@@ -334,12 +309,11 @@ def tokenize(options: TokenizeOptions) -> Path:
     _report_reading(records, overview)
     tokenizer = _tokenizer(options, records, overview)
     dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
-    partial = options.out.parent / f".{options.out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writers = {name: _SplitWriter(partial, name, dtype, options.shard_tokens) for name in SPLITS}
-    try:
-        progress = _Progress("tokenizing", sum(overview.num_bytes.values()))
+    with whole_folder(options.out) as partial, ExitStack() as files_to_close:
+        writers = {name: _SplitWriter(partial, name, dtype, options.shard_tokens) for name in SPLITS}
+        for writer in writers.values():
+            files_to_close.callback(writer.close)
+        progress = Progress("tokenizing", "MB", sum(overview.num_bytes.values()))
         for document, ids, num_prompt in encode_documents(records, tokenizer):
             writers[overview.sides.of(document)].add(document, ids, num_prompt)
             progress.add(len(document.content.encode()))
@@ -360,12 +334,7 @@ def tokenize(options: TokenizeOptions) -> Path:
             "teacher_weights": records.teacher_weights,
             "splits": {name: writer.finish() for name, writer in writers.items()},
         }
-        _write_json(partial / "index.json", index)
-        _move(partial, options.out)
-    finally:
-        for writer in writers.values():
-            writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "index.json", index, indent=1)
     for name, writer in writers.items():
         split, size = index["splits"][name], writer.num_content_bytes
         chats = f", {writer.num_chats:,} of them conversations" if writer.num_chats else ""
@@ -387,7 +356,7 @@ def _tokenizer(options: TokenizeOptions, records: Records, overview: Survey) -> 
         wanted = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
         limit = options.tokenizer_mb * 2**20
         tokenizer = Tokenizer.train(training_texts(records, overview, limit), wanted, options.special)
-        text = _mb(min(limit, overview.num_bytes["train"]))
+        text = megabytes(min(limit, overview.num_bytes["train"]))
         print(f"tokenizer: {tokenizer.vocab_size:,} tokens trained on {text} in {time.monotonic() - start:.1f} s")
     for notice in tokenizer.notices:
         print(f"tokenizer: {notice}")
@@ -425,16 +394,6 @@ def _check_target(out: Path) -> None:
         raise DataError(
             f"{out}: also holds {others[0]!r}, which is not of the shards: move it, or choose another --out"
         )
-
-
-def _move(partial: Path, out: Path) -> None:
-    """Put the finished folder in its place; the old one goes once the new one is there."""
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def main(argv: list[str]) -> int:

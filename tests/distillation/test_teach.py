@@ -212,6 +212,30 @@ def test_stopped_at_any_row_it_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
+def test_stopped_while_it_begins_again_it_goes_on_all_the_same(
+    teacher: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being made is written down anew by whoever goes on: never half of it."""
+
+    def stopped(*arguments: object, **options: object) -> None:
+        raise Stopped
+
+    out = tmp_path / "c"
+    with monkeypatch.context() as patched:
+        patched.setattr(CacheWriter, "finish", stopped)
+        with pytest.raises(Stopped):
+            make_cache(teacher, shards, out)
+    before = contents(out)
+    settings = json.loads(before["unfinished.json"])
+    with monkeypatch.context() as patched:
+        for name in ("dump", "dumps"):
+            patched.setattr(json, name, stopped)
+        with pytest.raises(Stopped):
+            CacheWriter(out, settings, 2**20)
+    assert contents(out) == before
+    make_cache(teacher, shards, out)
+
+
 KILLED = """
 import os, signal, sys
 from smelter.distillation import teach

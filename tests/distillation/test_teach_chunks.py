@@ -16,7 +16,7 @@ from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import BatchStream
 from smelter.distillation import teach_chunks
-from smelter.distillation.cache_writer import write_json
+from smelter.distillation.cache_writer import begin_folder
 from smelter.distillation.chunk_cache import ChunkTeacher
 from smelter.distillation.teach_chunks import BLOCK, Window, windows
 from smelter.distillation.teacher import CheckpointTeacher
@@ -156,7 +156,7 @@ def test_stopped_and_killed_it_writes_the_same_bytes(
     states.write_bytes(states.read_bytes()[:-3] + bytes(2))  # a torn block
     writer = teach_chunks._Writer(tmp_path / "out", {}, ShardSet.open(folder / "shards").split("train"))
     assert writer.num_docs == 24
-    write_json(tmp_path / "out" / "unfinished.json", settings)
+    begin_folder(tmp_path / "out", settings)
     assert teach_chunks.teach_chunks(command) == 0
     for name in ("chunks.f16", "states.u1", "index.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from smelter.__main__ import main
-from smelter.evaluation import evaluate as module
 from smelter.evaluation.bpb import compressor_baselines
 from smelter.evaluation.evaluate import bits_per_byte, trit_counts, untrained
 from smelter.evaluation.problems import OWN_PROBLEMS
@@ -195,14 +194,3 @@ def test_shards_of_another_tokenizer_and_broken_models_are_refused(
     run = tiny.checkpoint(tmp_path / "run", broken, shards=str(shards))
     assert main(["evaluate", str(run), "--device", "cpu"]) == 2
     assert "earlier checkpoint" in capsys.readouterr().err
-
-
-def test_progress_speaks_rarely_and_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    quiet, chatty = module.Progress("work", 10), module.Progress("work", 10, seconds=0)
-    for done in range(11):
-        quiet(done)
-        chatty(done)
-    out = capsys.readouterr()
-    assert not out.out
-    assert out.err.count("work: ") == 10
-    assert "work: 10/10, 0 s to go" in out.err

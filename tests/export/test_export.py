@@ -412,6 +412,19 @@ def test_another_model_in_the_folder_is_not_overwritten(tmp_path: Path, capsys: 
     assert run_export(run, out, "--format", "hf", "--force") == 0
 
 
+@pytest.mark.parametrize(("part", "name"), [("hf", "/model.safetensors"), ("gguf", "")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    small_disk: Path, tmp_path: Path, part: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tiny.checkpoint(tmp_path / "run", calm_model()), small_disk / "out"
+    (small_disk / "others").write_bytes(bytes(2**21 - 2**16))
+    assert run_export(run, out, "--format", part, "--gguf-type", "F16") == 2
+    error = capsys.readouterr().err
+    assert f"error: {out}{name}: No space left on device" in error
+    assert error.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
 def test_a_failed_export_leaves_the_folder_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,12 +24,11 @@ from foundry.stats import (
     rarest_joined,
     read_rejects,
     render,
-    short_number,
 )
 from smelter.base.errors import UserError
 from smelter.base.record import Record, Response, write_records
 
-HOSTILE = '</title><script>alert("1")</script>\'{{ 7 * 6 }}&\u2028'
+HOSTILE = '</title><script>alert("1")</script>\'{{ 77 * 999 }}&\u2028'
 
 
 def answered(prompt: str, *responses: Response, source: str = "mine.txt:1", license: str = "unknown") -> Record:
@@ -167,7 +166,7 @@ def test_hostile_names_are_text_on_the_page_and_harmless_on_the_terminal() -> No
     assert page.tags["title"] == 1 + page.tags["rect"]
     assert not page.open
     assert "<script>" in "".join(page.words)
-    assert "42" not in "".join(page.words)
+    assert "76923" not in "".join(page.words)
     assert all(not name.startswith("on") for name, _ in page.attributes)
     table = stats.table()
     assert "\x1b" not in table
@@ -231,7 +230,7 @@ def test_the_command_prints_and_writes(files: tuple[Path, Path], capsys: pytest.
         (["clean.jsonl", "--open"], r"--open without --html: say where the page is to be written"),
         (["clean.jsonl", "--rejects", "bad.jsonl"], r'bad\.jsonl:1: no "reason": give the rejects of foundry clean'),
         (["clean.jsonl", "--htm", "x"], r"--htm"),
-        (["clean.jsonl", "--html", "."], r"\.: Is a directory"),
+        (["clean.jsonl", "--html", "."], r"\.: exists and is not a regular file"),
         ([], r"no file of records: give one, such as data/clean\.jsonl"),
     ],
 )
@@ -290,9 +289,7 @@ def test_origin_is_the_first_part(source: str, name: str) -> None:
     assert origin(source) == name
 
 
-def test_numbers_are_short() -> None:
-    numbers = [0, 950, 999.7, 18_240, 101_000_000, 2.5e9]
-    assert [short_number(number) for number in numbers] == ["0", "950", "1k", "18.2k", "101M", "2.5B"]
+def test_amounts_have_the_digits_that_matter() -> None:
     amounts = [None, 0, 12.4, 1_234.5, 0.000512, 0.25]
     assert [dollars(amount) for amount in amounts] == [
         "none kept",

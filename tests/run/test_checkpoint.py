@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models
 
@@ -29,6 +30,7 @@ from smelter.run.checkpoint import (
     load_checkpoint,
     prepare_run_dir,
     save_checkpoint,
+    write_tensors,
 )
 
 CONFIG = preset("tiny")
@@ -154,30 +156,16 @@ def test_leftovers_of_a_killed_save_go_with_the_next(tmp_path: Path, tokenizer_f
     assert names(tmp_path) == ["step_0000010"]
 
 
-def test_everything_is_on_disk_before_the_rename(
-    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-
-    def spy_fsync(descriptor: int) -> None:
-        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    def spy_rename(self: Path, target: Path) -> Path:
-        events.append("rename")
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(Path, "rename", spy_rename)
-    save(tmp_path, 1, tokenizer_file)
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+def test_everything_is_on_disk_before_the_rename(tmp_path: Path, tokenizer_file: Path, disk_events: list[str]) -> None:
+    save(tmp_path / "runs" / "new", 1, tokenizer_file)
+    place = disk_events.index("-> step_0000001")
     files = {"model.safetensors", "tokenizer.json", "state.pt", "config.json", "state", ".tmp_step_0000001"}
-    assert set(before) == files
-    assert after == ["checkpoints"]
+    above = {tmp_path.name, "runs", "new"}  # where the names of new folders stand
+    assert set(disk_events[:place]) == {*files, *above, "~", "-> config.json"}
+    assert disk_events[place + 1 :] == ["checkpoints"]
 
 
-@pytest.mark.parametrize("failing_call", range(1, 8))
+@pytest.mark.parametrize("failing_call", range(1, 10))
 def test_a_save_that_fails_anywhere_leaves_the_previous_one(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, failing_call: int
 ) -> None:
@@ -196,7 +184,7 @@ def test_a_save_that_fails_anywhere_leaves_the_previous_one(
         save(tmp_path, 2, tokenizer_file, keep=1)
     assert "step_0000002" in one_line(error)
     # The last call comes after the rename: then the new one is there as well, and both are whole.
-    assert names(tmp_path) == ["step_0000001"] + ["step_0000002"] * (failing_call == 7)
+    assert names(tmp_path) == ["step_0000001"] + ["step_0000002"] * (failing_call == 9)
     for name in names(tmp_path):
         load_checkpoint(tmp_path / "checkpoints" / name, with_state=True)
 
@@ -247,7 +235,7 @@ def test_a_full_disk_costs_nothing_but_the_new_checkpoint(small_disk: Path, toke
         save(small_disk, 2, tokenizer_file, **({"tensors": heavy} if large == "model" else {"state": heavy}))
     message = one_line(error)
     assert str(small_disk / "checkpoints" / "step_0000002") in message
-    assert "MiB are free" in message
+    assert "MB are free" in message
     assert names(small_disk) == ["step_0000001"]
     load_checkpoint(small_disk, with_state=True)
     save(small_disk, 3, tokenizer_file)  # and what was half written no longer takes room
@@ -359,6 +347,22 @@ def test_a_new_run_folder_explains_itself(tmp_path: Path) -> None:
     readme = (run / "README.md").read_text()
     assert f"smelter train {run / 'config.toml'} --resume must" in readme
     assert sorted(path.name for path in run.iterdir()) == ["README.md", "config.toml"]
+
+
+def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, disk_events: list[str]) -> None:
+    prepare_run_dir(tmp_path / "runs" / "new", CONFIG, "auto")
+    assert {tmp_path.name, "runs"} <= set(disk_events[: disk_events.index("-> config.toml")])
+    assert disk_events[-1] == "new"
+
+
+def test_tensors_are_written_like_any_file(small_disk: Path) -> None:
+    (small_disk / "any").touch()
+    write_tensors(small_disk / "t.safetensors", {"a": torch.ones(2)})
+    modes = {path.stat().st_mode for path in small_disk.iterdir()}
+    assert len(modes) == 1
+    assert torch.equal(safetensors.torch.load_file(small_disk / "t.safetensors")["a"], torch.ones(2))
+    with pytest.raises(OSError, match=f"No space left on device: '{small_disk}/large'"):
+        write_tensors(small_disk / "large", {"a": torch.ones(2**20)})
 
 
 def test_resume_must_and_never(tmp_path: Path, tokenizer_file: Path) -> None:

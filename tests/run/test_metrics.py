@@ -18,8 +18,6 @@ from smelter.run.metrics import (
     drop_after,
     progress_line,
     read_metrics,
-    short_duration,
-    short_number,
 )
 
 CONFIG = preset("tiny")
@@ -87,6 +85,15 @@ def test_resuming_at_step_0_keeps_step_0(tmp_path: Path) -> None:
     assert logged(tmp_path) == [0]
     drop_after(tmp_path / "absent.jsonl", 0)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_a_full_disk_leaves_the_lines_and_nothing_else(small_disk: Path) -> None:
+    path = small_disk / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "text": "x" * 1_200_000}) + '\n{"step": 2}\n')
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        drop_after(path, 1)
+    assert list(small_disk.iterdir()) == [path]
+    assert logged(small_disk) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -233,10 +240,3 @@ def test_wandb_that_cannot_start_names_the_way_out(tmp_path: Path, monkeypatch: 
 )
 def test_progress_line(values: dict[str, float | None], line: str) -> None:
     assert progress_line(values) == line
-
-
-def test_short_numbers_and_durations() -> None:
-    numbers = [0, 0.01234, 950, 999.7, 18_234, 999_960, 101_000_000, 2.5e9]
-    assert [short_number(value) for value in numbers] == ["0", "0.0123", "950", "1k", "18.2k", "1M", "101M", "2.5B"]
-    seconds = [-3, 11.6, 59.6, 372, 3_599.7, 11_100, 86_400 * 2 + 4 * 3_600]
-    assert [short_duration(value) for value in seconds] == ["0s", "12s", "1m00s", "6m12s", "1h00m", "3h05m", "2d04h"]
