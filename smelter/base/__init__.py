@@ -3,7 +3,7 @@
 from smelter.base import cli, sandbox
 from smelter.base.cli import parse, run
 from smelter.base.errors import CheckpointError, ConfigError, DataError, UserError, nearest, require
-from smelter.base.files import file_sha256
+from smelter.base.files import file_sha256, write_json, write_text
 from smelter.base.record import (
     MAX_LINE_BYTES,
     MAX_WEIGHT,
@@ -49,5 +49,7 @@ __all__ = [
     "run",
     "run_python",
     "sandbox",
+    "write_json",
     "write_records",
+    "write_text",
 ]

@@ -2,11 +2,6 @@
 
 from smelter.evaluation.bpb import validation_loss
 from smelter.evaluation.gaps import samples
-from smelter.evaluation.results import table, write_json
+from smelter.evaluation.tables import table
 
-__all__ = [
-    "samples",
-    "table",
-    "validation_loss",
-    "write_json",
-]
+__all__ = ["samples", "table", "validation_loss"]

@@ -18,6 +18,7 @@ from smelter.run.metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
     MetricsLogger,
+    Sample,
     progress_line,
     read_metrics,
     short_duration,
@@ -25,17 +26,43 @@ from smelter.run.metrics import (
 )
 from smelter.run.packed import write_packed
 from smelter.run.plan import plan
+from smelter.run.results import (
+    RESULTS_FILE,
+    Case,
+    DocumentCase,
+    GapCase,
+    GapsFilled,
+    LanguageBits,
+    LevelSolved,
+    ProblemCase,
+    Results,
+    Solved,
+    read_cases,
+    read_results,
+    write_results,
+)
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.run.signals import StopSignal
 
 __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
+    "RESULTS_FILE",
     "SAMPLES_FILE",
+    "Case",
     "Checkpoint",
+    "DocumentCase",
+    "GapCase",
+    "GapsFilled",
+    "LanguageBits",
+    "LevelSolved",
     "MetricsLogger",
     "Precision",
+    "ProblemCase",
+    "Results",
     "RunLength",
+    "Sample",
+    "Solved",
     "StopSignal",
     "device",
     "distributed",
@@ -52,11 +79,14 @@ __all__ = [
     "prepare_run_dir",
     "print0",
     "progress_line",
+    "read_cases",
     "read_metrics",
+    "read_results",
     "run_folder",
     "save_checkpoint",
     "set_rates",
     "short_duration",
     "short_number",
     "write_packed",
+    "write_results",
 ]

@@ -5,7 +5,7 @@ import pytest
 from smelter.decoding import complete as decode
 from smelter.decoding.complete import END_OF_LINE, Prompt, complete_many, complete_text, stop_pattern
 from smelter.decoding.prompts import FimOrder
-from smelter.evaluation.gaps import InfillCase, infill_lines, samples
+from smelter.evaluation.gaps import InfillCase, fill_in, samples
 from tests import tiny
 
 PROMPTS = [
@@ -62,7 +62,7 @@ def test_a_line_is_the_beginning_of_the_completion(order: FimOrder) -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     cases = [InfillCase(0, tiny.CODE[: 900 + 40 * i], "", tiny.CODE[1_000 + 40 * i : 1_500]) for i in range(12)]
     done: list[int] = []
-    lines = infill_lines(model, tokenizer, cases, order=order, max_tokens=40, progress=done.append)
+    lines = fill_in(model, tokenizer, cases, order=order, max_tokens=40, progress=done.append)
     whole = [
         complete_text(model, tokenizer, case.prefix, case.suffix, max_tokens=40, order=order).text for case in cases
     ]
@@ -71,15 +71,14 @@ def test_a_line_is_the_beginning_of_the_completion(order: FimOrder) -> None:
     assert done[-1] == len(cases)
 
 
-def test_samples_are_json_and_repeat() -> None:
+def test_samples_repeat() -> None:
     tokens = tiny.tokenizer()
     docs = [tokens.encode(tiny.CODE[i : i + 3_000]) for i in (0, 5_000, 9_000)]
     made = samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
     assert made == samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
     assert len(made) == 2
-    for row in made:
-        assert list(row) == ["prefix", "suffix", "completion", "expected"]
-        assert row["prefix"] + row["expected"] + row["suffix"] in tiny.CODE
+    for sample in made:
+        assert sample.prefix + sample.expected + sample.suffix in tiny.CODE
 
 
 @pytest.mark.parametrize(
