@@ -37,7 +37,7 @@ from smelter.base.errors import UserError, nearest
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
 from smelter.decoding.prompts import make_prompt
 from smelter.evaluation.bpb import validation_loss
-from smelter.evaluation.gaps import InfillCase, choose_cases, exact_match, infill_lines
+from smelter.evaluation.gaps import InfillCase, choose_cases, exact_match, fill_in
 from smelter.model import Model
 from smelter.run.load import load_model
 from smelter.tokens.shards import open_shards
@@ -179,7 +179,7 @@ class Runner:
         split = open_shards(Path(config.data.shards), tokenizer).split("val")
         cases = choose_cases(split.num_docs, lambda i: tokenizer.decode(split.doc(i).tolist()), num_cases)
         return {
-            "infill": exact_match(infill_lines(model, tokenizer, cases), cases),
+            "infill": exact_match(fill_in(model, tokenizer, cases), cases),
             "prefix_bpb": line_bpb(model, tokenizer, cases, show_suffix=False),
             "line_bpb": line_bpb(model, tokenizer, cases, show_suffix=True),
         }

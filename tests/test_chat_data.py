@@ -16,12 +16,13 @@ from smelter.__main__ import main
 from smelter.base.errors import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.data import BatchStream
-from smelter.evaluation.bpb import bits_per_byte, compressor_baselines, document_nats, nll_rows, validation_loss
+from smelter.evaluation.bpb import compressor_baselines, document_nats, nll_rows, validation_loss
 from smelter.tokens.chat import stop_ids
 from smelter.tokens.shards import ShardSet, Split
 from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
 from smelter.tokens.windows import IGNORED, eval_windows, spread_windows
 from tests import tiny
+from tests.evaluation.bits import bits_of_split
 
 TOKENS = tiny.tokenizer()
 EOS, END = stop_ids(TOKENS)
@@ -275,7 +276,7 @@ def test_bits_per_byte_of_an_answer_is_given_its_question(tmp_path: Path) -> Non
     nats = document_nats(model, split, stride=48)
     assert nats[0] == pytest.approx(expected, rel=1e-6)
     bpb = nats.sum() / np.log(2) / len(b"return x + 1\nabc\n")
-    assert bits_per_byte(model, split, stride=48) == pytest.approx(bpb, rel=1e-6)
+    assert bits_of_split(model, split, stride=48) == pytest.approx(bpb, rel=1e-6)
     assert validation_loss(model, split, 10**6, tokenizer=TOKENS)[1] == pytest.approx(bpb, rel=1e-6)
 
 
@@ -296,4 +297,4 @@ def test_evaluate_fills_in_lines_of_texts_and_compresses_what_it_scores(tmp_path
     assert {sample["expected"] for sample in results["samples"]} == {"plain_text = 1"}
     scored = [*(answer["text"].encode() for answer in answers), b"plain_text = 1\n" * 3]
     assert results["val_bytes"] == sum(map(len, scored))
-    assert results["gzip_bpb"] == compressor_baselines(scored)["gzip_bpb"]
+    assert results["gzip_bpb"] == compressor_baselines(scored).gzip

@@ -15,6 +15,7 @@ from smelter.decoding.generate import Prompt, complete_many, generate
 from smelter.decoding.request import Request
 from smelter.model import Model
 from smelter.run.checkpoint import save_checkpoint
+from smelter.run.results import Results
 from smelter.tokens.tokenizer import Tokenizer
 
 CODE = Path(textwrap.__file__).read_text(encoding="utf-8")
@@ -87,3 +88,33 @@ def complete(prefix: str, suffix: str | None = None, made: Model | None = None, 
     prompts = [Prompt(prefix, suffix)]
     (text,) = complete_many(made or model(), tokenizer(), prompts, **{"max_tokens": 64} | options)
     return text
+
+
+def results(**changes: Any) -> Results:
+    """What an evaluation might have found."""
+    values: dict[str, Any] = {
+        "checkpoint": "run/checkpoints/step_0000007",
+        "step": 7,
+        "num_params": 2_622_976,
+        "train_seconds": 840.2,
+        "train_tokens": 8_192_000,
+        "val_bpb": 0.897,
+        "gzip_bpb": 2.314,
+        "xz_bpb": 2.287,
+        "xz_joined_bpb": 1.702,
+        "val_bytes": 1_210_221,
+        "val_files": 63,
+        "bpb_by_language": {},
+        "context": 512,
+        "stride": 256,
+        "infill_exact_match": 0.285,
+        "infill_exact_match_psm": 0.25,
+        "infill_exact_match_untrained": 0.0,
+        "infill_cases": 400,
+        "infill_seed": 0,
+        "infill": {},
+        "activation_quant": "token",
+        "trits": {},
+        "samples": (),
+    }
+    return Results(**values | changes)

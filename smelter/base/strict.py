@@ -1,4 +1,4 @@
-"""TOML tables as frozen dataclasses: read strictly, with the ranges of the values beside the fields.
+"""Tables, of TOML or JSON, as frozen dataclasses: read strictly, with the ranges of the values beside the fields.
 
     @dataclass(frozen=True)
     class Oven:
@@ -17,7 +17,7 @@ import math
 import operator
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -44,11 +44,14 @@ def read_toml(path: Path | str, what: str) -> dict[str, Any]:
 def from_table(kind: type[T], values: Any, where: str, base: T | None = None) -> T:
     """A dataclass with the values of a table laid over `base`, or over its defaults; it may hold dataclasses in turn.
 
-    Every field has a default. Its key is its name, or the "key" of its metadata. Raises ConfigError that names `where`,
-    the key, and the nearest known one or the fix.
+    A field's key is its name, or the "key" of its metadata; one without a default must be in the table. Raises
+    ConfigError that names `where`, the key, and the nearest known one or the fix.
     """
     require(isinstance(values, dict), f"{where} must be a table")
     known = {item.metadata.get("key", item.name): item.name for item in fields(kind)}  # type: ignore[arg-type]
+    needed = {item.name for item in fields(kind) if item.default is item.default_factory is MISSING}  # type: ignore[arg-type]
+    for key, name in known.items():
+        require(key in values or name not in needed or base is not None, f"{where}: {key} is missing")
     for key, value in values.items():
         what = "table" if isinstance(value, dict) else "key"
         require(key in known, f"{where}: unknown {what} {key!r}: {nearest(key, known)}")
@@ -70,7 +73,7 @@ def _checked(value: Any, hint: Any, table: str, key: str, base: Any = None) -> A
         return from_table(hint, value, f"{table}: [{key}]", base)
     if origin is UnionType:
         (hint,) = (arg for arg in args if arg is not NoneType)
-        return _checked(value, hint, table, key)
+        return None if value is None else _checked(value, hint, table, key)
     if origin is Literal:
         require(value in args, f"{where}: must be one of {', '.join(map(repr, args))}")
         return value
@@ -84,9 +87,11 @@ def _checked(value: Any, hint: Any, table: str, key: str, base: Any = None) -> A
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"{where}: must be a list")
         return tuple(_checked(item, args[0], table, key) for item in value)
-    if origin is Mapping:
+    if origin in (dict, Mapping):
         require(isinstance(value, dict), f"{where}: must be a table")
-        return value
+        if args[1] is Any:
+            return value
+        return {args[0](name): _checked(entry, args[1], f"{table}: [{key}]", name) for name, entry in value.items()}
     if hint is float and type(value) is int:
         value = float(value)
     require(type(value) is hint, f"{where}: must be {TYPE_NAMES[hint]}")

@@ -3,7 +3,4 @@
 from smelter.evaluation.bpb import validation_loss
 from smelter.evaluation.gaps import samples
 
-__all__ = [
-    "samples",
-    "validation_loss",
-]
+__all__ = ["samples", "validation_loss"]

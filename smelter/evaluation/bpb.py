@@ -12,7 +12,7 @@ import gzip
 import lzma
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from smelter.base import DataError
 from smelter.model import Model
+from smelter.run import DocumentCase, LanguageBits
 from smelter.tokens import Split, Tokenizer, batches, eval_windows, spread_windows
 
 LOGITS_AT_ONCE = 2**24
@@ -27,6 +28,11 @@ LOGITS_AT_ONCE = 2**24
 
 UNKNOWN = "unknown"
 """Language of a document whose record named none."""
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """The surprise over a text in bits, by its bytes."""
+    return nats / math.log(2) / num_bytes
 
 
 @torch.no_grad()
@@ -54,7 +60,7 @@ def validation_loss(
 
     The windows (`spread_windows`, of the model's context) are the same at every call and for every batch
     size. Tokens at the start of a window have little context, so the figure lies a little above
-    `bits_per_byte`'s. Every forward pass has the shape [batch_size, max_seq_len], so that compiled blocks
+    that of `document_nats`. Every forward pass has the shape [batch_size, max_seq_len], so that compiled blocks
     stay compiled. Raises DataError for an empty split.
     """
     nats, num_tokens, num_bytes = 0.0, 0, 0
@@ -67,7 +73,7 @@ def validation_loss(
         num_bytes += int(lengths[scored].sum())
     if not num_bytes:
         raise DataError("the held-out split is empty: tokenize again with a larger --val-fraction")
-    return nats / num_tokens, nats / math.log(2) / num_bytes
+    return nats / num_tokens, bits_per_byte(nats, num_bytes)
 
 
 def document_nats(
@@ -100,30 +106,31 @@ def document_nats(
     return totals
 
 
-def bits_per_byte(
-    model: Model,
-    split: Split,
-    *,
-    stride: int,
-    batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
-) -> float:
-    """Bits per byte over every document of the split; the arguments are those of `document_nats`."""
-    nats = document_nats(model, split, stride=stride, batch_size=batch_size, progress=progress)
-    return float(nats.sum()) / math.log(2) / split.num_bytes
+def document_cases(nats: np.ndarray[Any, Any], split: Split) -> list[DocumentCase]:
+    """`document_nats` as cases; a document is called by its number and hash."""
+    return [
+        DocumentCase(
+            measure="bits_per_byte",
+            case=f"{i}/{split.doc_hash(i)[:16]}",
+            language=split.languages[i] or UNKNOWN,
+            nats=float(nats[i]),
+            num_bytes=int(split.doc_num_bytes[i]),
+        )
+        for i in range(split.num_docs)
+    ]
 
 
-def by_language(nats: np.ndarray[Any, Any], split: Split) -> dict[str, dict[str, float]]:
-    """{language: {"bpb", "num_bytes", "num_files"}} of `document_nats`, the language with most bytes first."""
-    languages = np.array([language or UNKNOWN for language in split.languages])
-    found: dict[str, dict[str, float]] = {}
-    for language in sorted(set(languages.tolist())):
-        chosen = languages == language
-        num_bytes = int(split.doc_num_bytes[chosen].sum())
-        if num_bytes:
-            bpb = float(nats[chosen].sum()) / math.log(2) / num_bytes
-            found[language] = {"bpb": bpb, "num_bytes": num_bytes, "num_files": int(chosen.sum())}
-    return dict(sorted(found.items(), key=lambda item: -item[1]["num_bytes"]))
+def bits_of(cases: Sequence[DocumentCase]) -> LanguageBits:
+    """Bits per byte over all these documents."""
+    num_bytes = sum(case.num_bytes for case in cases)
+    return LanguageBits(bits_per_byte(float(np.sum([case.nats for case in cases])), num_bytes), num_bytes, len(cases))
+
+
+def by_language(cases: Sequence[DocumentCase]) -> dict[str, LanguageBits]:
+    """{language: its bits per byte}, the language with most bytes first; one without any is left out."""
+    groups = {name: [case for case in cases if case.language == name] for name in {case.language for case in cases}}
+    bits = {name: bits_of(groups[name]) for name in sorted(groups) if any(case.num_bytes for case in groups[name])}
+    return dict(sorted(bits.items(), key=lambda item: -item[1].num_bytes))
 
 
 def _xz_size(data: bytes) -> int:
@@ -133,11 +140,19 @@ def _xz_size(data: bytes) -> int:
     return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
 
 
-def compressor_baselines(documents: Sequence[bytes]) -> dict[str, float]:
+class Compressed(NamedTuple):
     """Bits per byte of `gzip -9` and `xz -9` of each document on its own, and of `xz -9` of all joined."""
+
+    gzip: float
+    xz: float
+    xz_joined: float
+
+
+def compressor_baselines(documents: Sequence[bytes]) -> Compressed:
+    """What compressors make of the documents."""
     total = sum(map(len, documents))
-    return {
-        "gzip_bpb": 8 * sum(len(gzip.compress(data, 9, mtime=0)) for data in documents) / total,
-        "xz_bpb": 8 * sum(map(_xz_size, documents)) / total,
-        "xz_joined_bpb": 8 * _xz_size(b"".join(documents)) / total,
-    }
+    return Compressed(
+        gzip=8 * sum(len(gzip.compress(data, 9, mtime=0)) for data in documents) / total,
+        xz=8 * sum(map(_xz_size, documents)) / total,
+        xz_joined=8 * _xz_size(b"".join(documents)) / total,
+    )

@@ -8,11 +8,16 @@ intervals are those of `smelter.evaluation.intervals`. A difference whose interv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
+from typing import TypeVar
 
 from smelter.base import table
 from smelter.evaluation.intervals import bootstrap, paired_share_difference, share_difference
-from smelter.evaluation.pass_at_k import pass_at_k
-from smelter.evaluation.results import KINDS, Case, Results
+from smelter.evaluation.pass_at_k import estimate
+from smelter.evaluation.tables import KINDS
+from smelter.run import Case, DocumentCase, GapCase, ProblemCase, Results, read_cases, read_results
+
+C = TypeVar("C", DocumentCase, GapCase, ProblemCase)
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,14 @@ class Measured:
     results: Results
     cases: list[Case]
 
-    def of(self, measure: str) -> dict[str, Case]:
-        """{case: row} of a measure."""
-        return {case["case"]: case for case in self.cases if case["measure"] == measure}
+    @classmethod
+    def read(cls, name: str, file: Path) -> "Measured":
+        """From a result file and the cases beside it. Raises DataError."""
+        return cls(name, read_results(file), read_cases(file))
+
+    def of(self, measure: str, kind: type[C]) -> dict[str, C]:
+        """{name: case} of a measure."""
+        return {case.case: case for case in self.cases if isinstance(case, kind) and case.measure == measure}
 
 
 @dataclass(frozen=True)
@@ -57,69 +67,68 @@ class Row:
         return [self.name, *values, " to ".join(limits) + star if limits else "-", self.basis]
 
 
-def _pairs(first: Measured, second: Measured, measure: str) -> list[tuple[Case, Case]]:
-    """The rows of a measure side by side, none unless both have exactly the same cases."""
-    a, b = first.of(measure), second.of(measure)
-    return [(a[case], b[case]) for case in a] if a.keys() == b.keys() else []
+def _pairs(first: Measured, second: Measured, measure: str, kind: type[C]) -> list[tuple[C, C]]:
+    """The cases of a measure side by side, none unless both have exactly the same."""
+    a, b = first.of(measure, kind), second.of(measure, kind)
+    return [(a[name], b[name]) for name in a] if a.keys() == b.keys() else []
+
+
+def _bits_row(name: str, first: float, second: float, pairs: list[tuple[DocumentCase, DocumentCase]]) -> Row:
+    limits = None
+    if len(pairs) > 1:
+        limits = bootstrap([(b.nats - a.nats) / log(2) for a, b in pairs], [a.num_bytes for a, _ in pairs])
+    basis = f"{len(pairs):,} files, paired" if pairs else "other files"
+    return Row(name, first, second, limits, basis, is_share=False)
 
 
 def _bits(first: Measured, second: Measured) -> Iterator[Row]:
-    pairs = _pairs(first, second, "bits_per_byte")
-    ones, others = (side.results.get("bpb_by_language", {}) for side in (first, second))
+    pairs = _pairs(first, second, "bits_per_byte", DocumentCase)
+    yield _bits_row("bits per byte", first.results.val_bpb, second.results.val_bpb, pairs)
+    ones, others = first.results.bpb_by_language, second.results.bpb_by_language
     languages = [language for language in ones if language in others]
-    for language in (None, *(languages if len(languages) > 1 else ())):
-        chosen = [(x, y) for x, y in pairs if language in (None, x["language"])]
-        if language is None:
-            name, a, b = "bits per byte", first.results["val_bpb"], second.results["val_bpb"]
-        else:
-            name = f"  {language}"
-            a, b = ones[language]["bpb"], others[language]["bpb"]
-        limits = None
-        if len(chosen) > 1:
-            changes = [(y["nats"] - x["nats"]) / log(2) for x, y in chosen]
-            limits = bootstrap(changes, [x["num_bytes"] for x, _ in chosen])
-        basis = f"{len(chosen):,} files, paired" if chosen else "other files"
-        yield Row(name, a, b, limits, basis, is_share=False)
+    for language in languages if len(languages) > 1 else ():
+        chosen = [(a, b) for a, b in pairs if a.language == language]
+        yield _bits_row(f"  {language}", ones[language].bpb, others[language].bpb, chosen)
 
 
 def _gaps(first: Measured, second: Measured) -> Iterator[Row]:
     for kind, title in KINDS.items():
-        a, b = (side.results.get("infill", {}).get(kind) for side in (first, second))
-        if a and b:
-            pairs = _pairs(first, second, f"infill/{kind}")
-            if pairs:
-                basis = f"{len(pairs):,} gaps, paired"
-                shares = paired_share_difference([x["exact"] for x, _ in pairs], [y["exact"] for _, y in pairs])
-                similar = bootstrap([y["edit_similarity"] - x["edit_similarity"] for x, y in pairs])
-            else:
-                basis = f"{a['cases']:,} and {b['cases']:,} gaps"
-                shares, similar = share_difference(a["exact_match"], a["cases"], b["exact_match"], b["cases"]), None
-            yield Row(f"{title}, exactly", a["exact_match"], b["exact_match"], shares, basis, is_share=True)
-            yield Row("  edit similarity", a["edit_similarity"], b["edit_similarity"], similar, basis, is_share=False)
+        a, b = (side.results.infill.get(kind) for side in (first, second))
+        if a is None or b is None:
+            continue
+        pairs = _pairs(first, second, f"infill/{kind}", GapCase)
+        if pairs:
+            basis = f"{len(pairs):,} gaps, paired"
+            shares = paired_share_difference([x.exact for x, _ in pairs], [y.exact for _, y in pairs])
+            similar = bootstrap([y.edit_similarity - x.edit_similarity for x, y in pairs])
+        else:
+            basis = f"{a.cases:,} and {b.cases:,} gaps"
+            shares, similar = share_difference(a.exact_match, a.cases, b.exact_match, b.cases), None
+        yield Row(f"{title}, exactly", a.exact_match, b.exact_match, shares, basis, is_share=True)
+        yield Row("  edit similarity", a.edit_similarity, b.edit_similarity, similar, basis, is_share=False)
 
 
 def _solved(first: Measured, second: Measured) -> Iterator[Row]:
-    for key in ("pass_at_k", "infill_files"):
-        ones, others = first.results.get(key, {}), second.results.get(key, {})
-        for name in ones:
-            pairs = _pairs(first, second, f"{key}/{name}")
-            for figure in [x for x in ones[name] if x.startswith("pass@") and x in others.get(name, {})]:
-                a, b = ones[name], others[name]
-                single = a["num_completions"] == b["num_completions"] == 1
-                if pairs and single:
-                    passed = [[bool(row["num_passed"]) for row in side] for side in zip(*pairs, strict=True)]
-                    limits: tuple[float, float] | None = paired_share_difference(*passed)
+    for measure, ones, others in (
+        ("pass_at_k", first.results.pass_at_k, second.results.pass_at_k),
+        ("infill_files", first.results.infill_files, second.results.infill_files),
+    ):
+        for name in [name for name in ones if name in others]:
+            a, b = ones[name], others[name]
+            pairs = _pairs(first, second, f"{measure}/{name}", ProblemCase)
+            basis = f"{len(pairs):,} problems, paired" if pairs else "other problems"
+            is_single = a.num_completions == b.num_completions == 1
+            for k in [k for k in a.pass_at if k in b.pass_at]:
+                limits = None
+                if pairs and is_single:
+                    limits = paired_share_difference(
+                        [x.num_passed > 0 for x, _ in pairs], [y.num_passed > 0 for _, y in pairs]
+                    )
                 elif pairs:
-                    limits = bootstrap([_estimate(y, figure) - _estimate(x, figure) for x, y in pairs])
-                else:
-                    counts = (a[figure], a["num_problems"], b[figure], b["num_problems"])
-                    limits = share_difference(*counts) if single else None
-                basis = f"{len(pairs):,} problems, paired" if pairs else "other problems"
-                yield Row(f"{name}, {figure}", a[figure], b[figure], limits, basis, is_share=True)
-
-
-def _estimate(row: Case, figure: str) -> float:
-    return pass_at_k(row["num_completions"], row["num_passed"], int(figure.removeprefix("pass@")))
+                    limits = bootstrap([estimate(y, k) - estimate(x, k) for x, y in pairs])
+                elif is_single:
+                    limits = share_difference(a.pass_at[k], a.num_problems, b.pass_at[k], b.num_problems)
+                yield Row(f"{name}, pass@{k}", a.pass_at[k], b.pass_at[k], limits, basis, is_share=True)
 
 
 def rows(first: Measured, second: Measured) -> list[Row]:
@@ -129,15 +138,16 @@ def rows(first: Measured, second: Measured) -> list[Row]:
 
 def comparison(first: Measured, second: Measured) -> str:
     """The table for a terminal, with what A and B are above it."""
+    a, b = first.results, second.results
     head = [
-        (letter, f"{side.name}, step {side.results.get('step')}, {side.results.get('num_params', 0):,} parameters")
+        (letter, f"{side.name}, step {side.results.step}, {side.results.num_params:,} parameters")
         for letter, side in (("A", first), ("B", second))
     ]
     lines = [["", "A", "B", "B - A", "95% interval", "of"], *(row.cells() for row in rows(first, second))]
     notes = [
-        f"{key}: {first.results.get(key)} in A, {second.results.get(key)} in B"
-        for key in ("stride", "context")
-        if first.results.get(key) != second.results.get(key)
+        f"{name}: {one} in A, {other} in B"
+        for name, one, other in (("stride", a.stride, b.stride), ("context", a.context, b.context))
+        if one != other
     ]
     parts = [table(head), table(lines), "* the interval leaves out 0; differences of shares are percentage points"]
     return "\n\n".join(parts + notes)

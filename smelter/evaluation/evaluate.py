@@ -5,63 +5,56 @@ tests are run in the sandbox (`problems`, `pass_at_k`). What costs minutes is of
 docs/evaluate.md explains each figure.
 """
 
-import math
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 
 from smelter.base import CheckpointError, Progress, UserError, parse
 from smelter.bitnet import bit_linears
-from smelter.decoding import Prompt, complete_many
-from smelter.evaluation.bpb import (
-    UNKNOWN,
-    bits_per_byte,
-    by_language,
-    compressor_baselines,
-    document_nats,
-    validation_loss,
-)
+from smelter.decoding import FimOrder
+from smelter.evaluation.bpb import bits_of, by_language, compressor_baselines, document_cases, document_nats
 from smelter.evaluation.compare import Measured, comparison
-from smelter.evaluation.gaps import (
-    InfillCase,
-    InfillKind,
-    choose_cases,
-    edit_similarity,
-    exact_match,
-    infill_lines,
-    is_exact,
-)
-from smelter.evaluation.pass_at_k import Attempt, attempt, summary
+from smelter.evaluation.gaps import InfillKind, choose_cases, exact_match, fill_in, filled, judged, sample_of
+from smelter.evaluation.pass_at_k import attempt, problem_cases, solved
 from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
-from smelter.evaluation.results import Case, Results, read_results, write_results
-from smelter.evaluation.results import summary as text_summary
+from smelter.evaluation.tables import summary
 from smelter.model import Model
-from smelter.run import load_model, pick_device, run_folder
+from smelter.run import (
+    RESULTS_FILE,
+    Checkpoint,
+    DocumentCase,
+    GapCase,
+    GapsFilled,
+    ProblemCase,
+    Results,
+    Sample,
+    Solved,
+    load_model,
+    pick_device,
+    read_results,
+    run_folder,
+    write_results,
+)
 from smelter.tokens import Split, Tokenizer, open_shards
 
-__all__ = ["bits_per_byte", "evaluate", "validation_loss"]
-
-GAP_TOKENS = {"single_line": 64, "multi_line": 128, "random_span": 48}
-"""Most tokens that a gap is filled with."""
 OWN, OWN_LINES = "smelter_problems", "smelter_lines"
 FULL_GAPS = 1_000
 
 
-def trit_counts(model: Model) -> dict[str, dict[str, int]]:
+def trit_counts(model: Model) -> dict[str, dict[int, int]]:
     """How many weights are -1, 0 and 1, by kind of layer (q_proj, ..., down_proj)."""
-    counts: dict[str, Counter[str]] = {}
+    counts: dict[str, dict[int, int]] = {}
     for name, layer in bit_linears(model):
-        kind = counts.setdefault(name.rsplit(".", 1)[-1], Counter())
-        for trit in (-1, 0, 1):
-            kind[str(trit)] += int((layer.trits == trit).sum())
-    return {kind: {trit: count[trit] for trit in ("-1", "0", "1")} for kind, count in counts.items()}
+        of_kind = counts.setdefault(name.rsplit(".", 1)[-1], {-1: 0, 0: 0, 1: 0})
+        for trit in of_kind:
+            of_kind[trit] += int((layer.trits == trit).sum())
+    return counts
 
 
 def untrained(model: Model, seed: int) -> Model:
@@ -117,16 +110,46 @@ class EvaluateOptions:
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
 
+    def __post_init__(self) -> None:
+        if self.compare is not None and self.checkpoint is not None:
+            raise UserError(f"{self.checkpoint}: --compare takes two and nothing beside them")
+        if self.compare is None and self.checkpoint is None:
+            raise UserError("give a run or a checkpoint, or --compare with two of them")
+        if self.batch_size < 1 or min(self.max_infill, self.max_spans, self.num_samples) < 0:
+            raise UserError("--batch-size must be at least 1, --max-infill, --max-spans and --num-samples at least 0")
+        if self.num_completions < 1 or self.max_tokens < 1:
+            raise UserError("--num-completions and --max-tokens must be at least 1")
+        if self.num_completions > 1 and self.temperature == 0:
+            raise UserError("--temperature 0 writes the same completion each time: give a temperature above 0")
+        _ = self.ks
+
     @property
     def ks(self) -> tuple[int, ...]:
         """`k` as numbers. Raises UserError for one that is none, or that the completions do not suffice for."""
         try:
-            found = tuple(sorted({int(part) for part in self.k.split(",")}))
+            ks = tuple(sorted({int(part) for part in self.k.split(",")}))
         except ValueError:
             raise UserError(f"--k {self.k}: give numbers with commas between them, such as 1,10") from None
-        if found[0] < 1 or found[-1] > self.num_completions:
+        if ks[0] < 1 or ks[-1] > self.num_completions:
             raise UserError(f"--k {self.k}: must lie between 1 and --num-completions, which is {self.num_completions}")
-        return found
+        return ks
+
+
+def problem_sets(options: EvaluateOptions) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
+    """({name: problems to solve}, {name: gaps to fill in}). Raises DataError or UserError."""
+    problems = {OWN: load_problems(OWN_PROBLEMS)} if options.pass_at_k else {}
+    gaps = {OWN_LINES: line_variants(OWN_PROBLEMS)} if options.pass_at_k else {}
+    for paths, sets in ((options.problems, problems), (options.infill_file, gaps)):
+        for path in paths:
+            name = path.name.split(".")[0]
+            if name in problems or name in gaps:
+                raise UserError(f"{path}: another file is called {name} too: rename one, results are kept by name")
+            sets[name] = load_problems(path)
+            is_gap = sets is gaps
+            if any(problem.is_infill != is_gap for problem in sets[name]):
+                option, other = ("--infill-file", "--problems") if is_gap else ("--problems", "--infill-file")
+                raise UserError(f"{path}: {option} takes {'gaps' if is_gap else 'problems'}: give it as {other}")
+    return problems, gaps
 
 
 @dataclass(frozen=True)
@@ -135,196 +158,161 @@ class Subject:
 
     model: Model
     tokenizer: Tokenizer
+    checkpoint: Checkpoint
     split: Split
     documents: list[bytes]
-
-    def fill(self, kind: InfillKind, num_cases: int, seed: int) -> tuple[list[InfillCase], list[str]]:
-        """The gaps of a kind, and what the model writes into them."""
-
-        def text(i: int) -> str:  # conversations have no gaps: the model never saw one rearranged
-            return "" if self.split.is_chat(i) else self.documents[i].decode(errors="replace")
-
-        cases = choose_cases(len(self.documents), text, num_cases, seed, kind)
-        say = Progress(f"evaluate: {kind.replace('_', ' ')}s filled in", "gaps", len(cases))
-        if kind == "single_line":
-            return cases, infill_lines(self.model, self.tokenizer, cases, progress=say)
-        prompts = [Prompt(case.prefix, case.suffix) for case in cases]
-        return cases, complete_many(self.model, self.tokenizer, prompts, max_tokens=GAP_TOKENS[kind], progress=say)
+    stride: int
 
 
-def _gap_case(kind: str, case: InfillCase, written: str, document: str) -> Case:
-    return {
-        "measure": f"infill/{kind}",
-        "case": f"{case.doc}/{document}/{len(case.prefix)}+{len(case.middle)}",
-        "exact": is_exact(written, case.middle),
-        "edit_similarity": edit_similarity(written, case.middle),
-        "completion": written,
-        "expected": case.middle,
-    }
-
-
-def _attempt_cases(measure: str, attempts: Sequence[Attempt]) -> list[Case]:
-    by_task: dict[str, list[Attempt]] = {}
-    for item in attempts:
-        by_task.setdefault(item.problem.task_id, []).append(item)
-    return [
-        {
-            "measure": measure,
-            "case": task,
-            "num_completions": len(items),
-            "num_passed": sum(item.passed for item in items),
-            "verdicts": [item.verdict for item in items],
-            "completions": [item.completion for item in items],
-        }
-        for task, items in by_task.items()
-    ]
-
-
-def _problem_sets(options: EvaluateOptions) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
-    """({name: problems to solve}, {name: gaps to fill in}). Raises DataError or UserError before anything is run."""
-    problems = {OWN: load_problems(OWN_PROBLEMS)} if options.pass_at_k or options.full else {}
-    gaps = {OWN_LINES: line_variants(OWN_PROBLEMS)} if options.pass_at_k or options.full else {}
-    for paths, found in ((options.problems, problems), (options.infill_file, gaps)):
-        for path in paths:
-            name = path.name.split(".")[0]
-            if name in problems or name in gaps:
-                raise UserError(f"{path}: another file is called {name} too: rename one, results are kept by name")
-            found[name] = load_problems(path)
-            is_gap = found is gaps
-            if any(problem.is_infill != is_gap for problem in found[name]):
-                option, other = ("--infill-file", "--problems") if is_gap else ("--problems", "--infill-file")
-                raise UserError(f"{path}: {option} takes {'gaps' if is_gap else 'problems'}: give it as {other}")
-    return problems, gaps
-
-
-def _solve(subject: Subject, options: EvaluateOptions, results: Results, cases: list[Case]) -> None:
-    """Problems and gaps with tests, into `results` and `cases`."""
-    problems, gaps = _problem_sets(options)
-    sampled = 0.8 if options.num_completions > 1 else 0.0
-    temperature = sampled if options.temperature is None else options.temperature
-    for key, sets in (("pass_at_k", problems), ("infill_files", gaps)):
-        found = {}
-        for name, chosen in sets.items():
-            number = options.num_completions if key == "pass_at_k" else 1
-            attempts = attempt(
-                subject.model,
-                subject.tokenizer,
-                chosen,
-                num_completions=number,
-                temperature=temperature if key == "pass_at_k" else 0.0,
-                max_tokens=options.max_tokens,
-                seed=options.seed,
-                progress=Progress(f"evaluate: {name}", "completions", number * len(chosen)),
-            )
-            found[name] = {
-                **summary(attempts, options.ks if key == "pass_at_k" else [1]),
-                "temperature": temperature if key == "pass_at_k" else 0.0,
-                "max_tokens": options.max_tokens,
-            }
-            cases += _attempt_cases(f"{key}/{name}", attempts)
-        if found:
-            results[key] = found
-
-
-def _check(options: EvaluateOptions) -> None:
-    if options.batch_size < 1 or min(options.max_infill, options.max_spans, options.num_samples) < 0:
-        raise UserError("--batch-size must be at least 1, --max-infill, --max-spans and --num-samples at least 0")
-    if options.num_completions < 1 or options.max_tokens < 1:
-        raise UserError("--num-completions and --max-tokens must be at least 1")
-    if options.num_completions > 1 and options.temperature == 0:
-        raise UserError("--temperature 0 writes the same completion each time: give a temperature above 0")
-    _ = options.ks
-    _problem_sets(options)
-
-
-def evaluate(options: EvaluateOptions) -> tuple[Results, Path]:
-    """Measure everything asked for; returns the results and the file they were written to."""
-    if options.checkpoint is None:
-        raise UserError("give a run or a checkpoint, or --compare with two of them")
-    path = options.checkpoint
-    if options.full:
-        options = replace(options, max_infill=FULL_GAPS, max_spans=FULL_GAPS)
-    _check(options)
+def open_subject(path: Path, options: EvaluateOptions) -> Subject:
+    """Load a model and its held-out documents. Raises UserError for what cannot be used."""
     model, tokenizer, checkpoint = load_model(path, device=pick_device(options.device), with_state=True)
-    config = checkpoint.config
-    context = config.model.max_seq_len
+    context = model.config.max_seq_len
     stride = options.stride or max(1, context // 2)
     if not 1 <= stride <= context:
         raise UserError(f"--stride {options.stride}: must lie between 1 and the model's context of {context}")
-    split = open_shards(options.shards or Path(config.data.shards), tokenizer).split("val")
+    split = open_shards(options.shards or Path(checkpoint.config.data.shards), tokenizer).split("val")
+    written = enumerate(zip(*split.written, strict=True))
+    documents = [tokenizer.decode_bytes(split.doc(i)[begin:end]) for i, (begin, end) in written]
+    return Subject(model, tokenizer, checkpoint, split, documents, stride)
+
+
+def measure_bits(subject: Subject, batch_size: int) -> list[DocumentCase]:
+    """How much each document surprises the model. Raises CheckpointError where that is not finite."""
+    split = subject.split
     say = Progress("evaluate: bits per byte", "tokens", split.num_tokens)
-    nats = document_nats(model, split, stride=stride, batch_size=options.batch_size, progress=say)
-    val_bpb = float(nats.sum()) / math.log(2) / split.num_bytes
-    if not math.isfinite(val_bpb):
+    nats = document_nats(subject.model, split, stride=subject.stride, batch_size=batch_size, progress=say)
+    if not np.isfinite(nats).all():
         raise CheckpointError(
-            f"{checkpoint.path}: the loss on held-out data is {val_bpb}: evaluate an earlier checkpoint"
+            f"{subject.checkpoint.path}: the loss on held-out data is {nats.sum()}: evaluate an earlier checkpoint"
         )
-    places = zip(*split.written, strict=True)
-    documents = [tokenizer.decode_bytes(split.doc(i)[begin:end]) for i, (begin, end) in enumerate(places)]
-    subject = Subject(model, tokenizer, split, documents)
-    hashes = [split.doc_hash(i)[:16] for i in range(split.num_docs)]
-    all_cases: list[Case] = [
-        {
-            "measure": "bits_per_byte",
-            "case": f"{i}/{hashes[i]}",
-            "language": split.languages[i] or UNKNOWN,
-            "nats": float(nats[i]),
-            "num_bytes": int(split.doc_num_bytes[i]),
-        }
-        for i in range(split.num_docs)
-    ]
-    lines_cases, lines = subject.fill("single_line", options.max_infill, options.seed)
-    say = Progress("evaluate: lines filled in, prefix first", "gaps", len(lines_cases))
-    psm_lines = infill_lines(model, tokenizer, lines_cases, order="psm", progress=say)
-    fresh = untrained(model, config.training.seed)
-    say = Progress("evaluate: lines filled in by the untrained model", "gaps", len(lines_cases))
-    fresh_lines = infill_lines(fresh, tokenizer, lines_cases, progress=say)
-    infill: dict[str, Any] = {}
+    return document_cases(nats, split)
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Gaps as the model filled them in, by kind; of the lines also other shares that are exact, and samples."""
+
+    seed: int
+    """Of their choice."""
+    cases: dict[InfillKind, list[GapCase]]
+    exact_psm: float | None
+    """By the same model, with the prefix first in the prompt."""
+    exact_untrained: float | None
+    """By a model with the initial weights."""
+    samples: tuple[Sample, ...]
+
+
+def fill_gaps(subject: Subject, names: list[str], options: EvaluateOptions) -> Gaps:
+    """Choose gaps of each kind in the documents, which are called `names`, and let the model fill them in."""
     num_spans = min(options.max_spans, options.max_infill)
-    filled = {"single_line": (lines_cases, lines)}
-    filled |= {kind: subject.fill(kind, num_spans, options.seed) for kind in ("multi_line", "random_span")}
-    for kind, (cases, written) in filled.items():
-        rows = [_gap_case(kind, case, text, hashes[case.doc]) for case, text in zip(cases, written, strict=True)]
-        all_cases += rows
-        if rows:
-            similarity = sum(row["edit_similarity"] for row in rows) / len(rows)
-            infill[kind] = {"exact_match": exact_match(written, cases), "edit_similarity": similarity}
-            infill[kind] |= {"cases": len(rows), "max_tokens": GAP_TOKENS[kind]}
-    state = checkpoint.state or {}
-    results: Results = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
-        "num_params": sum(parameter.numel() for parameter in model.parameters()),
-        "train_seconds": state.get("elapsed_seconds"),
-        "train_tokens": state.get("tokens"),
-        "val_bpb": val_bpb,
-        **compressor_baselines(documents),
-        "val_bytes": split.num_bytes,
-        "val_files": split.num_docs,
-        "bpb_by_language": by_language(nats, split),
-        "context": context,
-        "stride": stride,
-        "infill_exact_match": exact_match(lines, lines_cases),
-        "infill_exact_match_psm": exact_match(psm_lines, lines_cases),
-        "infill_exact_match_untrained": exact_match(fresh_lines, lines_cases),
-        "infill_cases": len(lines_cases),
-        "infill_seed": options.seed,
-        "infill": infill,
-        "activation_quant": config.model.activation_quant if config.model.use_ternary else "none",
-        "trits": trit_counts(model),
-        "samples": [
-            {
-                "prefix": case.prefix[-400:],
-                "suffix": case.suffix[:400],
-                "completion": line,
-                "expected": case.middle,
-            }
-            for case, line in islice(zip(lines_cases, lines, strict=True), options.num_samples)
-        ],
+    most: dict[InfillKind, int] = {
+        "single_line": options.max_infill,
+        "multi_line": num_spans,
+        "random_span": num_spans,
     }
-    _solve(subject, options, results, all_cases)
-    out = options.out or run_folder(checkpoint.path) / "results.json"
-    write_results(out, results, all_cases)
+
+    def text_of(doc: int) -> str:  # conversations have no gaps: the model never saw one rearranged
+        return "" if subject.split.is_chat(doc) else subject.documents[doc].decode(errors="replace")
+
+    gaps = {kind: choose_cases(len(names), text_of, most[kind], options.seed, kind) for kind in most}
+
+    def fill(model: Model, kind: InfillKind, what: str, order: FimOrder = "spm") -> list[str]:
+        say = Progress(f"evaluate: {what}", "gaps", len(gaps[kind]))
+        return fill_in(model, subject.tokenizer, gaps[kind], kind, order=order, progress=say)
+
+    written = {kind: fill(subject.model, kind, f"{kind.replace('_', ' ')}s filled in") for kind in gaps}
+    psm = fill(subject.model, "single_line", "lines filled in, prefix first", order="psm")
+    fresh = untrained(subject.model, subject.checkpoint.config.training.seed)
+    by_fresh = fill(fresh, "single_line", "lines filled in by the untrained model")
+    lines = gaps["single_line"]
+    cases = {
+        kind: [judged(kind, names[gap.doc], gap, text) for gap, text in zip(gaps[kind], written[kind], strict=True)]
+        for kind in gaps
+    }
+    samples = tuple(islice(map(sample_of, lines, written["single_line"]), options.num_samples))
+    return Gaps(options.seed, cases, exact_match(psm, lines), exact_match(by_fresh, lines), samples)
+
+
+def solve(
+    subject: Subject, measure: str, sets: dict[str, list[Problem]], options: EvaluateOptions
+) -> tuple[dict[str, Solved], list[ProblemCase]]:
+    """The figures of each set of problems, and the cases of all."""
+    figures: dict[str, Solved] = {}
+    cases: list[ProblemCase] = []
+    usual = 0.8 if options.num_completions > 1 else 0.0
+    temperature = usual if options.temperature is None else options.temperature
+    for name, problems in sets.items():
+        attempts = attempt(
+            subject.model,
+            subject.tokenizer,
+            problems,
+            num_completions=options.num_completions,
+            temperature=temperature,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+            progress=Progress(f"evaluate: {name}", "completions", options.num_completions * len(problems)),
+        )
+        figures[name] = solved(attempts, options.ks, temperature=temperature, max_tokens=options.max_tokens)
+        cases += problem_cases(f"{measure}/{name}", attempts)
+    return figures, cases
+
+
+def collect(
+    subject: Subject,
+    documents: list[DocumentCase],
+    gaps: Gaps,
+    solutions: dict[str, Solved],
+    answers: dict[str, Solved],
+) -> Results:
+    """All that was measured, as the result file has it; `solutions` are of problems, `answers` of gaps with tests."""
+    model, checkpoint, state = subject.model, subject.checkpoint, subject.checkpoint.state or {}
+    bits, compressed = bits_of(documents), compressor_baselines(subject.documents)
+    infill: dict[str, GapsFilled] = {kind: filled(kind, cases) for kind, cases in gaps.cases.items() if cases}
+    lines = infill.get("single_line")
+    return Results(
+        checkpoint=str(checkpoint.path),
+        step=checkpoint.step,
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        train_seconds=state.get("elapsed_seconds"),
+        train_tokens=state.get("tokens"),
+        val_bpb=bits.bpb,
+        gzip_bpb=compressed.gzip,
+        xz_bpb=compressed.xz,
+        xz_joined_bpb=compressed.xz_joined,
+        val_bytes=bits.num_bytes,
+        val_files=bits.num_files,
+        bpb_by_language=by_language(documents),
+        context=model.config.max_seq_len,
+        stride=subject.stride,
+        infill_exact_match=lines.exact_match if lines else None,
+        infill_exact_match_psm=gaps.exact_psm,
+        infill_exact_match_untrained=gaps.exact_untrained,
+        infill_cases=lines.cases if lines else 0,
+        infill_seed=gaps.seed,
+        infill=infill,
+        activation_quant=model.config.activation_quant if model.config.use_ternary else "none",
+        trits=trit_counts(model),
+        samples=gaps.samples,
+        pass_at_k=solutions,
+        infill_files=answers,
+    )
+
+
+def evaluate(path: Path, options: EvaluateOptions) -> tuple[Results, Path]:
+    """Measure everything asked for; returns the results and the file they were written to."""
+    if options.full:
+        options = replace(options, pass_at_k=True, max_infill=FULL_GAPS, max_spans=FULL_GAPS)
+    problems, gap_files = problem_sets(options)
+    subject = open_subject(path, options)
+    documents = measure_bits(subject, options.batch_size)
+    gaps = fill_gaps(subject, [document.case for document in documents], options)
+    solutions, solution_cases = solve(subject, "pass_at_k", problems, options)
+    likeliest = replace(options, num_completions=1, k="1", temperature=0.0)
+    answers, answer_cases = solve(subject, "infill_files", gap_files, likeliest)
+    results = collect(subject, documents, gaps, solutions, answers)
+    out = options.out or run_folder(subject.checkpoint.path) / RESULTS_FILE
+    write_results(out, results, [*documents, *chain(*gaps.cases.values()), *solution_cases, *answer_cases])
     return results, out
 
 
@@ -334,35 +322,26 @@ def measured(path: Path, options: EvaluateOptions) -> Measured:
     The results of a checkpoint that is not the one results.json speaks of lie beside it, as results_STEP.json.
     """
     if path.suffix == ".json":
-        return Measured(str(path), *read_results(path))
+        return Measured.read(str(path), path)
     folder = run_folder(path)
-    file = folder / "results.json"
+    file = folder / RESULTS_FILE
     is_checkpoint = folder != path.resolve()
-    if is_checkpoint and not (file.is_file() and read_results(file)[0].get("step") == _step(path)):
+    if is_checkpoint and not (file.is_file() and path.resolve().name == f"step_{read_results(file).step:07d}"):
         file = folder / f"results_{path.resolve().name}.json"
     if not file.is_file():
         print(f"evaluate: {path} has no results yet: measuring it", file=sys.stderr)
-        evaluate(replace(options, checkpoint=path, compare=None, out=file))
-    return Measured(str(path), *read_results(file))
-
-
-def _step(checkpoint: Path) -> int | None:
-    """The step in a checkpoint's name."""
-    number = checkpoint.resolve().name.removeprefix("step_")
-    return int(number) if number.isdigit() else None
+        evaluate(path, replace(options, out=file))
+    return Measured.read(str(path), file)
 
 
 def main(argv: list[str]) -> int:
     """`smelter evaluate`."""
     options = parse(EvaluateOptions, argv, "smelter evaluate")
     if options.compare is not None:
-        if options.checkpoint is not None:
-            raise UserError(f"{options.checkpoint}: --compare takes two and nothing beside them")
-        _check(options)
         first, second = (measured(path, options) for path in options.compare)
         print(comparison(first, second))
-        return 0
-    results, out = evaluate(options)
-    print(text_summary(results))
-    print(f"written to {out}")
+    elif options.checkpoint is not None:
+        results, out = evaluate(options.checkpoint, options)
+        print(summary(results))
+        print(f"written to {out}")
     return 0

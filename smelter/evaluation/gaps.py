@@ -18,15 +18,19 @@ from rapidfuzz.distance import Levenshtein
 
 from smelter.decoding import FimOrder, Prompt, complete_many
 from smelter.model import Model
+from smelter.run import GapCase, GapsFilled, Sample
 from smelter.tokens import Tokenizer
 
 InfillKind = Literal["single_line", "multi_line", "random_span"]
 
+GAP_TOKENS: dict[InfillKind, int] = {"single_line": 64, "multi_line": 128, "random_span": 48}
+"""Most tokens that a gap is filled with."""
 MIN_LINE_CHARACTERS = 8
 BLOCK_LINES = (2, 8)
 MAX_BLOCK_CHARACTERS = 400
 SPAN_CHARACTERS = (8, 128)
 SPANS_PER_DOCUMENT = 16
+SAMPLE_CHARACTERS = 400
 COMMENT_STARTS = ("#", "//", "/*", "*", "--", "<!--", ";", "%")
 
 
@@ -157,18 +161,48 @@ def exact_match(written: Sequence[str], cases: Sequence[InfillCase]) -> float | 
     return sum(is_exact(a, case.middle) for a, case in zip(written, cases, strict=True)) / len(cases)
 
 
-def infill_lines(
+def fill_in(
     model: Model,
     tokenizer: Tokenizer,
     cases: Sequence[InfillCase],
+    kind: InfillKind = "single_line",
     *,
     order: FimOrder = "spm",
-    max_tokens: int = 64,
+    max_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's greedy line for every case: up to its end of text or the first line break."""
-    prompts = [Prompt(case.prefix, case.suffix, stops=["\n"]) for case in cases]
+    """What the model writes into every gap, greedily: up to its end of text, of a line to the first line break."""
+    stops = ["\n"] if kind == "single_line" else []
+    prompts = [Prompt(case.prefix, case.suffix, stops) for case in cases]
+    max_tokens = max_tokens or GAP_TOKENS[kind]
     return complete_many(model, tokenizer, prompts, max_tokens=max_tokens, order=order, progress=progress)
+
+
+def judged(kind: InfillKind, name: str, case: InfillCase, written: str) -> GapCase:
+    """What was written into a gap of the document `name`, for the result file."""
+    return GapCase(
+        measure=f"infill/{kind}",
+        case=f"{name}/{len(case.prefix)}+{len(case.middle)}",
+        exact=is_exact(written, case.middle),
+        edit_similarity=edit_similarity(written, case.middle),
+        completion=written,
+        expected=case.middle,
+    )
+
+
+def filled(kind: InfillKind, cases: Sequence[GapCase]) -> GapsFilled:
+    """The figures of all gaps of a kind."""
+    return GapsFilled(
+        exact_match=sum(case.exact for case in cases) / len(cases),
+        edit_similarity=sum(case.edit_similarity for case in cases) / len(cases),
+        cases=len(cases),
+        max_tokens=GAP_TOKENS[kind],
+    )
+
+
+def sample_of(case: InfillCase, written: str) -> Sample:
+    """What was written, with `SAMPLE_CHARACTERS` of the code on either side."""
+    return Sample(case.prefix[-SAMPLE_CHARACTERS:], case.suffix[:SAMPLE_CHARACTERS], written, case.middle)
 
 
 def samples(
@@ -179,21 +213,15 @@ def samples(
     *,
     num_samples: int = 4,
     max_tokens: int = 48,
-    context_characters: int = 400,
     seed: int = 0,
-) -> list[dict[str, str]]:
-    """What the model writes into the same few held-out lines, as {prefix, suffix, completion, expected}.
+) -> list[Sample]:
+    """What the model writes into the same few held-out lines.
 
-    `doc(i)` is held-out document i as token ids (`split.num_docs, split.doc`). Prefix and suffix are shortened
-    to `context_characters` each, in the prompt too, so that samples stay cheap and readable.
+    `doc(i)` is held-out document i as token ids. Prefix and suffix are short in the prompt, too, so that samples stay
+    cheap.
     """
-    found = choose_cases(num_docs, lambda i: tokenizer.decode([int(t) for t in doc(i)]), num_samples, seed)
     cases = [
-        InfillCase(case.doc, case.prefix[-context_characters:], case.middle, case.suffix[:context_characters])
-        for case in found
+        InfillCase(case.doc, case.prefix[-SAMPLE_CHARACTERS:], case.middle, case.suffix[:SAMPLE_CHARACTERS])
+        for case in choose_cases(num_docs, lambda i: tokenizer.decode([int(t) for t in doc(i)]), num_samples, seed)
     ]
-    lines = infill_lines(model, tokenizer, cases, max_tokens=max_tokens)
-    return [
-        {"prefix": case.prefix, "suffix": case.suffix, "completion": line, "expected": case.middle}
-        for case, line in zip(cases, lines, strict=True)
-    ]
+    return list(map(sample_of, cases, fill_in(model, tokenizer, cases, max_tokens=max_tokens)))

@@ -60,9 +60,9 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None) -
     rng = np.random.default_rng(0)
     # How often each case is drawn, instead of the draws: many resamples in one product, in bounded memory.
     at_once = max(1, min(500, 2**22 // len(numerators)))
-    found = []
+    ratios = []
     for _ in range(0, NUM_RESAMPLES, at_once):
         counts = rng.multinomial(len(numerators), np.full(len(numerators), 1 / len(numerators)), size=at_once)
-        found.append(counts @ numerators / np.maximum(counts @ denominators, 1e-12))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+        ratios.append(counts @ numerators / np.maximum(counts @ denominators, 1e-12))
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from smelter.base import Limits, Reason, SandboxError, UserError, run_python
 from smelter.decoding import complete_many
 from smelter.evaluation.gaps import edit_similarity, is_exact
 from smelter.evaluation.problems import Problem
 from smelter.model import Model
+from smelter.run import LevelSolved, ProblemCase, Solved
 from smelter.tokens import Tokenizer
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "processes"]
@@ -60,8 +61,8 @@ def judge(problem: Problem, completion: str, limits: Limits = LIMITS) -> Verdict
         if result.reason == "ok" and result.stdout.rstrip("\n").endswith(word):
             return "passed"
         return _verdict_on(result.reason)
-    for given, accepted in problem.cases:
-        result = run_python(program, stdin=given, limits=limits)
+    for stdin, accepted in problem.cases:
+        result = run_python(program, stdin=stdin, limits=limits)
         if result.reason != "ok" or result.stdout.split() not in [output.split() for output in accepted]:
             return _verdict_on(result.reason)
     return "passed"
@@ -105,43 +106,59 @@ def attempt(
             on_text=lambda i, text: verdicts.append(pool.submit(judge, tasks[i], text)),
         )
         try:
-            found = [verdict.result() for verdict in verdicts]
+            judged = [verdict.result() for verdict in verdicts]
         except SandboxError as error:
             raise UserError(f"the sandbox cannot run programs here: {error}") from None
-    return [Attempt(*item) for item in zip(tasks, texts, found, strict=True)]
+    return [Attempt(*parts) for parts in zip(tasks, texts, judged, strict=True)]
 
 
-def passed_by_problem(attempts: Sequence[Attempt]) -> dict[str, tuple[int, int]]:
-    """{task_id: (completions, passed)}."""
-    totals, passed = Counter[str](), Counter[str]()
-    for item in attempts:
-        totals[item.problem.task_id] += 1
-        passed[item.problem.task_id] += item.passed
-    return {task: (totals[task], passed[task]) for task in totals}
+def problem_cases(measure: str, attempts: Sequence[Attempt]) -> list[ProblemCase]:
+    """A case of every problem, for the result file."""
+    by_task: dict[str, list[Attempt]] = {}
+    for one in attempts:
+        by_task.setdefault(one.problem.task_id, []).append(one)
+    return [
+        ProblemCase(
+            measure=measure,
+            case=task,
+            num_completions=len(tries),
+            num_passed=sum(one.passed for one in tries),
+            verdicts=tuple(one.verdict for one in tries),
+            completions=tuple(one.completion for one in tries),
+        )
+        for task, tries in by_task.items()
+    ]
 
 
-def _means(attempts: Sequence[Attempt], ks: Sequence[int]) -> dict[str, float]:
-    counts = passed_by_problem(attempts).values()
-    return {f"pass@{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
+def solved(attempts: Sequence[Attempt], ks: Sequence[int], *, temperature: float, max_tokens: int) -> Solved:
+    """pass@k over all problems and by difficulty, how the programs ended, and for gaps how near the answers come."""
+    whole = _level(attempts, ks)
+    exact = similarity = None
+    if any(one.problem.is_infill for one in attempts):
+        pairs = [(one.completion, one.problem.solution) for one in attempts]
+        exact = sum(is_exact(*pair) for pair in pairs) / len(pairs)
+        similarity = sum(edit_similarity(*pair) for pair in pairs) / len(pairs)
+    levels = sorted({one.problem.difficulty for one in attempts if one.problem.difficulty is not None})
+    return Solved(
+        pass_at=whole.pass_at,
+        num_problems=whole.num_problems,
+        num_completions=len(attempts) // whole.num_problems,
+        verdicts=dict(Counter(one.verdict for one in attempts).most_common()),
+        exact_match=exact,
+        edit_similarity=similarity,
+        by_difficulty={
+            str(level): _level([one for one in attempts if one.problem.difficulty == level], ks) for level in levels
+        },
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
 
 
-def summary(attempts: Sequence[Attempt], ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k over all problems and by difficulty, how the programs ended, and for gaps what `infill` measures."""
-    found: dict[str, Any] = {
-        **_means(attempts, ks),
-        "num_problems": len(passed_by_problem(attempts)),
-        "num_completions": len(attempts) // len(passed_by_problem(attempts)),
-        "verdicts": dict(Counter(item.verdict for item in attempts).most_common()),
-    }
-    if any(item.problem.is_infill for item in attempts):
-        pairs = [(item.completion, item.problem.solution) for item in attempts]
-        found["exact_match"] = sum(is_exact(*pair) for pair in pairs) / len(pairs)
-        found["edit_similarity"] = sum(edit_similarity(*pair) for pair in pairs) / len(pairs)
-    levels = sorted({item.problem.difficulty for item in attempts if item.problem.difficulty is not None})
-    if levels:
-        found["by_difficulty"] = {}
-        for level in levels:
-            chosen = [item for item in attempts if item.problem.difficulty == level]
-            number = len(passed_by_problem(chosen))
-            found["by_difficulty"][str(level)] = {**_means(chosen, ks), "num_problems": number}
-    return found
+def _level(attempts: Sequence[Attempt], ks: Sequence[int]) -> LevelSolved:
+    cases = problem_cases("", attempts)
+    return LevelSolved({k: sum(estimate(case, k) for case in cases) / len(cases) for k in ks}, len(cases))
+
+
+def estimate(case: ProblemCase, k: int) -> float:
+    """pass@k of one problem."""
+    return pass_at_k(case.num_completions, case.num_passed, k)

@@ -1,19 +1,14 @@
 """`smelter report RUN`: a run folder as one HTML file that needs nothing else.
 
-The curves are drawn here as SVG paths in a box of 1000 x 1000 that the page stretches to its column;
-labels are HTML, so they keep their size on a telephone. That is a hundred lines instead of five
-megabytes of a charting library in every report; a small script adds the values under the pointer, and
-without it the page still shows everything. A content security policy in the page forbids it any request.
+The curves are drawn by `charts`; a small script adds the values under the pointer, and without it the page still shows
+everything. A content security policy in the page forbids it any request.
 """
 
-import functools
-import itertools
 import json
 import math
 import tomllib
 import webbrowser
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,15 +19,16 @@ import tyro
 from smelter import __version__
 from smelter.base import ConfigError, DataError, parse, short_duration, short_number, write_text
 from smelter.config import load_config
+from smelter.evaluation.charts import Row, in_layer_order, make_charts
 from smelter.evaluation.intervals import wilson
-from smelter.evaluation.results import tables
-from smelter.run import METRICS_FILE, SAMPLES_FILE, read_metrics
-
-BOX = 1000
-MAX_POINTS = 500
-LAYER_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-Points = list[tuple[int, float | None]]
-Row = dict[str, Any]
+from smelter.evaluation.tables import tables
+from smelter.run import (
+    METRICS_FILE,
+    RESULTS_FILE,
+    SAMPLES_FILE,
+    read_metrics,
+    read_results,
+)
 
 
 @dataclass(frozen=True)
@@ -48,279 +44,63 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Series:
-    """One curve: (step, value) pairs, None where the value was not finite."""
+class Bar:
+    """A horizontal bar; its width is in % of the longest."""
 
-    name: str
-    points: Points
-    faint: bool = False
-
-
-@dataclass(frozen=True)
-class View:
-    """A chart drawn on one pair of scales: SVG paths, and ticks as (position in %, label)."""
-
-    name: str
-    lines: list[str]
-    dots: list[str]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    x_range: tuple[float, float]
-    log_x: bool
+    label: str
+    value: float
+    width: float
+    own: bool
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure with title, caption and one view per choice of scales."""
-
-    title: str
-    caption: str
-    series: list[Series]
-    percent: bool
-    views: list[View] = field(default_factory=list)
-
-    @property
-    def id(self) -> str:
-        """Its name in the page."""
-        return self.title.lower().replace(" ", "-")
-
-    def colour(self, index: int) -> int:
-        """Number of a series' colour: a faint curve shares that of its smoothed one, which follows it."""
-        return sum(not series.faint for series in self.series[:index])
-
-    def data(self) -> Row:
-        """What the page's script needs to show values under the pointer."""
-        return {
-            "percent": self.percent,
-            "series": [{"name": series.name, "points": series.points} for series in self.series],
-            "views": {view.name: {"x": view.x_range, "logX": view.log_x} for view in self.views},
-        }
-
-
-def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most about `limit` points: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(points) <= limit:
-        return points
-    width = math.ceil(2 * len(points) / limit)
-    kept: Points = []
-    for start in range(0, len(points), width):
-        stretch = points[start : start + width]
-        finite = sorted((p for p in stretch if p[1] is not None), key=lambda p: (p[1] or 0.0, p[0]))
-        kept += sorted({finite[0], finite[-1]}) if finite else stretch[:1]
-    return kept
-
-
-def smoothed(points: Points) -> Points:
-    """Centred mean over about a fiftieth of the curve, narrower at its ends, so that nothing is delayed."""
-    finite = [(step, value) for step, value in points if value is not None]
-    sums = [0.0, *itertools.accumulate(value for _, value in finite)]
-    result: Points = []
-    for i, (step, _) in enumerate(finite):
-        half = min(len(finite) // 100, i, len(finite) - 1 - i)
-        result.append((step, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
-    return result
-
-
-def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) between `low` and `high`, about `count` of them."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in the range; with 2 and 5 times them where there are few."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 2, 5), tuple(range(1, 10))):
-        ticks = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
-        if len(ticks) >= 3:
-            break
-    return ticks[:: math.ceil(len(ticks) / 6)] if ticks else [low]
-
-
-def scale(low: float, high: float, log: bool) -> Callable[[float], float]:
-    """Maps [low, high] to [0, 1]."""
-    if log:
-        return lambda value: (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
-    return lambda value: (value - low) / (high - low)
-
-
-def draw(name: str, *, series: Sequence[Series], percent: bool, from_zero: bool, log_x: bool, log_y: bool) -> View:
-    """Lay out curves on linear or logarithmic axes. On a logarithmic axis, zero and below leave a gap."""
-    log_y = log_y and any(y is not None and y > 0 for item in series for _, y in item.points)
-
-    def shown(point: tuple[int, float | None]) -> bool:
-        return point[1] is not None and (point[0] > 0 or not log_x) and (point[1] > 0 or not log_y)
-
-    visible = [(x, y) for s in series for x, y in filter(shown, s.points) if y is not None] or [(1, 1.0)]
-    x_low, x_high = float(min(x for x, _ in visible)), float(max(x for x, _ in visible))
-    y_low, y_high = min(y for _, y in visible), max(y for _, y in visible)
-    if x_low == x_high:
-        x_low, x_high = x_low * 0.5, x_high * 1.5 + 1
-    if log_y:
-        y_low, y_high = y_low / 1.2, y_high * 1.2
-    else:
-        pad = 0.06 * (y_high - y_low) or abs(y_high) * 0.1 or 1.0
-        y_low, y_high = (min(0.0, y_low) if from_zero else y_low - pad), y_high + pad
-    x_of, y_of = scale(x_low, x_high, log_x), scale(y_low, y_high, log_y)
-
-    def at(x: float, y: float) -> str:
-        return f"{BOX * x_of(x):.1f} {BOX * (1 - y_of(y)):.1f}"
-
-    lines, dots = [], []
-    for item in series:
-        pieces, pen_down = [], False
-        for point in item.points:
-            if shown(point) and point[1] is not None:
-                pieces.append(f"{'L' if pen_down else 'M'}{at(point[0], point[1])}")
-            pen_down = shown(point)
-        lines.append("".join(pieces))
-        few = len(item.points) <= 40 and not item.faint
-        dots.append("".join(f"M{at(x, y)}h0" for x, y in filter(shown, item.points) if y is not None) if few else "")
-
-    def label(value: float) -> str:
-        return f"{100 * value:.10g}%" if percent else short_number(value)
-
-    x_values = log_ticks(x_low, x_high) if log_x else linear_ticks(x_low, x_high)
-    x_values = [value for value in x_values if value == int(value)]
-    y_values = log_ticks(y_low, y_high) if log_y else linear_ticks(y_low, y_high, 4)
-    x_ticks = [(round(100 * x_of(value), 2), short_number(value)) for value in x_values]
-    y_ticks = [(round(100 * y_of(value), 2), label(value)) for value in y_values]
-    return View(name, lines, dots, x_ticks, y_ticks, (x_low, x_high), log_x)
-
-
-def curve(rows: Iterable[Row], key: str) -> Points:
-    """(step, value) of every row that has the key."""
-    return [(row["step"], row[key]) for row in rows if key in row]
-
-
-def exact(value: float, percent: bool) -> str:
-    """A value for the caption, to 4 digits."""
-    if percent:
-        return f"{100 * value:.3g}%"
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
-
-
-def make_chart(
-    rows: list[Row],
-    title: str,
-    keys: dict[str, str],
-    *,
-    about: str = "",
-    percent: bool = False,
-    from_zero: bool = False,
-    smooth: bool = False,
-    scales: Sequence[str] = ("linear",),
-) -> Chart | None:
-    """A chart of the given metric keys (key -> legend); None where the run has none of them.
-
-    `scales` are the views on offer, the first one shown: linear, "log steps", "log values".
-    """
-    series: list[Series] = []
-    notes = []
-    for key, name in keys.items():
-        points = curve(rows, key)
-        finite = [(y, x) for x, y in points if y is not None]
-        if not finite:
-            continue
-        kept = thinned(points)
-        if smooth and len(finite) >= 50:
-            series += [Series(f"{name}, each", kept, faint=True), Series(name, thinned(smoothed(points)))]
-        else:
-            series.append(Series(name, kept))
-        (low, low_step), (last, last_step) = min(finite), finite[-1]
-        notes.append(f"{name}: {exact(last, percent)} at step {last_step:,}")
-        if "loss" in key or "bpb" in key:
-            notes[-1] += f", lowest {exact(low, percent)} at step {low_step:,}"
-        if len(finite) < len(points):
-            notes.append(f"{len(points) - len(finite)} of {len(points)} values were not finite")
-    if not series:
-        return None
-    figures = "; ".join(notes) + "." if len(keys) <= 2 else ""
-    caption = f"{about} {figures[:1].upper()}{figures[1:]}".strip()
-    scaled = functools.partial(draw, series=series, percent=percent, from_zero=from_zero)
-    views = [scaled(name, log_x=name == "log steps", log_y=name == "log values") for name in scales]
-    return Chart(title, caption, series, percent, views)
-
-
-def make_charts(rows: list[Row]) -> list[Chart]:
-    """Every chart that the run's metrics allow, in reading order."""
-    keys = {key for row in rows for key in row}
-    kinds = in_layer_order(key.removeprefix("sparsity/") for key in keys if key.startswith("sparsity/"))
-    losses = {"loss": "training", "val_loss": "held-out"}
-    terms = {"ce_loss": "cross-entropy", "kl_loss": "KL to the teachers"} if "kl_loss" in keys else {}
-    rates = {"lr_muon": "Muon", "lr_adamw": "AdamW", "lr_embedding": "embedding"}
-    zeros = {f"sparsity/{kind}": kind for kind in kinds}
-    flips = {"trit_flips": "since the last line"}
-    # Without fp16 the scale is 1 throughout, which is not worth a chart.
-    scale = {"loss_scale": "scale"} if any(row.get("loss_scale", 1) not in (1, None) for row in rows) else {}
-    nats, of_kind = "Nats per token.", "Share of weights that are 0, by kind of layer."
-    groups = "Muon's is for the body's matrices, AdamW's for norms (or all but the embedding and the output head)."
-    steps, values = ("linear", "log steps"), ("log values", "linear")
-    charts = [
-        make_chart(rows, "Loss", losses, about=nats, smooth=True, scales=steps),
-        make_chart(rows, "Bits per byte", {"val_bpb": "held-out"}, about="For held-out code.", scales=steps),
-        make_chart(rows, "Terms of the loss", terms, about=nats, smooth=True),
-        make_chart(rows, "Learning rates", rates, about=groups, from_zero=True, scales=("linear", "log values")),
-        make_chart(rows, "Throughput", {"tok_per_sec": "tokens per second"}, from_zero=True),
-        make_chart(rows, "Gradient norm", {"grad_norm": "norm"}, smooth=True, scales=values),
-        make_chart(rows, "Loss scale", scale, about="Of fp16.", scales=values),
-        make_chart(rows, "Zeros among the ternary weights", zeros, about=of_kind, percent=True),
-        make_chart(rows, "Ternary weights that changed", flips, percent=True, smooth=True, scales=values),
-    ]
-    return [chart for chart in charts if chart]
-
-
-def in_layer_order(kinds: Iterable[str]) -> list[str]:
-    """Kinds of layer as they come in a block, unknown ones last."""
-    return sorted(kinds, key=lambda kind: (LAYER_KINDS.index(kind) if kind in LAYER_KINDS else 99, kind))
-
-
-def bars(values: dict[str, float | None], own: str) -> list[Row]:
-    """Horizontal bars: label, value, width in % of the largest, and whether it is the model's own."""
+def bars(values: dict[str, float | None], own: str) -> list[Bar]:
+    """A bar for each value that is known; `own` is the label of the model's own."""
     known = {label: value for label, value in values.items() if value is not None}
     top = max(known.values(), default=0.0) or 1.0
-    return [
-        {"label": label, "value": value, "width": round(100 * value / top, 2), "own": label == own}
-        for label, value in known.items()
-    ]
+    return [Bar(label, value, round(100 * value / top, 2), label == own) for label, value in known.items()]
 
 
-def trit_rows(trits: dict[str, dict[str, int]]) -> list[Row]:
-    """Per kind of layer and over all: count, shares of -1, 0 and +1, and bits of information per weight."""
-    kinds = {kind: [int(trits[kind].get(trit, 0)) for trit in ("-1", "0", "1")] for kind in in_layer_order(trits)}
-    kinds["all"] = [sum(counts) for counts in zip(*kinds.values(), strict=True)]
+@dataclass(frozen=True)
+class TritShares:
+    """Of a kind of layer: weights, shares of -1, 0 and +1, and bits of information per weight."""
+
+    kind: str
+    count: int
+    shares: list[float]
+    bits: float
+
+
+def trit_shares(trits: dict[str, dict[int, int]]) -> list[TritShares]:
+    """Of each kind of layer, and of all together; none without counts."""
+    kinds = {kind: [trits[kind][trit] for trit in (-1, 0, 1)] for kind in in_layer_order(trits)}
+    if kinds:
+        kinds["all"] = [sum(counts) for counts in zip(*kinds.values(), strict=True)]
     rows = []
     for kind, counts in kinds.items():
-        total = sum(counts) or 1
-        shares = [count / total for count in counts]
+        shares = [count / (sum(counts) or 1) for count in counts]
         bits = -sum(share * math.log2(share) for share in shares if share)
-        rows.append({"kind": kind, "count": sum(counts), "shares": shares, "bits": bits})
+        rows.append(TritShares(kind, sum(counts), shares, bits))
     return rows
 
 
-def read_json(path: Path) -> Row:
-    """A JSON object, {} where there is no file. Raises DataError naming the file."""
-    if not path.is_file():
-        return {}
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises DataError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}): write it again, or remove it") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object: write it again, or remove it")
     return value
 
 
-def gather(run_dir: Path) -> Row:
+def gather(run_dir: Path) -> dict[str, Any]:
     """Everything the page shows. Raises DataError where the folder is no run or a file in it is damaged."""
     if not (run_dir / METRICS_FILE).is_file():
         raise DataError(f"{run_dir / METRICS_FILE}: no such file: give a run folder, such as runs/quickstart")
     rows = read_metrics(run_dir / METRICS_FILE)
     samples = read_metrics(run_dir / SAMPLES_FILE) if (run_dir / SAMPLES_FILE).is_file() else []
-    results = read_json(run_dir / "results.json")
+    results = read_results(run_dir / RESULTS_FILE) if (run_dir / RESULTS_FILE).is_file() else None
     model, settings, problem = None, {}, ""
     try:
         model = load_config(run_dir / "config.toml").model
@@ -328,19 +108,23 @@ def gather(run_dir: Path) -> Row:
     except ConfigError as error:
         problem = str(error)
     latest: Row = {key: value for row in rows for key, value in row.items() if value is not None}
-    figure: Callable[[str], float | None] = results.get
-    bpb = {
-        "this model": figure("val_bpb") or latest.get("val_bpb"),
-        "xz, files joined": figure("xz_joined_bpb"),
-        "xz": figure("xz_bpb"),
-        "gzip": figure("gzip_bpb"),
-    }
-    infill = {
-        "trained": figure("infill_exact_match"),
-        "trained, prefix first": figure("infill_exact_match_psm"),
-        "untrained": figure("infill_exact_match_untrained"),
-    }
-    share, cases = infill["trained"], results.get("infill_cases")
+    bpb: dict[str, float | None] = {"this model": latest.get("val_bpb")}
+    infill: dict[str, float | None] = {}
+    num_params, tokens, seconds = model and model.num_params_estimate, None, None
+    if results:
+        bpb = {
+            "this model": results.val_bpb,
+            "xz, files joined": results.xz_joined_bpb,
+            "xz": results.xz_bpb,
+            "gzip": results.gzip_bpb,
+        }
+        infill = {
+            "trained": results.infill_exact_match,
+            "trained, prefix first": results.infill_exact_match_psm,
+            "untrained": results.infill_exact_match_untrained,
+        }
+        num_params, tokens, seconds = results.num_params, results.train_tokens, results.train_seconds
+    exact, cases = infill.get("trained"), results.infill_cases if results else 0
     export = run_dir / "export"
     charts = make_charts(rows)
     return {
@@ -353,20 +137,20 @@ def gather(run_dir: Path) -> Row:
         "run": run_dir,
         "latest": latest,
         "bpb": bars(bpb, "this model"),
-        "num_params": figure("num_params") or (model.num_params_estimate if model else None),
-        "tokens": figure("train_tokens") or latest.get("tokens"),
-        "seconds": figure("train_seconds") or latest.get("elapsed_seconds"),
+        "num_params": num_params,
+        "tokens": tokens or latest.get("tokens"),
+        "seconds": seconds or latest.get("elapsed_seconds"),
         "infill": bars(infill, "trained"),
-        "exact": share,
+        "exact": exact,
         "cases": cases,
-        "interval": wilson(share, cases) if share is not None and cases else None,
-        "tables": tables(results),
-        "trits": trit_rows(results["trits"]) if results.get("trits") else [],
+        "interval": None if exact is None else wilson(exact, cases),
+        "tables": tables(results) if results else {},
+        "trits": trit_shares(results.trits) if results else [],
         "charts": charts,
         "chart_data": {chart.id: chart.data() for chart in charts},
-        "held_out_samples": results.get("samples", []),
+        "held_out_samples": [asdict(sample) for sample in results.samples] if results else [],
         "samples": [(step, [s for s in samples if s["step"] == step]) for step in sorted({s["step"] for s in samples})],
-        "results": {key: value for key, value in results.items() if not isinstance(value, (dict, list))},
+        "results": {k: v for k, v in vars(results).items() if not isinstance(v, (dict, tuple))} if results else {},
         "files": [(p.relative_to(run_dir), p.stat().st_size) for p in sorted(export.rglob("*")) if p.is_file()],
         "exports": {path.parent.name: read_json(path) for path in sorted(export.rglob("export.json"))},
     }
@@ -386,7 +170,7 @@ def plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def render(content: Row) -> str:
+def render(content: dict[str, Any]) -> str:
     """The page. Every value is escaped: prefixes and completions are code, full of <, > and &."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smelter.evaluation"),
@@ -402,6 +186,7 @@ def render(content: Row) -> str:
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run (to RUN/report.html by default) and return its path. Raises DataError."""
     out = out or run_dir / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, render(gather(run_dir)))
     return out
 

@@ -7,14 +7,15 @@ is not known is said to be so.
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from smelter import __version__
+from smelter.base import megabytes
 from smelter.config import config_to_toml
-from smelter.export.check import infill_prompt
-from smelter.run import Checkpoint
+from smelter.export.check import Source, infill_prompt
+from smelter.run import Checkpoint, Results
 from smelter.tokens import Tokenizer
 
 CARD = """---
@@ -145,14 +146,20 @@ def server_command(file: Path, context: int) -> str:
     return f"llama-server -m {shlex.quote(str(file))} -c {context} -np 1 -b {batch} -ub {batch} {exact} --port 8012"
 
 
-def use_section(part: str, name: str, tokenizer: Tokenizer, context: int, folder: Path, gguf: str) -> str:
-    """How to run one of the exports (hf, gguf, packed) that lies in `folder`."""
-    special = tokenizer.special
-    if part == "hf":
+def gguf_file(report: dict[str, Any]) -> str:
+    """The name of the file that a GGUF export has written."""
+    (file,) = (name for name in report["files"] if name.endswith(".gguf"))
+    return str(file)
+
+
+def _use(source: Source, report: dict[str, Any], folder: Path) -> str:
+    """How to run one of the exports, which lies in `folder`."""
+    special = source.tokenizer.special
+    if report["format"] == "hf":
         return TRANSFORMERS.format(prefix=special.fim_prefix, suffix=special.fim_suffix, middle=special.fim_middle)
-    if part == "gguf":
-        llama_cpp = LLAMA_CPP.format(command=server_command(folder / gguf, context))
-        return f"{llama_cpp}\n\n{OLLAMA.format(name=name)}"
+    if report["format"] == "gguf":
+        llama_cpp = LLAMA_CPP.format(command=server_command(folder / gguf_file(report), source.context))
+        return f"{llama_cpp}\n\n{OLLAMA.format(name=source.name)}"
     return PACKED.format(folder=folder)
 
 
@@ -187,11 +194,11 @@ def data_section(shards: Path, teachers: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def training_section(checkpoint: Checkpoint, results: dict[str, Any]) -> str:
+def _training(checkpoint: Checkpoint, results: Results | None) -> str:
     """Steps, tokens and time."""
     training = checkpoint.config.training
-    tokens = results.get("train_tokens") or checkpoint.step * training.total_batch_size
-    seconds = results.get("train_seconds")
+    tokens, seconds = (results.train_tokens, results.train_seconds) if results else (None, None)
+    tokens = tokens or checkpoint.step * training.total_batch_size
     took = f", {seconds / 60:,.1f} minutes" if seconds else ""
     return (
         f"{checkpoint.step:,} steps of {training.total_batch_size:,} tokens ({tokens:,} in all{took}), "
@@ -199,59 +206,78 @@ def training_section(checkpoint: Checkpoint, results: dict[str, Any]) -> str:
     )
 
 
-RESULTS = {
-    "val_bpb": "bits per byte on held-out documents",
-    "gzip_bpb": "bits per byte of gzip on them",
-    "xz_bpb": "bits per byte of xz on them",
-    "infill_exact_match": "lines filled in exactly",
-    "infill_exact_match_psm": "lines filled in exactly, prefix first",
-    "infill_cases": "lines asked for",
-}
-
-
-def results_section(results: dict[str, Any]) -> str:
+def _results(results: Results | None) -> str:
     """What `smelter evaluate` found, if it was asked."""
-    rows = [f"| {name} | {_number(results[key])} |" for key, name in RESULTS.items() if results.get(key) is not None]
-    if not rows:
+    if results is None:
         return "Not measured: `smelter evaluate` was not run."
-    return "| measure | value |\n|---|---|\n" + "\n".join(rows)
+    measures = {
+        "bits per byte on held-out documents": results.val_bpb,
+        "bits per byte of gzip on them": results.gzip_bpb,
+        "bits per byte of xz on them": results.xz_bpb,
+        "lines filled in exactly": results.infill_exact_match,
+        "lines filled in exactly, prefix first": results.infill_exact_match_psm,
+    }
+    rows = [f"| {name} | {value:.3f} |" for name, value in measures.items() if value is not None]
+    return "\n".join(["| measure | value |\n|---|---|", *rows, f"| lines asked for | {results.infill_cases:,} |"])
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+def check_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The report of one format for people, as names and values."""
+    size, part = megabytes(sum(report["files"].values())), report["format"]
+    yield "written", f"{report['gguf_type'] or part}, {size}, checkpoint of step {report['step']:,}"
+    yield "trits changed", f"{report['trits_changed']} of {report['trits']:,}"
+    yield "scales changed", f"{report['scales_changed']} of {report['layers']}"
+    if "tokenizer_texts" in report:
+        texts = f"{report['tokenizer_differences']} of {report['tokenizer_texts']}"
+        yield "texts tokenised differently, Transformers", texts
+    elif part == "hf":
+        yield "texts and logits", "not compared: pip install 'smelter-foundry[hf]'"
+    if "llama_cpp_texts" in report:
+        texts = f"{report['llama_cpp_tokenizer_differences']} of {report['llama_cpp_texts']}"
+        yield "texts tokenised differently, llama.cpp", f"{texts}; the infilling prompt: the same ids"
+    elif part == "gguf":
+        yield "texts, llama.cpp", "not compared: no llama-tokenize on the PATH or in $LLAMA_CPP_DIR/bin"
+    if part != "packed":
+        yield "largest attention logit", _beside_cap(report["max_attention_logit"], report["attn_logit_soft_cap"])
+        yield "largest output logit", _beside_cap(report["max_final_logit"], report["final_logit_soft_cap"])
+        yield "KL of leaving the caps out", f"{report['caps_kl']:.1e} nats per token"
+    if "kl_same_numerics" in report:
+        yield "KL, Transformers against us", _kl(report, "same_numerics")
+    if "kl_as_trained" in report:
+        how = {"hf": "KL without 8-bit activations", "gguf": "KL with llama.cpp's rounding", "packed": "KL, read again"}
+        yield how[part], _kl(report, "as_trained")
+    yield "measured on", f"{report['probe_tokens']:,} tokens of {report['probe']}"
 
 
-def model_card(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    *,
-    name: str,
-    license: str,
-    num_params: int,
-    use: Sequence[str],
-    checks: Sequence[tuple[str, str]],
-    results: dict[str, Any],
-    shards: Path,
-) -> str:
-    """The whole card; `use` are sections, `checks` rows of name and value."""
-    config, prompt = checkpoint.config, infill_prompt(tokenizer)
+def _beside_cap(value: float, cap: float) -> str:
+    return f"{value:.1f}  (cap {cap:g})" if cap else f"{value:.1f}  (no cap)"
+
+
+def _kl(report: dict[str, Any], which: str) -> str:
+    return f"{report[f'kl_{which}']:.1e} nats per token, same first choice {report[f'top1_{which}']:.1%}"
+
+
+def model_card(source: Source, reports: dict[str, dict[str, Any]], here: dict[str, Path]) -> str:
+    """The whole card of the parts in `here`, each in its folder as seen from the card."""
+    checkpoint, prompt = source.checkpoint, infill_prompt(source.tokenizer)
+    config, checks = checkpoint.config, [row for part in here for row in check_rows(reports[part])]
     quant = config.model.activation_quant if config.model.use_ternary else "none"
     rounded = "llama.cpp rounds them in blocks of 256, Transformers does not: the table above has what that makes."
     return CARD.format(
-        license=license,
-        name=name,
-        num_params=num_params,
+        license=source.license,
+        name=source.name,
+        num_params=sum(parameter.numel() for parameter in source.model.parameters()),
         version=__version__,
         step=checkpoint.step,
         context=config.model.max_seq_len,
-        use="\n\n".join(use),
-        eos=tokenizer.special.eos,
+        use="\n\n".join(_use(source, reports[part], folder) for part, folder in here.items()),
+        eos=source.tokenizer.special.eos,
         prompt=prompt["text"],
         ids=" ".join(map(str, prompt["ids"])),
-        data=data_section(shards, config.distillation.teachers),
-        training=training_section(checkpoint, results),
+        data=data_section(source.shards, config.distillation.teachers),
+        training=_training(checkpoint, source.results),
         recipe=config_to_toml(config),
-        results=results_section(results),
+        results=_results(source.results),
         checks="| check | found |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in checks),
         activations=f"Training rounded activations to 8 bits ({quant}). {rounded}",
     )

@@ -26,6 +26,7 @@ from smelter.config import ActivationQuant
 from smelter.export.hf import hf_name
 from smelter.kernels import reference
 from smelter.model import Attention, Model
+from smelter.run import Checkpoint, Results
 from smelter.tokens import Tokenizer, open_shards
 
 MAX_CAP_KL = 1e-2
@@ -57,16 +58,41 @@ class CapReport:
 
     def objections(self) -> list[str]:
         """Why the caps cannot be left out; empty where they can."""
-        found = []
+        reasons = []
         cap = self.attn_logit_soft_cap
         if cap and self.max_attention_logit > MAX_ATTENTION_SHARE * cap:
-            found.append(
+            reasons.append(
                 f"attention logits reach {self.max_attention_logit:.1f}, more than {MAX_ATTENTION_SHARE * cap:g} "
                 f"under the cap of {cap:g}"
             )
         if not self.caps_kl <= MAX_CAP_KL:
-            found.append(f"without the caps the model changes by {self.caps_kl:.2g} nats per token (> {MAX_CAP_KL:g})")
-        return found
+            reasons.append(
+                f"without the caps the model changes by {self.caps_kl:.2g} nats per token (> {MAX_CAP_KL:g})"
+            )
+        return reasons
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and the text it is measured on."""
+
+    name: str
+    license: str
+    model: Model
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    results: Results | None
+    """What `smelter evaluate` found, if it was asked."""
+    shards: Path
+    texts: list[str]
+    probe: str
+    windows: list[Tensor]
+    caps: CapReport
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model sees."""
+        return self.model.config.max_seq_len
 
 
 def probe_texts(shards: Path, tokenizer: Tokenizer, *, must_exist: bool) -> tuple[list[str], str]:
@@ -235,8 +261,8 @@ def infill_prompt(tokenizer: Tokenizer) -> dict[str, Any]:
 def find_llama_cpp(program: str) -> Path | None:
     """One of llama.cpp's programs: in `$LLAMA_CPP_DIR/bin`, else on the PATH."""
     folder = os.environ.get("LLAMA_CPP_DIR")
-    found = shutil.which(program, path=str(Path(folder) / "bin")) if folder else shutil.which(program)
-    return Path(found) if found else None
+    path = shutil.which(program, path=str(Path(folder) / "bin") if folder else None)
+    return Path(path) if path else None
 
 
 def llama_cpp_ids(program: Path, model: Path, text: str, *, parse_special: bool, work: Path) -> list[int]:
@@ -249,11 +275,11 @@ def llama_cpp_ids(program: Path, model: Path, text: str, *, parse_special: bool,
         run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     finally:
         file.unlink()
-    found = re.search(r"^\[([\d, ]*)\]$", run.stdout, re.MULTILINE)
-    if run.returncode or not found:
+    ids = re.search(r"^\[([\d, ]*)\]$", run.stdout, re.MULTILINE)
+    if run.returncode or not ids:
         reason = (run.stderr.strip() or run.stdout.strip() or "no output").splitlines()[-1]
         raise UserError(f"{program}: cannot tokenize with {model.name}: {reason[:200]}: try another llama.cpp")
-    return [int(number) for number in found[1].split(",") if number.strip()]
+    return [int(number) for number in ids[1].split(",") if number.strip()]
 
 
 def check_llama_cpp_tokenizer(file: Path, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
@@ -261,15 +287,15 @@ def check_llama_cpp_tokenizer(file: Path, tokenizer: Tokenizer, texts: list[str]
     program = find_llama_cpp("llama-tokenize")
     if program is None:
         return {}
-    every = [*texts, *TRICKY, *tokenizer.special.names]
+    texts = [*texts, *TRICKY, *tokenizer.special.names]
     different = sum(
         llama_cpp_ids(program, file, text, parse_special=False, work=file.parent) != tokenizer.encode(text)
-        for text in every
+        for text in texts
     )
     prompt = infill_prompt(tokenizer)
     same = llama_cpp_ids(program, file, prompt["text"], parse_special=True, work=file.parent) == prompt["ids"]
     return {
-        "llama_cpp_texts": len(every),
+        "llama_cpp_texts": len(texts),
         "llama_cpp_tokenizer_differences": different,
         "llama_cpp_infill_prompt_differs": int(not same),
     }

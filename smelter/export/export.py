@@ -9,7 +9,6 @@ model. `--format all` writes each format into a folder of its own and a model ca
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from smelter.base import (
     UserError,
@@ -25,15 +23,14 @@ from smelter.base import (
     fsync,
     fsync_all,
     make_folder,
-    megabytes,
     parse,
     table,
     write_json,
     write_text,
 )
-from smelter.export.card import model_card, modelfile, server_command, use_section
+from smelter.export.card import check_rows, gguf_file, model_card, modelfile, server_command
 from smelter.export.check import (
-    CapReport,
+    Source,
     check_gguf_logits,
     check_hf_logits,
     check_llama_cpp_tokenizer,
@@ -47,9 +44,7 @@ from smelter.export.check import (
 )
 from smelter.export.gguf import check_gguf, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, check_expressible, compare_trits, read_hf, write_hf
-from smelter.model import Model
-from smelter.run import Checkpoint, load_model, run_folder, write_packed
-from smelter.tokens import Tokenizer
+from smelter.run import RESULTS_FILE, load_model, read_results, run_folder, write_packed
 
 MUST_BE_ZERO = (
     *("trits_changed", "weights_changed", "scales_changed", "tokenizer_differences"),
@@ -93,26 +88,6 @@ class ExportOptions:
         return {part: Path(part) for part in ("hf", "gguf", *(["packed"] if self.packed else []))}
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is exported, and the text it is measured on."""
-
-    name: str
-    model: Model
-    tokenizer: Tokenizer
-    checkpoint: Checkpoint
-    shards: Path
-    texts: list[str]
-    probe: str
-    windows: list[Tensor]
-    caps: CapReport
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model sees."""
-        return self.model.config.max_seq_len
-
-
 def _source(options: ExportOptions) -> Source:
     """Load the checkpoint and see whether it can be exported at all. UserError says why not."""
     model, tokenizer, checkpoint = load_model(options.checkpoint, device="cpu", dtype=torch.float32)
@@ -120,12 +95,13 @@ def _source(options: ExportOptions) -> Source:
     if "gguf" in options.parts:
         check_gguf(model, tokenizer, options.gguf_type)
     _check_out(options)
+    run = run_folder(checkpoint.path)
+    results = read_results(run / RESULTS_FILE) if (run / RESULTS_FILE).is_file() else None
     shards = options.shards or Path(checkpoint.config.data.shards)
     texts, probe = probe_texts(shards, tokenizer, must_exist=options.shards is not None)
     windows = probe_windows(texts, tokenizer, model.config.max_seq_len)
-    name = run_folder(checkpoint.path).name
     caps = measure_caps(model, windows)
-    return Source(name, model, tokenizer, checkpoint, shards, texts, probe, windows, caps)
+    return Source(run.name, options.license, model, tokenizer, checkpoint, results, shards, texts, probe, windows, caps)
 
 
 def _write_part(part: str, folder: Path, source: Source, options: ExportOptions) -> dict[str, Any]:
@@ -174,28 +150,6 @@ def _report(part: str, folder: Path, source: Source, options: ExportOptions, che
     }
 
 
-def _card(source: Source, options: ExportOptions, reports: dict[str, dict[str, Any]], here: dict[str, Path]) -> str:
-    """The model card for the parts in `here`, each in its folder as seen from the card."""
-    try:
-        file = run_folder(source.checkpoint.path) / "results.json"
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        results = {}
-    gguf = f"{source.name}-{options.gguf_type}.gguf"
-    uses = [use_section(part, source.name, source.tokenizer, source.context, here[part], gguf) for part in here]
-    return model_card(
-        source.checkpoint,
-        source.tokenizer,
-        name=source.name,
-        license=options.license,
-        num_params=sum(parameter.numel() for parameter in source.model.parameters()),
-        use=uses,
-        checks=[row for part in here for row in _rows(reports[part])],
-        results=results,
-        shards=source.shards,
-    )
-
-
 def export(options: ExportOptions) -> dict[str, Any]:
     """Write and check; returns the report that export.json holds. Nothing is changed in `out` if it fails."""
     source = _source(options)
@@ -217,11 +171,11 @@ def export(options: ExportOptions) -> dict[str, Any]:
             checks = _write_part(part, folder, source, options)
             reports[part] = _report(part, folder, source, options, checks)
             if part == "hf":
-                write_text(folder / "README.md", _card(source, options, reports, {part: Path()}))
+                write_text(folder / "README.md", model_card(source, reports, {part: Path()}))
                 reports[part]["files"]["README.md"] = (folder / "README.md").stat().st_size
             write_json(folder / "export.json", reports[part])
         if options.format == "all":
-            write_text(work / "README.md", _card(source, options, reports, options.parts))
+            write_text(work / "README.md", model_card(source, reports, options.parts))
             write_json(work / "export.json", {"format": "all", "parts": reports})
         fsync_all(work)
         for path in sorted(work.rglob("*")):
@@ -252,55 +206,18 @@ def _check_out(options: ExportOptions) -> None:
             raise UserError(f"{folder}: holds another model: give another folder, or --force to overwrite it")
 
 
-def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The report of one format for people, as names and values."""
-    size, part = megabytes(sum(report["files"].values())), report["format"]
-    yield "written", f"{report['gguf_type'] or part}, {size}, checkpoint of step {report['step']:,}"
-    yield "trits changed", f"{report['trits_changed']} of {report['trits']:,}"
-    yield "scales changed", f"{report['scales_changed']} of {report['layers']}"
-    if "tokenizer_texts" in report:
-        texts = f"{report['tokenizer_differences']} of {report['tokenizer_texts']}"
-        yield "texts tokenised differently, Transformers", texts
-    elif part == "hf":
-        yield "texts and logits", "not compared: pip install 'smelter-foundry[hf]'"
-    if "llama_cpp_texts" in report:
-        texts = f"{report['llama_cpp_tokenizer_differences']} of {report['llama_cpp_texts']}"
-        yield "texts tokenised differently, llama.cpp", f"{texts}; the infilling prompt: the same ids"
-    elif part == "gguf":
-        yield "texts, llama.cpp", "not compared: no llama-tokenize on the PATH or in $LLAMA_CPP_DIR/bin"
-    if part != "packed":
-        yield "largest attention logit", _beside_cap(report["max_attention_logit"], report["attn_logit_soft_cap"])
-        yield "largest output logit", _beside_cap(report["max_final_logit"], report["final_logit_soft_cap"])
-        yield "KL of leaving the caps out", f"{report['caps_kl']:.1e} nats per token"
-    if "kl_same_numerics" in report:
-        yield "KL, Transformers against us", _kl(report, "same_numerics")
-    if "kl_as_trained" in report:
-        how = {"hf": "KL without 8-bit activations", "gguf": "KL with llama.cpp's rounding", "packed": "KL, read again"}
-        yield how[part], _kl(report, "as_trained")
-    yield "measured on", f"{report['probe_tokens']:,} tokens of {report['probe']}"
-
-
-def _beside_cap(value: float, cap: float) -> str:
-    return f"{value:.1f}  (cap {cap:g})" if cap else f"{value:.1f}  (no cap)"
-
-
-def _kl(report: dict[str, Any], which: str) -> str:
-    return f"{report[f'kl_{which}']:.1e} nats per token, same first choice {report[f'top1_{which}']:.1%}"
-
-
 def main(argv: list[str]) -> int:
     """`smelter export`."""
     options = parse(ExportOptions, argv, "smelter export")
     reports = export(options)
     for report in reports.values():
-        print(table(list(_rows(report))), end="\n\n" if len(reports) > 1 else "\n")
-    (prompt,) = {report["infill_prompt"]["text"]: report["infill_prompt"] for report in reports.values()}.values()
+        print(table(list(check_rows(report))), end="\n\n" if len(reports) > 1 else "\n")
+    prompt = next(iter(reports.values()))["infill_prompt"]
     print(f"infilling prompt: {prompt['text']!r}\n  as token ids: {' '.join(map(str, prompt['ids']))}")
     if any(report["forced"] for report in reports.values()):
         print("warning: exported with --force although the soft-caps matter: the export is another model")
     print(f"written to {options.out}")
     if "gguf" in reports:
-        (file,) = (name for name in reports["gguf"]["files"] if name.endswith(".gguf"))
-        path = options.out / options.parts["gguf"] / file
+        path = options.out / options.parts["gguf"] / gguf_file(reports["gguf"])
         print(f"to serve it: {server_command(path, reports['gguf']['context'])}")
     return 0

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from smelter.base import UserError
-from smelter.config import ModelConfig
 from smelter.export.hf import baked_tensors
 from smelter.model import Model
 from smelter.tokens import QWEN2_SPLIT_PATTERN, TEMPLATE, Tokenizer
@@ -38,21 +37,17 @@ def check_gguf(model: Model, tokenizer: Tokenizer, gguf_type: str) -> None:
                 f"{gguf_type} holds ternary weights and model.use_ternary is off in this checkpoint (so are those up "
                 "to a run's training.ternary_start_step): use --gguf-type F16"
             )
-        for name, value in _input_sizes(config).items():
+        for name, value in (
+            ("hidden_size", config.hidden_size),
+            ("intermediate_size", config.intermediate_size),
+            ("num_heads * head_dim", config.query_size),
+        ):
             if value % BLOCK:
                 raise UserError(
                     f"model.{name} = {value}: {gguf_type} stores blocks of {BLOCK}, so it must be a multiple of "
                     f"{BLOCK}: use --gguf-type F16 or --format hf, or train another size"
                 )
     _check_pre_tokenizer(tokenizer)
-
-
-def _input_sizes(config: ModelConfig) -> dict[str, int]:
-    return {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_heads * head_dim": config.query_size,
-    }
 
 
 def _check_pre_tokenizer(tokenizer: Tokenizer) -> None:
@@ -149,10 +144,10 @@ def gguf_name(hf_name: str, num_layers: int) -> str:
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, num_layers)
-    found: str | None = names.get_name(hf_name, try_suffixes=(".weight",))
-    if found is None:
+    name: str | None = names.get_name(hf_name, try_suffixes=(".weight",))
+    if name is None:
         raise KeyError(f"{hf_name} has no name in GGUF's qwen3")
-    return found
+    return name
 
 
 def read_gguf(file: Path, num_layers: int) -> Callable[[str], Tensor]:

@@ -19,11 +19,27 @@ from smelter.run.metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
     MetricsLogger,
+    Sample,
     progress_line,
     read_metrics,
 )
 from smelter.run.packed import write_packed
 from smelter.run.plan import plan
+from smelter.run.results import (
+    RESULTS_FILE,
+    Case,
+    DocumentCase,
+    GapCase,
+    GapsFilled,
+    LanguageBits,
+    LevelSolved,
+    ProblemCase,
+    Results,
+    Solved,
+    read_cases,
+    read_results,
+    write_results,
+)
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.run.signals import StopSignal
 from smelter.run.trits import TritWatch
@@ -31,12 +47,23 @@ from smelter.run.trits import TritWatch
 __all__ = [
     "CONFIG_FILE",
     "METRICS_FILE",
+    "RESULTS_FILE",
     "SAMPLES_FILE",
+    "Case",
     "Checkpoint",
+    "DocumentCase",
+    "GapCase",
+    "GapsFilled",
+    "LanguageBits",
+    "LevelSolved",
     "Machine",
     "MetricsLogger",
     "Precision",
+    "ProblemCase",
+    "Results",
     "RunLength",
+    "Sample",
+    "Solved",
     "StopSignal",
     "TritWatch",
     "distributed",
@@ -53,10 +80,13 @@ __all__ = [
     "prepare_run_dir",
     "print0",
     "progress_line",
+    "read_cases",
     "read_metrics",
+    "read_results",
     "run_folder",
     "save_checkpoint",
     "set_rates",
     "write_packed",
+    "write_results",
     "write_tensors",
 ]

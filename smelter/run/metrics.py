@@ -23,6 +23,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -38,6 +39,16 @@ from smelter.base import (
 from smelter.config import Config, config_to_dict
 
 METRICS_FILE, SAMPLES_FILE, WANDB_ID_FILE = "metrics.jsonl", "samples.jsonl", "wandb_id.txt"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote between two pieces of held-out code, and what stands there."""
+
+    prefix: str
+    suffix: str
+    completion: str
+    expected: str
 
 
 class MetricsLogger:
@@ -81,13 +92,13 @@ class MetricsLogger:
                 self._tensorboard.add_scalar(key, value, step)
             self._tensorboard.flush()
 
-    def samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Append samples (prefix, suffix, completion, expected), one line each."""
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Append samples, one line each."""
         if not self.enabled or not samples:
             return
         with (self.run_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
             for sample in samples:
-                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """End the trackers and close the file; safe to call twice."""

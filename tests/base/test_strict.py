@@ -1,6 +1,7 @@
 """Tables as dataclasses: strict types, ranges beside the fields, and one line that names place and fix."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -61,6 +62,28 @@ def test_a_table_becomes_a_dataclass() -> None:
         others=(Tray("a"), Tray(loaves=2)),
     )
     assert [type(number) for number in (oven.degrees, *oven.minutes, oven.humidity)] == [float] * 4
+
+
+@dataclass(frozen=True)
+class Bakery:
+    owner: str | None
+    trays: dict[str, Tray] = field(default_factory=dict)
+    sold: dict[int, int] = field(default_factory=dict)
+
+
+def test_tables_by_name_and_fields_that_must_be_there() -> None:
+    bakery = from_table(Bakery, {"owner": None, "trays": {"a": {"loaves": 2}}, "sold": {"7": 3}}, "bakery.json")
+    assert bakery == Bakery(None, {"a": Tray(loaves=2)}, {7: 3})
+    with pytest.raises(ConfigError, match=r"^bakery\.json: owner is missing$"):
+        from_table(Bakery, {}, "bakery.json")
+    assert from_table(Bakery, {}, "bakery.json", bakery) == bakery
+    for values, message in (
+        ({"trays": {"a": {"loaves": 0}}}, "[trays]: [a]: loaves = 0: must be at least 1"),
+        ({"trays": []}, "trays = []: must be a table"),
+        ({"sold": {"7": "x"}}, "[sold]: 7 = 'x': must be a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'bakery.json: {message}')}$"):
+            from_table(Bakery, {"owner": "x", **values}, "bakery.json")
 
 
 def test_values_are_laid_over_the_base_also_in_its_tables() -> None:

@@ -9,7 +9,7 @@ from smelter.decoding import generate as decode
 from smelter.decoding.generate import Prompt, complete_many
 from smelter.decoding.prompts import FimOrder
 from smelter.decoding.text import Stop
-from smelter.evaluation.gaps import InfillCase, infill_lines, samples
+from smelter.evaluation.gaps import InfillCase, fill_in, samples
 from tests import tiny
 
 PROMPTS = [
@@ -67,19 +67,18 @@ def test_a_line_is_the_beginning_of_the_completion(order: FimOrder) -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     cases = [InfillCase(0, tiny.CODE[: 900 + 40 * i], "", tiny.CODE[1_000 + 40 * i : 1_500]) for i in range(12)]
     done: list[int] = []
-    lines = infill_lines(model, tokenizer, cases, order=order, max_tokens=40, progress=done.append)
+    lines = fill_in(model, tokenizer, cases, order=order, max_tokens=40, progress=done.append)
     whole = [tiny.complete(case.prefix, case.suffix, max_tokens=40, order=order) for case in cases]
     assert lines == [text.split("\n")[0] for text in whole]
     assert lines != whole, "no line ended"
     assert done[-1] == len(cases)
 
 
-def test_samples_are_json_and_repeat() -> None:
+def test_samples_repeat() -> None:
     tokens = tiny.tokenizer()
     docs = [tokens.encode(tiny.CODE[i : i + 3_000]) for i in (0, 5_000, 9_000)]
     made = samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
     assert made == samples(tiny.model(), tokens, 3, docs.__getitem__, num_samples=2, max_tokens=8)
     assert len(made) == 2
-    for row in made:
-        assert list(row) == ["prefix", "suffix", "completion", "expected"]
-        assert row["prefix"] + row["expected"] + row["suffix"] in tiny.CODE
+    for sample in made:
+        assert sample.prefix + sample.expected + sample.suffix in tiny.CODE

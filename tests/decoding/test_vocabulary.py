@@ -13,7 +13,7 @@ from smelter.decoding.engine import Engine
 from smelter.decoding.generate import Prompt, complete_many, generate
 from smelter.decoding.healing import take_back
 from smelter.decoding.request import Piece, Request
-from smelter.evaluation.gaps import InfillCase, infill_lines, samples
+from smelter.evaluation.gaps import InfillCase, fill_in, samples
 from smelter.kernels import head as screened
 from smelter.model import Model
 from tests import tiny
@@ -100,7 +100,7 @@ def test_evaluation_and_samples_write_them_too() -> None:
     for temperature in (0.0, 1.0):
         options: dict[str, Any] = {"max_tokens": 16, "temperature": temperature}
         assert complete_many(wide, TOKENS, prompts, **options) == complete_many(narrow, TOKENS, prompts, **options)
-    assert infill_lines(wide, TOKENS, cases) == infill_lines(narrow, TOKENS, cases)
+    assert fill_in(wide, TOKENS, cases) == fill_in(narrow, TOKENS, cases)
     docs = [TOKENS.encode(tiny.CODE[i : i + 3_000]) for i in (0, 5_000)]
     assert samples(wide, TOKENS, 2, docs.__getitem__) == samples(narrow, TOKENS, 2, docs.__getitem__)
 

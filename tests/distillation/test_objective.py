@@ -14,7 +14,7 @@ from smelter.base.errors import ConfigError
 from smelter.config import Config, DistillationConfig, TrainingConfig
 from smelter.distillation.objective import Objective, validation_weights, weights_by_loss
 from smelter.distillation.teacher import CheckpointTeacher
-from smelter.evaluation.evaluate import validation_loss
+from smelter.evaluation.bpb import validation_loss
 from smelter.model import Model
 from smelter.run.metrics import read_metrics
 from smelter.tokens.shards import ShardSet

@@ -14,9 +14,10 @@ import torch
 
 from smelter.evaluation import bpb as module
 from smelter.evaluation.bpb import (
-    bits_per_byte,
+    Compressed,
     by_language,
     compressor_baselines,
+    document_cases,
     document_nats,
     nll_rows,
     validation_loss,
@@ -25,6 +26,7 @@ from smelter.model import Model
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.windows import spread_windows
 from tests import tiny
+from tests.evaluation.bits import bits_of_split
 from tests.shards_of_pieces import PIECES, make_shards
 
 
@@ -61,7 +63,7 @@ def test_bits_per_byte_scores_every_token_once(shards: Path, one_by_one: list[fl
     split = ShardSet.open(shards).split("val")
     expected = sum(one_by_one) / math.log(2) / sum(map(len, PIECES[:4]))
     for batch_size in (1, 7):
-        assert bits_per_byte(model, split, stride=16, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
+        assert bits_of_split(model, split, stride=16, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
@@ -76,22 +78,21 @@ def test_languages_add_up(shards: Path) -> None:
     """Of four documents two have a record that names their language."""
     model, split = tiny.model(max_seq_len=32), ShardSet.open(shards).split("val")
     nats = document_nats(model, split, stride=32)
-    found = by_language(nats, split)
-    assert {name: item["num_files"] for name, item in found.items()} == {"python": 1, "c++": 1, "unknown": 2}
-    assert sum(item["num_bytes"] for item in found.values()) == split.num_bytes
-    bits = sum(item["bpb"] * item["num_bytes"] for item in found.values())
-    assert bits / split.num_bytes == pytest.approx(bits_per_byte(model, split, stride=32))
+    parts = by_language(document_cases(nats, split))
+    assert {name: part.num_files for name, part in parts.items()} == {"python": 1, "c++": 1, "unknown": 2}
+    assert sum(part.num_bytes for part in parts.values()) == split.num_bytes
+    bits = sum(part.bpb * part.num_bytes for part in parts.values())
+    assert bits / split.num_bytes == pytest.approx(bits_of_split(model, split, stride=32))
     (number,) = [i for i, language in enumerate(split.languages) if language == "python"]
-    assert found["python"]["bpb"] == pytest.approx(nats[number] / math.log(2) / split.doc_num_bytes[number])
-    assert [item["num_bytes"] for item in found.values()] == sorted(
-        (item["num_bytes"] for item in found.values()), reverse=True
-    )
+    assert parts["python"].bpb == pytest.approx(nats[number] / math.log(2) / split.doc_num_bytes[number])
+    sizes = [part.num_bytes for part in parts.values()]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_progress_counts_tokens(shards: Path) -> None:
     split = ShardSet.open(shards).split("val")
     done: list[int] = []
-    bits_per_byte(tiny.model(), split, stride=48, progress=done.append)
+    bits_of_split(tiny.model(), split, stride=48, progress=done.append)
     assert done == sorted(done)
     assert done[-1] == sum(len(split.doc(i)) for i in range(split.num_docs))
 
@@ -100,7 +101,7 @@ def test_overlap_gives_context(shards: Path) -> None:
     """A model that reads knows more with more of the text before it; one without attention does not care."""
     split = ShardSet.open(shards).split("val")
     model = tiny.model(max_seq_len=32)
-    assert bits_per_byte(model, split, stride=4) != pytest.approx(bits_per_byte(model, split, stride=32), rel=1e-4)
+    assert bits_of_split(model, split, stride=4) != pytest.approx(bits_of_split(model, split, stride=32), rel=1e-4)
 
 
 @pytest.mark.parametrize(("seq_len", "max_tokens"), [(32, 10**9), (32, 200), (1, 50), (500, 1)])
@@ -154,7 +155,7 @@ def test_validation_loss_is_the_same_for_every_batch_size(shards: Path) -> None:
 def test_validation_on_everything_without_overlap_is_bits_per_byte(shards: Path) -> None:
     split, model = ShardSet.open(shards).split("val"), tiny.model()
     _, bpb = validation_loss(model, split, 10**9, tokenizer=tiny.tokenizer())
-    assert bpb == pytest.approx(bits_per_byte(model, split, stride=96), rel=1e-5)
+    assert bpb == pytest.approx(bits_of_split(model, split, stride=96), rel=1e-5)
 
 
 def test_validation_keeps_one_shape(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,18 +190,18 @@ def test_a_uniform_model_needs_log_vocabulary_bits(shards: Path) -> None:
         model.norm.weight.zero_()
     split = ShardSet.open(shards).split("val")
     num_tokens = sum(len(split.doc(i)) for i in range(split.num_docs))
-    assert bits_per_byte(model, split, stride=48) == pytest.approx(num_tokens * 9 / split.num_bytes, rel=1e-6)
+    assert bits_of_split(model, split, stride=48) == pytest.approx(num_tokens * 9 / split.num_bytes, rel=1e-6)
     assert validation_loss(model, split, 500, tokenizer=tiny.tokenizer())[0] == pytest.approx(math.log(512), rel=1e-6)
 
 
 def test_baselines_are_the_libraries() -> None:
     documents = [text.encode() for text in PIECES] + [b""]
     total = sum(map(len, documents))
-    assert compressor_baselines(documents) == {
-        "gzip_bpb": 8 * sum(len(gzip.compress(data, 9)) for data in documents) / total,
-        "xz_bpb": 8 * sum(len(lzma.compress(data, preset=9)) for data in documents) / total,
-        "xz_joined_bpb": 8 * len(lzma.compress(b"".join(documents), preset=9)) / total,
-    }
+    assert compressor_baselines(documents) == Compressed(
+        gzip=8 * sum(len(gzip.compress(data, 9)) for data in documents) / total,
+        xz=8 * sum(len(lzma.compress(data, preset=9)) for data in documents) / total,
+        xz_joined=8 * len(lzma.compress(b"".join(documents), preset=9)) / total,
+    )
 
 
 @pytest.mark.real
@@ -212,8 +213,8 @@ def test_baselines_are_the_programs() -> None:
     def size(program: str, data: bytes) -> int:
         return len(subprocess.run([program, "-9", "-c"], input=data, capture_output=True, check=True).stdout)
 
-    found = compressor_baselines(documents)
+    ours = compressor_baselines(documents)
     # zlib's and gzip's own search differ by a few bytes.
-    assert found["gzip_bpb"] == pytest.approx(8 * sum(size("gzip", data) for data in documents) / total, rel=2e-3)
-    assert found["xz_bpb"] == pytest.approx(8 * sum(size("xz", data) for data in documents) / total, rel=1e-3)
-    assert found["xz_joined_bpb"] == pytest.approx(8 * size("xz", b"".join(documents)) / total, rel=1e-3)
+    assert ours.gzip == pytest.approx(8 * sum(size("gzip", data) for data in documents) / total, rel=2e-3)
+    assert ours.xz == pytest.approx(8 * sum(size("xz", data) for data in documents) / total, rel=1e-3)
+    assert ours.xz_joined == pytest.approx(8 * size("xz", b"".join(documents)) / total, rel=1e-3)

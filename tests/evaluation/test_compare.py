@@ -1,15 +1,24 @@
 """Two evaluations beside each other: pair by pair where the cases are the same, and never certain of nothing."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from smelter.__main__ import main
 from smelter.evaluation.compare import Measured, Row, comparison, rows
 from smelter.evaluation.intervals import share_difference
-from smelter.evaluation.results import cases_path, read_results, tables, write_results
+from smelter.run.results import (
+    Case,
+    DocumentCase,
+    GapCase,
+    GapsFilled,
+    LanguageBits,
+    ProblemCase,
+    Solved,
+    read_results,
+    write_results,
+)
 from tests import tiny
 from tests.shards_of_pieces import make_shards
 
@@ -23,29 +32,35 @@ def measured(name: str, exact: list[bool], bpb: float = 1.0, passed: tuple[int, 
     """An evaluation of as many files and gaps as `exact` has, and of as many problems as `passed`."""
     share = sum(exact) / len(exact)
     sizes = [100 * (i + 1) for i in range(len(exact))]
-    cases: list[dict[str, Any]] = []
+    cases: list[Case] = []
     for i, is_exact in enumerate(exact):
-        cases.append({"measure": "bits_per_byte", "case": f"{i}/h", "language": "c", "num_bytes": sizes[i]})
-        cases[-1]["nats"] = bpb * sizes[i] * 0.6931471805599453
-        cases.append({"measure": "infill/single_line", "case": f"{i}", "exact": is_exact, "edit_similarity": share})
+        nats = bpb * sizes[i] * 0.6931471805599453
+        cases.append(DocumentCase("bits_per_byte", f"{i}/h", language="c", nats=nats, num_bytes=sizes[i]))
+        cases.append(GapCase("infill/single_line", f"{i}", is_exact, edit_similarity=share, completion="", expected=""))
     for i, count in enumerate(passed):
-        cases.append({"measure": "pass_at_k/p", "case": f"{i}", "num_completions": n, "num_passed": count})
-    results = {
-        "step": 5,
-        "num_params": 1_000,
-        "stride": 8,
-        "context": 16,
-        "val_bpb": bpb,
-        "bpb_by_language": {"c": {"bpb": bpb, "num_bytes": sum(sizes), "num_files": len(sizes)}},
-        "infill": {"single_line": {"exact_match": share, "edit_similarity": share, "cases": len(exact)}},
-        "pass_at_k": {"p": {"pass@1": sum(passed) / n / len(passed), "num_problems": 2, "num_completions": n}},
-    }
+        cases.append(ProblemCase("pass_at_k/p", f"{i}", n, count, verdicts=(), completions=()))
+    share_passed = sum(passed) / n / len(passed)
+    results = tiny.results(
+        val_bpb=bpb,
+        bpb_by_language={"c": LanguageBits(bpb, sum(sizes), len(sizes))},
+        infill={"single_line": GapsFilled(share, share, len(exact), 64)},
+        pass_at_k={
+            "p": Solved(
+                pass_at={1: share_passed},
+                num_problems=2,
+                num_completions=n,
+                verdicts={},
+                temperature=0.8,
+                max_tokens=9,
+            )
+        },
+    )
     return Measured(name, results, cases)
 
 
 def row(first: Measured, second: Measured, name: str) -> Row:
-    (found,) = [row for row in rows(first, second) if row.name == name]
-    return found
+    (named,) = [row for row in rows(first, second) if row.name == name]
+    return named
 
 
 def test_the_same_cases_are_compared_pair_by_pair() -> None:
@@ -87,11 +102,12 @@ def test_equal_models_differ_in_nothing() -> None:
     assert "20 gaps, paired" in text
 
 
-def test_results_of_before_have_fewer_rows() -> None:
-    old = Measured("old", {"val_bpb": 2.0, "step": 1}, [])
-    assert [row.name for row in rows(old, measured("A", [True]))] == ["bits per byte"]
-    assert "stride: None in A, 8 in B" in comparison(old, measured("A", [True]))
-    assert tables(old.results) == {}
+def test_what_was_measured_otherwise_is_said() -> None:
+    first, second = measured("A", [True]), measured("B", [True])
+    other = Measured("C", replace(second.results, stride=8, pass_at_k={}, infill={}), [])
+    assert "stride: 256 in A, 8 in B" in comparison(first, other)
+    assert [row.name for row in rows(first, other)] == ["bits per byte"]
+    assert rows(first, other)[0].basis == "other files"
 
 
 def test_command_on_runs_and_files(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,34 +130,8 @@ def test_command_on_runs_and_files(tmp_path: Path, shards: Path, capsys: pytest.
 
 def test_a_checkpoint_of_another_step_has_results_of_its_own(tmp_path: Path, shards: Path) -> None:
     run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
-    later = {"step": 9, "val_bpb": 1.0, "stride": 1, "context": 2}
-    (run / "results.json").write_text(json.dumps(later))
+    write_results(run / "results.json", tiny.results(step=9), [])
     names = [str(run), str(run / "checkpoints" / "step_0000007")]
     assert main(["evaluate", "--compare", *names, "--max-infill", "0", "--device", "cpu"]) == 0
-    assert json.loads((run / "results.json").read_text()) == later
-    assert json.loads((run / "results_step_0000007.json").read_text())["step"] == 7
-
-
-@pytest.mark.parametrize(
-    ("content", "words"), [("{", "damaged"), ("[]", "not what"), ('{"a": 1}', "not what"), (None, "No such file")]
-)
-def test_a_file_that_is_no_result_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
-) -> None:
-    path = tmp_path / "r.json"
-    if content is not None:
-        path.write_text(content)
-    assert main(["evaluate", "--compare", str(path), str(path)]) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error
-    assert words in error
-    assert error.count("\n") == 1
-
-
-def test_results_and_cases_are_read_back(tmp_path: Path) -> None:
-    results, cases = {"val_bpb": 1.5}, [{"measure": "m", "case": "a\u2028b"}, {"measure": "m", "case": "é"}]
-    write_results(tmp_path / "x.json", results, cases)
-    assert read_results(tmp_path / "x.json") == (results, cases)
-    assert cases_path(tmp_path / "x.json").name == "x_cases.jsonl"
-    cases_path(tmp_path / "x.json").unlink()
-    assert read_results(tmp_path / "x.json") == (results, [])
+    assert read_results(run / "results.json").step == 9
+    assert read_results(run / "results_step_0000007.json").step == 7

@@ -9,13 +9,14 @@ import torch
 
 from smelter.__main__ import main
 from smelter.evaluation.bpb import compressor_baselines
-from smelter.evaluation.evaluate import bits_per_byte, trit_counts, untrained
+from smelter.evaluation.evaluate import trit_counts, untrained
 from smelter.evaluation.problems import OWN_PROBLEMS
-from smelter.evaluation.results import read_results
 from smelter.model import Model
 from smelter.run.checkpoint import run_folder
+from smelter.run.results import DocumentCase, GapCase, ProblemCase, Solved, read_cases, read_results
 from smelter.tokens.shards import open_shards
 from tests import tiny
+from tests.evaluation.bits import bits_of_split
 from tests.shards_of_pieces import PIECES, make_shards
 
 
@@ -30,7 +31,7 @@ def test_trits_are_counted_by_kind() -> None:
     assert set(counts) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert sum(sum(count.values()) for count in counts.values()) == model.config.num_matrix_params
     trits = torch.cat([layer.mlp.up_proj.trits for layer in model.layers]).flatten()  # type: ignore[union-attr,misc]
-    assert counts["up_proj"] == {str(trit): int((trits == trit).sum()) for trit in (-1, 0, 1)}
+    assert counts["up_proj"] == {trit: int((trits == trit).sum()) for trit in (-1, 0, 1)}
     assert trit_counts(tiny.model(use_ternary=False)) == {}
 
 
@@ -56,23 +57,23 @@ def test_command_writes_everything_promised(tmp_path: Path, shards: Path, capsys
     run = tiny.checkpoint(tmp_path / "run", model, shards=str(shards))
     assert main(["evaluate", str(run), "--max-infill", "6", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    results = json.loads((run / "results.json").read_text())
+    results = read_results(run / "results.json")
     split = open_shards(shards, tiny.tokenizer()).split("val")
-    assert results["val_bpb"] == pytest.approx(bits_per_byte(model, split, stride=48), rel=1e-6)
-    assert f"{results['val_bpb']:.3f}" in out
-    assert results["val_bytes"] == sum(len(text.encode()) for text in PIECES[:4])
-    assert results["xz_bpb"] > results["xz_joined_bpb"] > 0
-    assert results["gzip_bpb"] == compressor_baselines([text.encode() for text in PIECES[:4]])["gzip_bpb"]
-    assert (results["val_files"], results["context"], results["stride"]) == (4, 96, 48)
-    assert (results["train_seconds"], results["train_tokens"], results["step"]) == (12.5, 4_096, 7)
-    assert results["num_params"] == model.config.num_params_estimate
-    assert results["infill_cases"] == len(results["samples"]) == 6
-    assert 0 <= results["infill_exact_match"] <= 1
-    assert 0 <= results["infill_exact_match_untrained"] <= 1
-    assert 0 <= results["infill_exact_match_psm"] <= 1
-    assert results["trits"] == trit_counts(model)
-    for row in results["samples"]:
-        assert any(row["prefix"] + row["expected"] + row["suffix"] in text for text in PIECES[:4])
+    assert results.val_bpb == pytest.approx(bits_of_split(model, split, stride=48), rel=1e-6)
+    assert f"{results.val_bpb:.3f}" in out
+    assert results.val_bytes == sum(len(text.encode()) for text in PIECES[:4])
+    assert results.xz_bpb > results.xz_joined_bpb > 0
+    assert results.gzip_bpb == compressor_baselines([text.encode() for text in PIECES[:4]]).gzip
+    assert (results.val_files, results.context, results.stride) == (4, 96, 48)
+    assert (results.train_seconds, results.train_tokens, results.step) == (12.5, 4_096, 7)
+    assert results.num_params == model.config.num_params_estimate
+    assert results.infill_cases == len(results.samples) == 6
+    for share in (results.infill_exact_match, results.infill_exact_match_untrained, results.infill_exact_match_psm):
+        assert share is not None
+        assert 0 <= share <= 1
+    assert results.trits == trit_counts(model)
+    for sample in results.samples:
+        assert any(sample.prefix + sample.expected + sample.suffix in text for text in PIECES[:4])
     assert "stride 48 of 96" in out
 
 
@@ -82,23 +83,23 @@ def test_every_part_is_in_the_results_and_every_case_beside_them(
     run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
     assert main(["evaluate", str(run), "--max-infill", "6", "--max-spans", "3", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    results, cases = read_results(run / "results.json")
-    assert set(results["bpb_by_language"]) == {"python", "c++", "unknown"}
-    bits = sum(part["bpb"] * part["num_bytes"] for part in results["bpb_by_language"].values())
-    assert bits / results["val_bytes"] == pytest.approx(results["val_bpb"])
-    counts = {kind: found["cases"] for kind, found in results["infill"].items()}
+    results, cases = read_results(run / "results.json"), read_cases(run / "results.json")
+    assert set(results.bpb_by_language) == {"python", "c++", "unknown"}
+    bits = sum(part.bpb * part.num_bytes for part in results.bpb_by_language.values())
+    assert bits / results.val_bytes == pytest.approx(results.val_bpb)
+    counts = {kind: gaps.cases for kind, gaps in results.infill.items()}
     assert counts == {"single_line": 6, "multi_line": 3, "random_span": 3}
-    assert results["infill"]["single_line"]["exact_match"] == results["infill_exact_match"]
-    assert "pass_at_k" not in results
+    assert results.infill["single_line"].exact_match == results.infill_exact_match
+    assert "pass_at_k" not in json.loads((run / "results.json").read_text())
     for kind, count in counts.items():
-        rows = [case for case in cases if case["measure"] == f"infill/{kind}"]
-        assert len(rows) == len({row["case"] for row in rows}) == count
-        mean = sum(row["edit_similarity"] for row in rows) / count
-        assert results["infill"][kind]["edit_similarity"] == pytest.approx(mean)
-        assert all(any(row["expected"] in text for text in PIECES) for row in rows)
-    files = [case for case in cases if case["measure"] == "bits_per_byte"]
-    nats = sum(case["nats"] for case in files)
-    assert nats / math.log(2) / sum(case["num_bytes"] for case in files) == pytest.approx(results["val_bpb"])
+        gaps = [case for case in cases if isinstance(case, GapCase) and case.measure == f"infill/{kind}"]
+        assert len(gaps) == len({gap.case for gap in gaps}) == count
+        mean = sum(gap.edit_similarity for gap in gaps) / count
+        assert results.infill[kind].edit_similarity == pytest.approx(mean)
+        assert all(any(gap.expected in text for text in PIECES) for gap in gaps)
+    files = [case for case in cases if isinstance(case, DocumentCase)]
+    nats = sum(case.nats for case in files)
+    assert nats / math.log(2) / sum(case.num_bytes for case in files) == pytest.approx(results.val_bpb)
     for words in ("a span of characters", "2 to 8 lines", "edit similarity", "unknown"):
         assert words in out
 
@@ -121,20 +122,22 @@ def test_problems_and_gaps_of_files(tmp_path: Path, shards: Path, capsys: pytest
     options = ["--problems", str(tmp_path / "easy.jsonl"), "--infill-file", str(tmp_path / "gaps.jsonl")]
     options += ["--num-completions", "2", "--k", "2,1", "--max-tokens", "6", "--max-infill", "0", "--device", "cpu"]
     assert main(["evaluate", str(run), *options]) == 0
-    results, cases = read_results(run / "results.json")
-    assert results["pass_at_k"]["easy"] == {
-        "pass@1": 0.0,
-        "pass@2": 0.0,
-        "num_problems": 3,
-        "num_completions": 2,
-        "verdicts": {"failed": 6},
-        "temperature": 0.8,
-        "max_tokens": 6,
-    }
-    assert results["infill_files"]["gaps"]["pass@1"] == 1.0
-    assert results["infill_files"]["gaps"]["exact_match"] == 0.0
-    solved = [case for case in cases if case["measure"] == "pass_at_k/easy"]
-    assert [len(case["completions"]) for case in solved] == [2, 2, 2]
+    results = read_results(run / "results.json")
+    assert results.pass_at_k["easy"] == Solved(
+        pass_at={1: 0.0, 2: 0.0},
+        num_problems=3,
+        num_completions=2,
+        verdicts={"failed": 6},
+        temperature=0.8,
+        max_tokens=6,
+    )
+    gaps = results.infill_files["gaps"]
+    assert (gaps.pass_at, gaps.exact_match, gaps.temperature, gaps.num_completions) == ({1: 1.0}, 0.0, 0.0, 1)
+    solved = [case for case in read_cases(run / "results.json") if isinstance(case, ProblemCase)]
+    assert [(case.measure, case.case, len(case.completions)) for case in solved] == [
+        *(("pass_at_k/easy", str(i), 2) for i in range(3)),
+        ("infill_files/gaps", "SingleLine/0", 1),
+    ]
     assert "pass@2" in capsys.readouterr().out
 
 
@@ -142,8 +145,8 @@ def test_infilling_can_be_left_out_and_results_put_elsewhere(tmp_path: Path, sha
     run = tiny.checkpoint(tmp_path / "run", tiny.model())
     options = ["--shards", str(shards), "--max-infill", "0", "--stride", "96", "--out", str(tmp_path / "r.json")]
     assert main(["evaluate", str(run / "checkpoints" / "step_0000007"), *options, "--device", "cpu"]) == 0
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert (results["infill_cases"], results["infill_exact_match"], results["stride"]) == (0, None, 96)
+    results = read_results(tmp_path / "r.json")
+    assert (results.infill_cases, results.infill_exact_match, results.stride) == (0, None, 96)
     assert not (run / "results.json").exists()
 
 

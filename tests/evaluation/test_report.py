@@ -17,54 +17,44 @@ import pytest
 from smelter.__main__ import main as smelter
 from smelter.base.errors import DataError
 from smelter.config import config_to_toml, preset
-from smelter.evaluation.report import (
-    LAYER_KINDS,
-    Series,
-    draw,
-    linear_ticks,
-    lines,
-    log_ticks,
-    make_chart,
-    smoothed,
-    thinned,
-    trit_rows,
-    write_report,
-)
+from smelter.evaluation.charts import LAYER_KINDS
+from smelter.evaluation.report import TritShares, lines, trit_shares, write_report
+from smelter.run.metrics import Sample
+from smelter.run.results import GapsFilled, LanguageBits, LevelSolved, Solved, write_results
+from tests import tiny
 
 CONFIG = preset("tiny")
 HOSTILE = "if a < b and c > d & e: s = '</script><script>document.title=\"owned\"</script>' # \u2028 {{ 7 * 6 }}"
 
-PARTS = {
-    "infill_exact_match_psm": 0.25,
-    "bpb_by_language": {
-        "python": {"bpb": 0.871, "num_bytes": 1_200_345, "num_files": 61},
-        "unknown": {"bpb": 1.213, "num_bytes": 9_876, "num_files": 2},
-    },
+PARTS: dict[str, Any] = {
+    "bpb_by_language": {"python": LanguageBits(0.871, 1_200_345, 61), "unknown": LanguageBits(1.213, 9_876, 2)},
     "infill": {
-        "single_line": {"exact_match": 0.285, "edit_similarity": 0.612, "cases": 400},
-        "multi_line": {"exact_match": 0.05, "edit_similarity": 0.431, "cases": 40},
-        "random_span": {"exact_match": 0.125, "edit_similarity": 0.502, "cases": 40},
+        "single_line": GapsFilled(0.285, 0.612, 400, 64),
+        "multi_line": GapsFilled(0.05, 0.431, 40, 128),
+        "random_span": GapsFilled(0.125, 0.502, 40, 48),
     },
     "pass_at_k": {
-        "smelter_problems": {
-            "pass@1": 0.2125,
-            "pass@10": 0.4,
-            "num_problems": 80,
-            "num_completions": 10,
-            "by_difficulty": {
-                "1": {"pass@1": 0.5, "pass@10": 0.8, "num_problems": 26},
-                "4": {"pass@1": 0.0, "pass@10": 0.0, "num_problems": 14},
-            },
-        }
+        "smelter_problems": Solved(
+            pass_at={1: 0.2125, 10: 0.4},
+            num_problems=80,
+            num_completions=10,
+            verdicts={},
+            by_difficulty={"1": LevelSolved({1: 0.5, 10: 0.8}, 26), "4": LevelSolved({1: 0.0, 10: 0.0}, 14)},
+            temperature=0.8,
+            max_tokens=256,
+        )
     },
     "infill_files": {
-        "smelter_lines": {
-            "pass@1": 0.31,
-            "exact_match": 0.22,
-            "edit_similarity": 0.55,
-            "num_problems": 357,
-            "num_completions": 1,
-        }
+        "smelter_lines": Solved(
+            pass_at={1: 0.31},
+            num_problems=357,
+            num_completions=1,
+            verdicts={},
+            exact_match=0.22,
+            edit_similarity=0.55,
+            temperature=0.0,
+            max_tokens=256,
+        )
     },
 }
 
@@ -125,23 +115,10 @@ def fake_run(run: Path, num_steps: int = 2_000, log_every: int = 10, results: bo
         trits = {}
         for i, (kind, size) in enumerate(sizes.items()):
             minus, zero = int(size * (0.33 - 0.01 * i)), int(size * (0.34 + 0.02 * i))
-            trits[kind] = {"-1": minus, "0": zero, "1": size - minus - zero}
-        measured = {
-            "val_bpb": 0.897,
-            "gzip_bpb": 2.314,
-            "xz_bpb": 2.287,
-            "xz_joined_bpb": 1.702,
-            "infill_exact_match": 0.285,
-            "infill_exact_match_untrained": 0.0,
-            "infill_cases": 400,
-            "train_seconds": 840.2,
-            "train_tokens": 8_192_000,
-            "num_params": model.num_params_estimate,
-            "trits": trits,
-            "samples": [sample, other],
-            **PARTS,
-        }
-        (run / "results.json").write_text(json.dumps(measured))
+            trits[kind] = {-1: minus, 0: zero, 1: size - minus - zero}
+        held_out = (Sample(**sample), Sample(**other))
+        figures = {"num_params": model.num_params_estimate, "trits": trits, "samples": held_out, **PARTS}
+        write_results(run / "results.json", tiny.results(**figures), [])
         (run / "export" / "gguf").mkdir(parents=True)
         (run / "export" / "gguf" / "model-TQ2_0.gguf").write_bytes(bytes(3_456_789))
         (run / "export" / "gguf" / "export.json").write_text(json.dumps({"same_tokens": True, "max_difference": 1e-4}))
@@ -310,78 +287,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert opened == [out.as_uri()]
 
 
-def test_thinning_keeps_every_spike() -> None:
-    points: list[tuple[int, float | None]] = [(step, math.sin(step / 50)) for step in range(20_000)]
-    points[7_777], points[12_345] = (7_777, 99.0), (12_345, -99.0)
-    kept = thinned(points)
-    assert 300 < len(kept) <= 500
-    assert {(7_777, 99.0), (12_345, -99.0)} <= set(kept)
-    assert [step for step, _ in kept] == sorted({step for step, _ in kept})
-    assert thinned([(step, None) for step in range(1_000)])
-    points[100] = (100, None)
-    assert thinned(points[:500]) == points[:500]
-
-
-def test_smoothing_delays_nothing_and_averages_noise() -> None:
-    line: list[tuple[int, float | None]] = [(step, 3.0 - step / 100) for step in range(500)]
-    line[100] = (100, None)
-    kept = [point for point in line if point[0] != 100]
-    assert [step for step, _ in smoothed(line)] == [step for step, _ in kept]
-    far_from_gap = [i for i, (step, _) in enumerate(kept) if abs(step - 100) > 10]
-    values = [value for _, value in smoothed(line)]
-    assert [values[i] for i in far_from_gap] == pytest.approx([kept[i][1] for i in far_from_gap])
-    noise = smoothed([(step, float((-1) ** step)) for step in range(500)])
-    assert max(abs(value or 0.0) for _, value in noise[10:-10]) < 0.15
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 10, [0, 2, 4, 6, 8, 10]),
-        (1.9, 8.4, list(range(2, 9))),
-        (0.31, 0.44, [0.3 + i / 50 for i in range(1, 8)]),
-    ],
-)
-def test_linear_ticks(low: float, high: float, expected: list[float]) -> None:
-    assert linear_ticks(low, high) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(10, 2_000, [10, 20, 50, 100, 200, 500, 1000, 2000]), (1, 1e5, [1, 10, 100, 1e3, 1e4, 1e5]), (3, 4, [3, 4])],
-)
-def test_log_ticks(low: float, high: float, expected: list[float]) -> None:
-    ticks = log_ticks(low, high)
-    assert {round(tick, 6) for tick in ticks} <= set(expected)
-    assert 1 <= len(ticks) <= 6
-
-
-def test_curves_lie_where_their_values_say() -> None:
-    series = [Series("loss", [(0, 5.0), (10, 1.0), (20, None), (30, 4.0), (100, 2.0)])]
-    linear = draw("linear", series=series, percent=False, from_zero=True, log_x=False, log_y=False)
-    # From 0 at the bottom to 5 and 6% of the values' range at the top; the missing value leaves a gap.
-    heights = [1000 * (1 - value / 5.24) for value in (5, 1, 4, 2)]
-    expected = "M0.0 {:.1f}L100.0 {:.1f}M300.0 {:.1f}L1000.0 {:.1f}".format(*heights)
-    assert linear.lines == [expected]
-    assert linear.x_ticks[0] == (0, "0")
-    assert linear.x_ticks[-1] == (100, "100")
-    logarithmic = draw("log", series=series, percent=False, from_zero=True, log_x=True, log_y=True)
-    numbers = [float(number) for number in re.findall(r"[\d.]+", logarithmic.lines[0])]
-    span = math.log(4 * 1.2) - math.log(1 / 1.2)  # step 0 has no place on a logarithmic axis
-    assert numbers[0::2] == pytest.approx([0, 1000 * math.log10(3), 1000], abs=0.1)
-    assert numbers[1::2] == pytest.approx([1000 * (1 - math.log(v * 1.2) / span) for v in (1, 4, 2)], abs=0.1)
-
-
-def test_a_chart_without_values_is_left_out() -> None:
-    assert make_chart([{"step": 1, "loss": None}], "Loss", {"loss": "training", "val_loss": "held-out"}) is None
-
-
 def test_trit_shares_and_information() -> None:
-    rows = trit_rows({"down_proj": {"-1": 1, "0": 1, "1": 1}, "q_proj": {"-1": 0, "0": 2, "1": 2}})
-    assert [row["kind"] for row in rows] == ["q_proj", "down_proj", "all"]
-    assert [row["bits"] for row in rows[:2]] == pytest.approx([1.0, math.log2(3)])
-    assert rows[2]["shares"] == pytest.approx([1 / 7, 3 / 7, 3 / 7])
-    assert rows[2]["count"] == 7
+    rows = trit_shares({"down_proj": {-1: 1, 0: 1, 1: 1}, "q_proj": {-1: 0, 0: 2, 1: 2}})
+    assert rows[0] == TritShares("q_proj", 4, [0.0, 0.5, 0.5], 1.0)
+    assert [row.kind for row in rows] == ["q_proj", "down_proj", "all"]
+    assert rows[1].bits == pytest.approx(math.log2(3))
+    assert rows[2].shares == pytest.approx([1 / 7, 3 / 7, 3 / 7])
+    assert rows[2].count == 7
+    assert trit_shares({}) == []
 
 
 @pytest.mark.real

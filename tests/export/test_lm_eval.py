@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from smelter.evaluation.evaluate import bits_per_byte
 from smelter.evaluation.gaps import choose_cases
 from smelter.export.check import runtime_model
 from smelter.export.hf import read_hf
@@ -18,6 +17,7 @@ from smelter.run.load import load_model
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
 from smelter.tokens.tokenizer import Tokenizer
+from tests.evaluation.bits import bits_of_split
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "quickstart"
@@ -137,8 +137,8 @@ def test_it_finds_what_we_find(tmp_path: Path, capsys: pytest.CaptureFixture[str
     theirs_bits, theirs_accuracy = results["heldout_bits"]["bits_per_byte,none"], results["next_line"]["acc,none"]
 
     stored = runtime_model(model, "none", read_hf(folder))
-    ours_bits = bits_per_byte(stored, split, stride=context)
-    trained_bits = bits_per_byte(model, split, stride=context)
+    ours_bits = bits_of_split(stored, split, stride=context)
+    trained_bits = bits_of_split(model, split, stride=context)
     ours = [log_likelihoods(stored, tokenizer, case) for case in cases]
     ours_accuracy = sum(scores.index(max(scores)) == case.gold for scores, case in zip(ours, cases, strict=True)) / len(
         cases

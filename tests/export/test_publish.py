@@ -21,6 +21,7 @@ from smelter.export.check import check_llama_cpp_tokenizer, infill_prompt, llama
 from smelter.export.gguf import read_gguf, write_gguf
 from smelter.run.load import load_model
 from smelter.run.packed import is_packed, load_packed, write_packed
+from smelter.run.results import write_results
 from tests import tiny
 from tests.export.test_export import GGUF_SHAPE, calm_model, run_export
 
@@ -41,7 +42,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = ["--tokenizer", str(folder / "tokenizer.json")]
     assert main(["tokenize", str(folder / "corpus.jsonl"), "--out", str(folder / "shards"), *tokenizer]) == 0
     run = tiny.checkpoint(folder / "run", calm_model(**GGUF_SHAPE), shards=str(folder / "shards"))
-    (run / "results.json").write_text(json.dumps({"val_bpb": 1.25, "infill_exact_match": 0.04, "infill_cases": 200}))
+    write_results(run / "results.json", tiny.results(val_bpb=1.25, infill_cases=200), [])
     assert run_export(run, folder / "out", "--format", "all", "--packed", "--license", "mit") == 0
     return folder
 

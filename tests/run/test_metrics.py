@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from smelter.config import preset
 from smelter.run import distributed
 from smelter.run.metrics import (
     MetricsLogger,
+    Sample,
     drop_after,
     progress_line,
     read_metrics,
@@ -51,18 +53,18 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 def test_samples_hold_any_code(tmp_path: Path) -> None:
     logger = MetricsLogger(tmp_path, CONFIG, (), None)
-    sample = {"prefix": "s = '<b>\n", "suffix": "é\u2028€", "completion": "", "expected": '"\\'}
+    sample = Sample(prefix="s = '<b>\n", suffix="é\u2028€", completion="", expected='"\\')
     logger.samples(5, [sample, sample])
     logger.samples(6, [])
     logger.close()
-    assert read_metrics(tmp_path / "samples.jsonl") == [{"step": 5, **sample}] * 2
+    assert read_metrics(tmp_path / "samples.jsonl") == [{"step": 5, **asdict(sample)}] * 2
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     first = MetricsLogger(tmp_path, CONFIG, (), None)
     for step in (10, 20, 30, 40):
         first.log(step, {"loss": step / 7})
-        first.samples(step, [{"completion": "first life"}])
+        first.samples(step, [Sample("", "", "first life", "")])
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "lo')  # killed while writing
@@ -133,7 +135,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     logger = MetricsLogger(tmp_path / "run", CONFIG, ("tensorboard", "wandb"), None)
     logger.log(1, {"loss": 1.0})
-    logger.samples(1, [{"completion": "x"}])
+    logger.samples(1, [Sample("", "", "x", "")])
     logger.close()
     assert not (tmp_path / "run").exists()
 
@@ -172,6 +174,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
 
 WANDB = """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from smelter.config import preset
 from smelter.run.metrics import MetricsLogger
