@@ -1,8 +1,3 @@
 """What passes between us and an OpenCode server."""
 
 from foundry.opencode.messages import Prompt, Reply
-
-__all__ = [
-    "Prompt",
-    "Reply",
-]

@@ -2,8 +2,3 @@
 
 from foundry.seeds.seed import Seed
 from foundry.seeds.turns import iterate
-
-__all__ = [
-    "Seed",
-    "iterate",
-]

@@ -3,11 +3,3 @@
 from foundry.teachers.backends import make_teacher
 from foundry.teachers.ensemble import Ensemble, Outcome
 from foundry.teachers.limits import Member, StoppedError
-
-__all__ = [
-    "Ensemble",
-    "Member",
-    "Outcome",
-    "StoppedError",
-    "make_teacher",
-]

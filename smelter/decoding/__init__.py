@@ -4,18 +4,3 @@ from smelter.decoding.engine import Answer, Engine, EngineBusy, EngineStopped
 from smelter.decoding.generate import Prompt, complete_many
 from smelter.decoding.prompts import FimOrder, make_prompt
 from smelter.decoding.request import End, Piece, Request, Token
-
-__all__ = [
-    "Answer",
-    "End",
-    "Engine",
-    "EngineBusy",
-    "EngineStopped",
-    "FimOrder",
-    "Piece",
-    "Prompt",
-    "Request",
-    "Token",
-    "complete_many",
-    "make_prompt",
-]

@@ -3,9 +3,3 @@
 from smelter.distillation.cache import open_caches
 from smelter.distillation.chunk_cache import ChunkTeacher
 from smelter.distillation.objective import Objective
-
-__all__ = [
-    "ChunkTeacher",
-    "Objective",
-    "open_caches",
-]

@@ -2,5 +2,3 @@
 
 from smelter.evaluation.bpb import validation_loss
 from smelter.evaluation.gaps import samples
-
-__all__ = ["samples", "validation_loss"]

@@ -13,24 +13,3 @@ from smelter.losses.targets import (
     needs_no_rows,
     sparse_target,
 )
-
-__all__ = [
-    "ChunkBatch",
-    "Direction",
-    "Divergence",
-    "Mixture",
-    "SparseTeacher",
-    "Teacher",
-    "TeacherHead",
-    "checked_teachers",
-    "chunk_loss",
-    "compiled",
-    "cross_entropy_and_grad",
-    "divergence",
-    "divergence_and_grad",
-    "mixture",
-    "needs_no_rows",
-    "soft_cross_entropy_and_grad",
-    "sparse_target",
-    "target_log_probs",
-]

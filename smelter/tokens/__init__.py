@@ -16,28 +16,3 @@ from smelter.tokens.fim import fit_fim
 from smelter.tokens.shards import ShardSet, Split, open_shards
 from smelter.tokens.tokenizer import QWEN2_SPLIT_PATTERN, Tokenizer
 from smelter.tokens.windows import IGNORED, batches, eval_windows, spread_windows
-
-__all__ = [
-    "IGNORED",
-    "QWEN2_SPLIT_PATTERN",
-    "TEMPLATE",
-    "ChatFormat",
-    "Chunks",
-    "Ids",
-    "ShardSet",
-    "Spelling",
-    "Split",
-    "TeacherTokenizer",
-    "Tokenizer",
-    "batches",
-    "check_vocabulary",
-    "chunk_log_probs",
-    "chunks_of_slice",
-    "eval_windows",
-    "fit_fim",
-    "open_shards",
-    "read_as_written",
-    "spread_windows",
-    "stop_ids",
-    "student_ends",
-]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smelter import kernels
+from smelter.kernels import operations
 from smelter.kernels.attention_tiled import BLOCK, takes, tiled_attention
 from smelter.kernels.capability import capability, cpu_has_tiles
 from tests.kernels.test_attention_blocked import Heads, documents, heads, specified, with_gradients
@@ -128,10 +128,10 @@ def test_the_model_takes_it_for_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(q.dtype)
         return q
 
-    monkeypatch.setattr(kernels, "tiled_attention", counted)
+    monkeypatch.setattr(operations, "tiled_attention", counted)
     tensors = heads(1, 2, 1, 10, 64)
     assert "attention in tiles" in capability(torch.device("cpu")).describe()
     for q, k, v in (tensors, in_bf16(tensors), in_bf16(heads(1, 2, 1, 10, 32))):
-        kernels.attention(q, k, v, 50.0, mask=None, docs=None)
+        operations.attention(q, k, v, 50.0, mask=None, docs=None)
     assert calls == [torch.bfloat16]
     assert not takes(torch.empty(1, 2, 0, 64, dtype=torch.bfloat16))
