@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from annotated_types import Ge, Interval
 
 from smelter.base import ConfigError, DataError, Progress, Record, megabytes, nearest, parse, write_records
 
@@ -80,11 +81,11 @@ class Options:
     """stdlib (the running Python's own library) or a folder, PATH or NAME=PATH; repeat for more."""
     out: Path = Path("data/corpus.jsonl")
     """File of records to write."""
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.05
     """Share of the files held out for validation, chosen by the hash of their names."""
     include_tests: bool = False
     """Keep tests too."""
-    max_file_kb: int = 256
+    max_file_kb: Annotated[int, Ge(1)] = 256
     """Leave out larger files."""
     license: str = "unknown"
     """Licence of the folders (SPDX identifier); the standard library's own is PSF-2.0."""
@@ -95,10 +96,6 @@ class Options:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError("--source is missing: give --source stdlib or --source FOLDER")
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"--val-fraction {self.val_fraction}: must be at least 0 and below 1")
-        if self.max_file_kb < 1:
-            raise ConfigError(f"--max-file-kb {self.max_file_kb}: must be at least 1")
         for language in self.language:
             if language not in LANGUAGES:
                 raise ConfigError(f"--language {language}: unknown: {nearest(language, LANGUAGES)}")

@@ -8,7 +8,6 @@ is removed, and the record falls when none is left. What no check could judge is
 
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import tyro
+from annotated_types import Ge, Gt, Interval
 
 from foundry.cleaning.decontaminate import Benchmarks
 from foundry.cleaning.dedup import NearDuplicates, exact_key, signatures
@@ -70,9 +70,9 @@ class Options:
     run: bool = False
     """Run the Python code of answers, and of texts that have tests, in the sandbox: it must end with exit code 0.
     Tests are taken from meta["tests"], Python source that follows the code."""
-    run_seconds: float = 10.0
+    run_seconds: Annotated[float, Gt(0)] = 10.0
     """Longest run of one program."""
-    run_memory_mb: int = 512
+    run_memory_mb: Annotated[int, Gt(0)] = 512
     """Memory of one program, in MiB."""
     parse: bool = True
     """Drop code that does not parse."""
@@ -80,17 +80,17 @@ class Options:
     """Drop answers that were cut off."""
     secrets: bool = True
     """Drop texts with a credential in them."""
-    min_chars: int = 20
+    min_chars: Annotated[int, Ge(0)] = 20
     """Shortest text or answer; 0 for any."""
     max_chars: int = 200_000
     """Longest text or answer."""
-    max_repeated_lines: float = 0.5
+    max_repeated_lines: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Largest share of a text in lines that stand there more than twice; 1 for any."""
-    min_compressed: float = 0.06
+    min_compressed: Annotated[float, Interval(ge=0, le=1)] = 0.06
     """Smallest size of a text after zlib, as a share of its own; 0 for any."""
     exact_duplicates: bool = True
     """Drop records that differ from an earlier one in white space alone."""
-    near_duplicates: float = 0.8
+    near_duplicates: Annotated[float, Interval(ge=0, le=1)] = 0.8
     """Drop records with this Jaccard similarity (shingles of 5 tokens) to an earlier one; 0 keeps them."""
     allow_license: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Keep only records under this licence (SPDX identifier); repeat for more. Default: any."""
@@ -100,14 +100,8 @@ class Options:
     def __post_init__(self) -> None:
         if not self.files:
             raise ConfigError("no file given: name the files of records to clean")
-        for name in ("max_repeated_lines", "min_compressed", "near_duplicates"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be between 0 and 1")
-        if not 0 <= self.min_chars <= self.max_chars:
-            raise ConfigError(f"--min-chars {self.min_chars}: must be 0 or more and at most --max-chars")
-        if not (math.isfinite(self.run_seconds) and self.run_seconds > 0 and self.run_memory_mb > 0):
-            raise ConfigError("--run-seconds and --run-memory-mb must be positive")
+        if self.min_chars > self.max_chars:
+            raise ConfigError(f"--min-chars {self.min_chars}: must be at most --max-chars")
         for terms in self.teacher_terms:
             teacher, equals, _ = terms.partition("=")
             if not (teacher and equals):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from smelter.base.errors import UserError, nearest
+from smelter.base.strict import check_ranges
 
 T = TypeVar("T")
 
@@ -63,7 +64,8 @@ def _run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], name: s
 def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `options`; its docstring is the help text.
 
-    Nested dataclasses appear without prefix (`--muon-lr`, or `--muon_lr`). Raises UserError.
+    Nested dataclasses appear without prefix (`--muon-lr`, or `--muon_lr`). Ranges stand beside the fields, as in
+    `strict`. Raises UserError.
     """
     import tyro  # only here: a third of the time of `--help`
 
@@ -71,7 +73,7 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
     wants_help = bool({"-h", "--help"} & set(argv))
     try:
         with contextlib.redirect_stderr(noise), contextlib.nullcontext() if wants_help else _wide_terminal():
-            return tyro.cli(
+            parsed: T = tyro.cli(
                 options,
                 args=list(argv),
                 prog=prog,
@@ -82,6 +84,8 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
         if not stop.code:
             raise
         raise UserError(f"{_one_line(noise.getvalue())} (see {prog} --help)") from None
+    check_ranges(parsed, as_options=True)
+    return parsed
 
 
 @contextlib.contextmanager

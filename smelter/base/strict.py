@@ -102,13 +102,15 @@ def _is_table(hint: Any) -> bool:
     return hasattr(hint, "__dataclass_fields__")
 
 
-def check_ranges(table: Any) -> None:
+def check_ranges(table: Any, *, as_options: bool = False) -> None:
     """ConfigError that names the first value of a dataclass which is not finite, or not in the range beside its field.
 
-    A list's numbers must be finite too; None is in every range.
+    A list's numbers must be finite too; None is in every range. `as_options` names it as the command line does.
     """
     for key, (bounds, demand) in _ranges(table.__class__).items():
         value = getattr(table, key)
+        if as_options:
+            key = f"--{key.replace('_', '-')}"
         for number in value if isinstance(value, tuple) else (value,):
             is_finite = not isinstance(number, float) or math.isfinite(number)
             require(is_finite, f"{key} = {number}: must be a finite number")

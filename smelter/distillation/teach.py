@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Interval, Le
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,35 +52,35 @@ class TeachOptions:
     """Shards that the student will be trained on."""
     recipe: Path | None = None
     """Recipe of the student: its arrangement of the rows, vocabulary and temperature are taken."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, Ge(1)] = None
     """Tokens a row: the student's max_seq_len."""
-    fim_rate: float | None = None
+    fim_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
     """The student's data.fim_rate."""
-    fim_spm_rate: float | None = None
+    fim_spm_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
     """The student's data.fim_spm_rate."""
     use_document_mask: bool | None = None
     """The student's data.use_document_mask."""
-    instruct_share: float | None = None
+    instruct_share: Annotated[float | None, Le(1)] = None
     """The student's data.instruct_share."""
-    epochs: int = 1
+    epochs: Annotated[int, Ge(1)] = 1
     """Times that every token is read, each time otherwise arranged; longer training repeats them."""
-    rows: int | None = None
+    rows: Annotated[int | None, Ge(1)] = None
     """Rows instead of epochs."""
     method: Method = "sampled"
     """sampled: unbiased draws. top_k: the likeliest ids. (chunks: for other tokenizers, with options of its own.)"""
-    draws: int = 50
+    draws: Annotated[int, Interval(ge=1, le=255)] = 50
     """Draws a token (sampled), 255 at most."""
-    top_k: int = 12
+    top_k: Annotated[int, Ge(1)] = 12
     """Ids a token (top_k)."""
     log_prob_dtype: Literal["float16", "float32"] = "float16"
     """How top_k stores log-probabilities: float16 is right to three digits."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, Gt(0)] = None
     """The student's distillation.temperature; 1 without a recipe."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Seed of the rows' order and of the draws."""
     out: Path | None = None
     """Folder to write (default: SHARDS/teachers/ and the teacher's name)."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """Rows per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
@@ -87,27 +88,8 @@ class TeachOptions:
     """Matrix products' precision. auto: fp32 on a CPU, on CUDA bf16 or, where there is none, fp16."""
     resume: Resume = "auto"
     """auto: go on with what --out holds of the same cache. must: fail without. never: fail if there is any."""
-    file_mb: int = 1_024
+    file_mb: Annotated[int, Ge(1)] = 1_024
     """Size of a file of rows."""
-
-    def __post_init__(self) -> None:
-        limits: dict[str, tuple[float | None, float, float]] = {
-            "seq_len": (self.seq_len, 1, 2**31),
-            "fim_rate": (self.fim_rate, 0, 1),
-            "fim_spm_rate": (self.fim_spm_rate, 0, 1),
-            "instruct_share": (self.instruct_share, -1, 1),
-            "epochs": (self.epochs, 1, 2**31),
-            "rows": (self.rows, 1, 2**40),
-            "draws": (self.draws, 1, 255),
-            "top_k": (self.top_k, 1, 2**31),
-            "temperature": (self.temperature, 1e-6, 1e6),
-            "seed": (self.seed, 0, 2**63 - 1),
-            "batch_size": (self.batch_size, 1, 2**20),
-            "file_mb": (self.file_mb, 1, 2**20),
-        }
-        for name, (value, low, high) in limits.items():
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"--{name.replace('_', '-')} = {value}: must lie between {low:,} and {high:,}")
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from smelter.base import (
-    ConfigError,
     DataError,
     Progress,
     append_bytes,
@@ -84,9 +84,9 @@ class TeachChunksOptions:
     """Shards that the student will be trained on."""
     out: Path | None = None
     """Folder to write (default: SHARDS/teachers/ and the teacher's name with -chunks)."""
-    context: int = 2_048
+    context: Annotated[int, Ge(2)] = 2_048
     """Tokens that the teacher reads at once, at most what it can; longer documents in windows that overlap by half."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """Windows per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
@@ -94,12 +94,6 @@ class TeachChunksOptions:
     """Matrix products' precision. auto: fp32 on a CPU, on CUDA bf16 or, where there is none, fp16."""
     resume: Resume = "auto"
     """auto: go on with what --out holds of the same. must: fail without. never: fail if there is any."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("context", 2), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < low:
-                raise ConfigError(f"--{name.replace('_', '-')} = {value}: must be at least {low}")
 
 
 @dataclass(frozen=True)

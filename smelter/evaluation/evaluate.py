@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from annotated_types import Ge
 
 from smelter.base import CheckpointError, Progress, UserError, parse
 from smelter.bitnet import bit_linears
@@ -77,9 +78,9 @@ class EvaluateOptions:
     """Two runs, checkpoints or results.json files to show beside each other; what is not measured yet is measured."""
     shards: Path | None = None
     """Folder that `smelter tokenize` wrote; by default the one the run was trained on."""
-    max_infill: int = 200
+    max_infill: Annotated[int, Ge(0)] = 200
     """Most lines to fill in; 0 leaves all infilling of held-out files out."""
-    max_spans: int = 24
+    max_spans: Annotated[int, Ge(0)] = 24
     """Most blocks of 2 to 8 lines to fill in, and most spans of characters."""
     pass_at_k: bool = False
     """Solve our own small problems too, and fill in every line of their solutions; programs run in the sandbox."""
@@ -89,19 +90,19 @@ class EvaluateOptions:
     """File of problems with tests, as HumanEval or MBPP have them, to solve in the sandbox; repeat for more."""
     infill_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """File of gaps to fill in, as HumanEval-Infilling or SAFIM have them; repeat for more."""
-    num_completions: int = 1
+    num_completions: Annotated[int, Ge(1)] = 1
     """Completions of every problem."""
     k: str = "1"
     """For which k to estimate pass@k, such as 1,10; none above --num-completions."""
     temperature: float | None = None
     """Of the sampling of problems' completions: 0, the likeliest, for one completion, else 0.8."""
-    max_tokens: int = 256
+    max_tokens: Annotated[int, Ge(1)] = 256
     """Most tokens of a problem's completion."""
     stride: int = 0
     """Tokens between overlapping windows, 1 to the context's length; 0 is half the context."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """Windows per forward pass; changes memory and speed only."""
-    num_samples: int = 8
+    num_samples: Annotated[int, Ge(0)] = 8
     """Filled-in lines to keep in results.json."""
     seed: int = 0
     """Seed that chooses the gaps, and of the sampling."""
@@ -115,10 +116,6 @@ class EvaluateOptions:
             raise UserError(f"{self.checkpoint}: --compare takes two and nothing beside them")
         if self.compare is None and self.checkpoint is None:
             raise UserError("give a run or a checkpoint, or --compare with two of them")
-        if self.batch_size < 1 or min(self.max_infill, self.max_spans, self.num_samples) < 0:
-            raise UserError("--batch-size must be at least 1, --max-infill, --max-spans and --num-samples at least 0")
-        if self.num_completions < 1 or self.max_tokens < 1:
-            raise UserError("--num-completions and --max-tokens must be at least 1")
         if self.num_completions > 1 and self.temperature == 0:
             raise UserError("--temperature 0 writes the same completion each time: give a temperature above 0")
         _ = self.ks

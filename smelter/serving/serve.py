@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from annotated_types import Ge
 
 from smelter.base import UserError, parse
 
@@ -46,9 +47,9 @@ class ServeOptions:
     """Web sites whose pages may ask, such as http://localhost:3000 (CORS). By default only the server's own page."""
     name: str | None = None
     """Name of the model for clients; by default the run's."""
-    slots: int = 8
+    slots: Annotated[int, Ge(1)] = 8
     """Requests that are decoded at the same time; each takes a context's worth of memory."""
-    queue: int = 64
+    queue: Annotated[int, Ge(0)] = 64
     """Requests that may wait; more are answered with 429."""
     engine: Literal["smelter", "llama.cpp"] = "smelter"
     """smelter: our own, the very model. llama.cpp: its llama-server with the exported GGUF file, faster on a CPU."""
@@ -58,7 +59,7 @@ class ServeOptions:
     """For llama.cpp: its llama-server; by default the one on PATH."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N; llama.cpp chooses itself."""
-    threads: int | None = None
+    threads: Annotated[int | None, Ge(1)] = None
     """CPU threads of the decoder; by default PyTorch's choice."""
 
 
@@ -138,13 +139,6 @@ def main(argv: list[str]) -> int:
     """`smelter serve`."""
     options = parse(ServeOptions, argv, "smelter serve")
     check_extra()
-    for name, value, least in (
-        ("slots", options.slots, 1),
-        ("queue", options.queue, 0),
-        ("threads", options.threads, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
     with listen(options.host, options.port) as listener:
         (_serve_llama_cpp if options.engine == "llama.cpp" else _serve_smelter)(options, listener)
     return 0

@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 import tyro
+from annotated_types import Ge, Interval
 
 from smelter.base import (
     ConfigError,
@@ -59,15 +60,15 @@ class TokenizeOptions:
     """Tokens to train, special tokens included (default 32,000)."""
     tokenizer: Path | None = None
     """Use this tokenizer.json (ours, or a byte-level or SentencePiece-BPE one) instead of training one."""
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.05
     """Share of sources held out, among the records that do not say where they belong."""
     skip_invalid: bool = False
     """Pass over lines that cannot be used, and count them by reason, instead of stopping at the first."""
-    max_line_mb: int = 64
+    max_line_mb: Annotated[int, Ge(1)] = 64
     """Longest line to accept."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Annotated[int, Ge(1)] = 100_000_000
     """Tokens per .bin file."""
-    tokenizer_mb: int = 1_024
+    tokenizer_mb: Annotated[int, Ge(1)] = 1_024
     """Text to train the tokenizer on; of more, an even share of the documents is taken."""
     fim_prefix_token: str = "<|fim_prefix|>"
     """Token before the prefix of a fill-in-the-middle example."""
@@ -79,14 +80,8 @@ class TokenizeOptions:
     """NAME=WEIGHT: multiply the weight of this teacher's responses (repeatable; 0 leaves them out)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"--val-fraction = {self.val_fraction}: must lie between 0 and 1, both excluded")
-        for name in ("max_line_mb", "shard_tokens", "tokenizer_mb"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} = {getattr(self, name)}: must be at least 1")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ConfigError("--vocab-size trains a tokenizer, --tokenizer brings one: give only one of the two")
-
         parse_teacher_weights(self.teacher_weight)
 
     @property
