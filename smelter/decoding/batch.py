@@ -181,10 +181,8 @@ class Batch(Generic[R]):
 
     def _hidden(self, tokens: list[list[int]], positions: Tensor, end: int, first: int = 0) -> Tensor:
         """Hidden states [B, T, C] of tokens [B, T] at `positions` below `end`, in the slots from `first` on."""
-        mask = self._cache.advance(positions, end, first)
-        hidden: Tensor = self.model(
-            torch.tensor(tokens, device=self._device), positions=positions, cache=self._cache, mask=mask
-        )
+        ids, mask = torch.tensor(tokens, device=self._device), self._cache.advance(positions, end, first)
+        hidden: Tensor = self.model(ids, positions=positions, cache=self._cache, mask=mask)
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:

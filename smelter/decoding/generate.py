@@ -32,11 +32,9 @@ def _check(requests: Sequence[Request], context: int) -> None:
         for name, (is_fine, message) in limits.items():
             if not is_fine:
                 raise UserError(f"{name} = {getattr(request, name)}: {message}")
-        if not 1 <= len(request.ids) < context:
-            raise UserError(
-                f"prompt {number} has {len(request.ids)} tokens: the model's context of {context} takes "
-                f"1 to {context - 1}"
-            )
+        length, most = len(request.ids), context - 1
+        if not 1 <= length <= most:
+            raise UserError(f"prompt {number} has {length} tokens: the model's context of {context} takes 1 to {most}")
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

@@ -45,7 +45,10 @@ class KVCache:
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first `length` slots of two rows."""
         for tensor in (self.keys, self.values):
-            tensor[:, [a, b], :, :length] = tensor[:, [b, a], :, :length]
+            one, other = tensor[:, a, :, :length], tensor[:, b, :, :length]
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of a row into another."""
