@@ -180,7 +180,7 @@ def test_twice_gives_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ([], "--source is missing: give --source stdlib or --source FOLDER"),
         (["--source", "/no/such/folder"], "--source /no/such/folder: no such folder"),
-        (["--source", "stdlib", "--val-fraction", "1"], "--val-fraction 1.0: must be at least 0 and below 1"),
+        (["--source", "stdlib", "--val-fraction", "1"], "--val-fraction = 1.0: must lie in [0, 1)"),
         (["--source", "stdlib", "--val-fraction", "x"], "could not convert string to float"),
         (["--source", "stdlib", "--language", "pyhton"], "did you mean 'python'?"),
         (["--source", "stdlib", "--max-file-kb", "0"], "must be at least 1"),

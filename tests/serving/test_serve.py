@@ -99,9 +99,9 @@ def test_a_port_in_use(run: Path, capsys: Any) -> None:
     [
         (["--port", "70000"], "cannot listen at 127.0.0.1 port 70000"),
         (["--host", "256.1.1.1"], "cannot listen at 256.1.1.1"),
-        (["--slots", "0"], "--slots 0: must be at least 1"),
-        (["--queue", "-1"], "--queue -1"),
-        (["--threads", "0"], "--threads 0"),
+        (["--slots", "0"], "--slots = 0: must be at least 1"),
+        (["--queue", "-1"], "--queue = -1"),
+        (["--threads", "0"], "--threads = 0"),
     ],
 )
 def test_options_out_of_range(run: Path, capsys: Any, options: list[str], message: str) -> None:

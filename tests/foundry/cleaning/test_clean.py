@@ -232,9 +232,9 @@ def test_licences_and_terms(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ([], "name the files"),
-        (["in.jsonl", "--near-duplicates", "1.5"], "--near-duplicates 1.5: must be between 0 and 1"),
+        (["in.jsonl", "--near-duplicates", "1.5"], "--near-duplicates = 1.5: must lie between 0 and 1"),
         (["in.jsonl", "--min-chars", "9", "--max-chars", "8"], "at most --max-chars"),
-        (["in.jsonl", "--run-seconds", "nan"], "--run-seconds and --run-memory-mb must be positive"),
+        (["in.jsonl", "--run-seconds", "nan"], "--run-seconds = nan: must be a finite number"),
         (["in.jsonl", "--teacher-terms", "=terms"], "must be TEACHER=TERMS"),
         (["in.jsonl", "--near-duplicate", "0.5"], "did you mean --near-duplicates"),
         (["missing.jsonl"], "missing.jsonl: No such file"),
