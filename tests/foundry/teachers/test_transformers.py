@@ -86,7 +86,7 @@ def test_sampled_answers_do_not_depend_on_what_else_is_asked(llama: Path) -> Non
 
 
 def test_teachers_at_once_share_nothing(tmp_path: Path) -> None:
-    """Neither random numbers nor what Transformers patches while it loads, which would leave the head without weights."""
+    """Neither random numbers nor what Transformers patches while it loads: heads would be left without weights."""
     save_random(tmp_path, tie_word_embeddings=True)
     questions = [Question(prompt="Q", temperature=2.0, max_tokens=30, seed=seed) for seed in range(3)]
     alone = run(make_teacher(tmp_path), *questions)
