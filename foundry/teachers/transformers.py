@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LOADING = threading.Lock()  # Transformers patches itself while it loads: two at once leave models without weights
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|ALLOC_FAILED")
 
 
@@ -81,7 +82,8 @@ class TransformersTeacher:
     def _answer(self, question: Question, stop: threading.Event) -> Answer:
         """In the worker's thread."""
         if self._model is None:
-            self._model = self._within_memory("loading the model", lambda: _Model(self._settings))
+            with _LOADING:
+                self._model = self._within_memory("loading the model", lambda: _Model(self._settings))
         model = self._model
         text = model.render(question)
         prompt = model.encode(text)
