@@ -42,7 +42,7 @@ from smelter.run.results import (
 )
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.run.signals import StopSignal
-from smelter.run.trits import TritWatch
+from smelter.run.trits import TritWatch, trit_counts
 
 __all__ = [
     "CONFIG_FILE",
@@ -86,6 +86,7 @@ __all__ = [
     "run_folder",
     "save_checkpoint",
     "set_rates",
+    "trit_counts",
     "write_packed",
     "write_results",
     "write_tensors",
