@@ -17,7 +17,6 @@ import tyro
 from annotated_types import Ge
 
 from smelter.base import CheckpointError, Progress, UserError, parse
-from smelter.bitnet import bit_linears
 from smelter.decoding import FimOrder
 from smelter.evaluation.bpb import bits_of, by_language, compressor_baselines, document_cases, document_nats
 from smelter.evaluation.compare import Measured, comparison
@@ -40,22 +39,13 @@ from smelter.run import (
     pick_device,
     read_results,
     run_folder,
+    trit_counts,
     write_results,
 )
 from smelter.tokens import Split, Tokenizer, open_shards
 
 OWN, OWN_LINES = "smelter_problems", "smelter_lines"
 FULL_GAPS = 1_000
-
-
-def trit_counts(model: Model) -> dict[str, dict[int, int]]:
-    """How many weights are -1, 0 and 1, by kind of layer (q_proj, ..., down_proj)."""
-    counts: dict[str, dict[int, int]] = {}
-    for name, layer in bit_linears(model):
-        of_kind = counts.setdefault(name.rsplit(".", 1)[-1], {-1: 0, 0: 0, 1: 0})
-        for trit in of_kind:
-            of_kind[trit] += int((layer.trits == trit).sum())
-    return counts
 
 
 def untrained(model: Model, seed: int) -> Model:

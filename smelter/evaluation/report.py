@@ -22,13 +22,7 @@ from smelter.config import load_config
 from smelter.evaluation.charts import Row, in_layer_order, make_charts
 from smelter.evaluation.intervals import wilson
 from smelter.evaluation.tables import tables
-from smelter.run import (
-    METRICS_FILE,
-    RESULTS_FILE,
-    SAMPLES_FILE,
-    read_metrics,
-    read_results,
-)
+from smelter.run import METRICS_FILE, RESULTS_FILE, SAMPLES_FILE, read_metrics, read_results
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,6 @@ def render(content: dict[str, Any]) -> str:
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run (to RUN/report.html by default) and return its path. Raises DataError."""
     out = out or run_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, render(gather(run_dir)))
     return out
 

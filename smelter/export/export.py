@@ -17,17 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from smelter.base import (
-    UserError,
-    errors_name,
-    fsync,
-    fsync_all,
-    make_folder,
-    parse,
-    table,
-    write_json,
-    write_text,
-)
+from smelter.base import UserError, errors_name, fsync, fsync_all, make_folder, parse, table, write_json, write_text
 from smelter.export.card import check_rows, gguf_file, model_card, modelfile, server_command
 from smelter.export.check import (
     Source,

@@ -42,4 +42,4 @@ from smelter.run.results import (
 )
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates
 from smelter.run.signals import StopSignal
-from smelter.run.trits import TritWatch
+from smelter.run.trits import TritWatch, trit_counts

@@ -1,7 +1,17 @@
-"""How ternary weights move: the share that flipped between two looks, and the share of zeros."""
+"""Ternary weights, counted; and how they move: the share that flipped between two looks, and the share of zeros."""
 
 from smelter.bitnet import bit_linears
 from smelter.model import Model
+
+
+def trit_counts(model: Model) -> dict[str, dict[int, int]]:
+    """How many weights are -1, 0 and 1, by kind of layer (q_proj, ..., down_proj)."""
+    counts: dict[str, dict[int, int]] = {}
+    for name, layer in bit_linears(model):
+        of_kind = counts.setdefault(name.rsplit(".", 1)[-1], {-1: 0, 0: 0, 1: 0})
+        for trit in of_kind:
+            of_kind[trit] += int((layer.trits == trit).sum())
+    return counts
 
 
 class TritWatch:

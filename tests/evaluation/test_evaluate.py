@@ -9,11 +9,12 @@ import torch
 
 from smelter.__main__ import main
 from smelter.evaluation.bpb import compressor_baselines
-from smelter.evaluation.evaluate import trit_counts, untrained
+from smelter.evaluation.evaluate import untrained
 from smelter.evaluation.problems import OWN_PROBLEMS
 from smelter.model import Model
 from smelter.run.checkpoint import run_folder
 from smelter.run.results import DocumentCase, GapCase, ProblemCase, Solved, read_cases, read_results
+from smelter.run.trits import trit_counts
 from smelter.tokens.shards import open_shards
 from tests import tiny
 from tests.evaluation.bits import bits_of_split
@@ -23,16 +24,6 @@ from tests.shards_of_pieces import PIECES, make_shards
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("data"))
-
-
-def test_trits_are_counted_by_kind() -> None:
-    model = tiny.model()
-    counts = trit_counts(model)
-    assert set(counts) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert sum(sum(count.values()) for count in counts.values()) == model.config.num_matrix_params
-    trits = torch.cat([layer.mlp.up_proj.trits for layer in model.layers]).flatten()  # type: ignore[union-attr,misc]
-    assert counts["up_proj"] == {trit: int((trits == trit).sum()) for trit in (-1, 0, 1)}
-    assert trit_counts(tiny.model(use_ternary=False)) == {}
 
 
 def test_the_untrained_model_is_the_seeds() -> None:
