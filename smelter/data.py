@@ -34,7 +34,7 @@ from torch import Tensor
 from smelter.base import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.losses import ChunkBatch, SparseTeacher
-from smelter.tokens import IGNORED, Chunks, Ids, Split, Tokenizer, fit_fim, read_as_written
+from smelter.tokens import IGNORED, Split, Tokenizer, alignment, fit_fim
 
 
 class RowTeacher(Protocol):
@@ -51,7 +51,7 @@ class RowTeacher(Protocol):
 class DocumentTeacher(Protocol):
     """What a teacher with another tokenizer says about the documents of the split."""
 
-    def chunks(self, doc: int, begin: int, size: int) -> Chunks:
+    def chunks(self, doc: int, begin: int, size: int) -> alignment.Chunks:
         """The chunks among tokens begin .. begin + size - 1 of a document."""
 
 
@@ -101,10 +101,10 @@ def _moved(part: Any, device: torch.device) -> Any:
 class _Row(NamedTuple):
     """A row before inputs and targets are told apart; arrays are [seq_len + 1]."""
 
-    tokens: Ids
+    tokens: alignment.Ids
     is_target: NDArray[np.bool_]
     weights: NDArray[np.float32]
-    chunks: list[Chunks]
+    chunks: list[alignment.Chunks]
     """Of each teacher with another tokenizer."""
 
 
@@ -136,7 +136,7 @@ class _Documents:
         self.rows_per_epoch = max(1, self.num_tokens // seq_len)
         self.epoch = lru_cache(maxsize=2)(self._make_epoch)
 
-    def pieces(self, epoch: int, number: int) -> Iterator[tuple[int, int, Ids]]:
+    def pieces(self, epoch: int, number: int) -> Iterator[tuple[int, int, alignment.Ids]]:
         """What makes up window `number`: documents or parts of them, as (document, first token's place in it, ids)."""
         plan = self.epoch(epoch)
         missing = self.seq_len + 1
@@ -245,7 +245,7 @@ class BatchStream:
             raise ValueError(f"{self.rows_per_step} rows do not divide among {world_size} x {self.device_batch_size}")
         return [self.batch(step, micro_step, rank, world_size) for micro_step in range(micro_steps)]
 
-    def row(self, index: int) -> Ids:
+    def row(self, index: int) -> alignment.Ids:
         """Row `index` of the endless sequence, [seq_len + 1] ids."""
         return self._row(index).tokens
 
@@ -258,7 +258,7 @@ class BatchStream:
             tokens=np.full(size, self.tokenizer.pad_id, dtype=np.int64),
             is_target=np.zeros(size, dtype=np.bool_),
             weights=np.ones(size, dtype=np.float32),
-            chunks=[Chunks.empty(size) for _ in self.chunk_teachers],
+            chunks=[alignment.Chunks.empty(size) for _ in self.chunk_teachers],
         )
         prompts = self.split.num_prompt
         filled = 0
@@ -275,7 +275,7 @@ class BatchStream:
                 row.weights[filled:answer] = 0
                 row.weights[answer:end] = self._weights[doc]
             for chunks, teacher in zip(row.chunks, self.chunk_teachers, strict=True):
-                shift, num_read = read_as_written(ids, piece, self.tokenizer)
+                shift, num_read = alignment.read_as_written(ids, piece, self.tokenizer)
                 chunks.put(filled + shift, teacher.chunks(doc, begin, num_read))
             filled = end
         return row
@@ -290,7 +290,7 @@ class BatchStream:
         before, after = (math.floor(n * self._share) for n in (index, index + 1))
         return (1, before) if after > before else (0, index - before)
 
-    def _arranged(self, ids: Ids, room: int, key: tuple[int, int, int]) -> "Ids | list[int]":
+    def _arranged(self, ids: alignment.Ids, room: int, key: tuple[int, int, int]) -> "alignment.Ids | list[int]":
         """A piece, rearranged or as it is, in at most `room` tokens."""
         if self.config.fim_rate > 0:
             rng = philox(self.seed, "fim", *key)
@@ -301,7 +301,7 @@ class BatchStream:
         return ids[:room]
 
 
-def chunk_batch(rows: Sequence[Chunks]) -> ChunkBatch:
+def chunk_batch(rows: Sequence[alignment.Chunks]) -> ChunkBatch:
     """The chunks of rows, [seq_len + 1] each, as those of their targets."""
     targets = [row.as_targets() for row in rows]
     return ChunkBatch(

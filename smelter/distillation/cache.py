@@ -21,7 +21,6 @@ rows and nothing else. Trade-off: a cache is as large as the epochs it covers (a
 and another arrangement needs another cache.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -36,7 +35,7 @@ from smelter.base import ConfigError, DataError, file_sha256
 from smelter.config import Config
 from smelter.distillation.sparse import Entries
 from smelter.losses import SparseTeacher
-from smelter.tokens import ShardSet
+from smelter.tokens import ShardSet, read_index
 
 FORMAT = "smelter-teacher"
 VERSION = 1
@@ -147,7 +146,7 @@ class TeacherCache:
         Raises DataError that names the file and the fix.
         """
         path = Path(path)
-        index = read_index(path, FORMAT, "smelter teach")
+        index = finished_index(path, FORMAT, "smelter teach")
         try:
             check_files(path, [*index["files"], index["row_bytes"]], verify)
             return cls(path, index)
@@ -203,22 +202,11 @@ class TeacherCache:
         return probs
 
 
-def read_index(path: Path, kind: str, command: str) -> dict[str, Any]:
+def finished_index(path: Path, kind: str, command: str) -> dict[str, Any]:
     """index.json of a finished folder of a kind, which `command` writes. Raises DataError for none or another."""
-    file = path / INDEX
-    if not file.is_file() and (path / UNFINISHED).is_file():
+    if not (path / INDEX).is_file() and (path / UNFINISHED).is_file():
         raise DataError(f"{path}: not finished: run the same `smelter teach` command again, which goes on")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}: `{command} --out {path}` makes a teacher's cache") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
-    if not isinstance(index, dict) or index.get("format") != kind:
-        raise DataError(f"{file}: not a cache of `{command}`: give the folder that it wrote")
-    if index.get("version") != VERSION:
-        raise DataError(f"{file}: format version {index.get('version')}, this program reads {VERSION}: {AGAIN}")
-    return index
+    return read_index(path / INDEX, kind, VERSION, command, AGAIN)
 
 
 def check_files(path: Path, entries: Sequence[dict[str, Any]], verify: bool) -> None:

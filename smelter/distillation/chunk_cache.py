@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smelter.base import ConfigError
-from smelter.distillation.cache import AGAIN, check_files, read_index
-from smelter.tokens import Chunks, ShardSet, chunks_of_slice
+from smelter.distillation.cache import AGAIN, check_files, finished_index
+from smelter.tokens import ShardSet, alignment
 
 FORMAT = "smelter-chunk-teacher"
 VALUES, STATES = "chunks.f16", "states.u1"
@@ -43,7 +43,7 @@ class ChunkTeacher:
         Raises DataError for a damaged or unfinished folder, and ConfigError that says which of shards and tokenizer
         is another.
         """
-        index = read_index(path, FORMAT, "smelter teach --method chunks")
+        index = finished_index(path, FORMAT, "smelter teach --method chunks")
         for name, here in (("tokenizer", shards.tokenizer.hash), ("shards", shards.hash)):
             if index[name] != here:
                 raise ConfigError(
@@ -53,7 +53,7 @@ class ChunkTeacher:
         check_files(path, index["files"], verify)
         return cls(path, index, shards)
 
-    def chunks(self, doc: int, begin: int, size: int) -> Chunks:
+    def chunks(self, doc: int, begin: int, size: int) -> alignment.Chunks:
         """The chunks among tokens begin .. begin + size - 1 of a training document, its eos included."""
         start, end = int(self._offsets[doc]), int(self._offsets[doc + 1])
-        return chunks_of_slice(self._values[start:end], begin, size)
+        return alignment.chunks_of_slice(self._values[start:end], begin, size)

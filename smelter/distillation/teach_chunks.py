@@ -53,16 +53,7 @@ from smelter.distillation.teacher import (
 )
 from smelter.losses import target_log_probs
 from smelter.run import Precision, StopSignal, load_model, pick_device, pick_dtype
-from smelter.tokens import (
-    Ids,
-    ShardSet,
-    Spelling,
-    Split,
-    TeacherTokenizer,
-    check_vocabulary,
-    chunk_log_probs,
-    student_ends,
-)
+from smelter.tokens import ShardSet, Split, alignment
 
 BLOCK = 64
 """Documents scored together and written at once."""
@@ -118,13 +109,15 @@ def windows(document: int, size: int, context: int) -> Iterator[Window]:
 class Reader:
     """A teacher with its own tokenizer."""
 
-    def __init__(self, teacher: TeacherModel, tokenizer: TeacherTokenizer, first_id: int, context: int, batch: int):
+    def __init__(
+        self, teacher: TeacherModel, tokenizer: alignment.TeacherTokenizer, first_id: int, context: int, batch: int
+    ):
         """`first_id` is the token before a document's first one."""
         self.teacher, self.tokenizer, self.first_id = teacher, tokenizer, first_id
         self.context, self.batch_size = min(context, teacher.max_seq_len), batch
         self.device = teacher.head.device
 
-    def log_probs(self, spellings: Sequence[Spelling]) -> list[NDArray[np.float64]]:
+    def log_probs(self, spellings: Sequence[alignment.Spelling]) -> list[NDArray[np.float64]]:
         """Log-probability of every token of each document, which is read from its start."""
         ids = [np.concatenate(([self.first_id], spelling.ids)) for spelling in spellings]
         log_probs = [np.zeros(len(spelling.ids)) for spelling in spellings]
@@ -140,7 +133,7 @@ class Reader:
                 raise DataError(f"{self.teacher.path}: probabilities that are not finite: try --precision fp32")
         return log_probs
 
-    def _score(self, batch: Sequence[Window], ids: Sequence[Ids]) -> list[NDArray[np.float64]]:
+    def _score(self, batch: Sequence[Window], ids: Sequence[alignment.Ids]) -> list[NDArray[np.float64]]:
         """The new log-probabilities of each window."""
         width = max(window.end - window.start for window in batch)
         inputs, targets = np.zeros((len(batch), width), dtype=np.int64), np.full((len(batch), width), -1)
@@ -160,7 +153,7 @@ class Reader:
     def read(self, split: Split, shards: ShardSet, docs: range) -> tuple[bytes, bytes]:
         """Values and states of these documents, as they are written."""
         ids = [np.asarray(split.doc(doc), dtype=np.int64) for doc in docs]
-        ends = [student_ends(shards.tokenizer, row) for row in ids]
+        ends = [alignment.student_ends(shards.tokenizer, row) for row in ids]
         spelt = self.tokenizer.spell([shards.tokenizer.decode_bytes(row) for row in ids])
         states = np.full(len(ids), READ, dtype=np.uint8)
         states[[spelling is None for spelling in spelt]] = NOT_SPELT
@@ -168,12 +161,12 @@ class Reader:
         read = [number for number in range(len(ids)) if states[number] == READ]
         spellings = [spelling for number in read if (spelling := spelt[number]) is not None]
         for spelling in spellings:
-            check_vocabulary(self.teacher.path, spelling, len(self.teacher.head))
+            alignment.check_vocabulary(self.teacher.path, spelling, len(self.teacher.head))
         values = [np.full(len(row) + 1, np.nan) for row in ids]  # eos ends no chunk
         for number, spelling, of_tokens in zip(read, spellings, self.log_probs(spellings), strict=True):
             end = ends[number]
             assert end is not None
-            values[number][:-1] = chunk_log_probs(end, spelling.ends, of_tokens)
+            values[number][:-1] = alignment.chunk_log_probs(end, spelling.ends, of_tokens)
         limit = float(np.finfo(np.float16).max)
         return np.clip(np.concatenate(values), -limit, 0).astype(VALUE_DTYPE).tobytes(), states.tobytes()
 
@@ -183,7 +176,7 @@ def _load(options: TeachChunksOptions) -> Reader:
     device = pick_device(options.device)
     dtype = pick_dtype(options.precision, device)
     if is_hf_folder(options.teacher):
-        tokenizer = TeacherTokenizer(options.teacher)
+        tokenizer = alignment.TeacherTokenizer(options.teacher)
         folder = FolderTeacher(options.teacher, None, 2**31, device, dtype)
         first = folder.start_id if tokenizer.first_id is None else tokenizer.first_id
         if first is None:
@@ -194,7 +187,9 @@ def _load(options: TeachChunksOptions) -> Reader:
         return Reader(folder, tokenizer, first, options.context, options.batch_size)
     model, own, checkpoint = load_model(options.teacher, device=device, dtype=dtype)
     teacher = CheckpointTeacher(checkpoint.path, model)
-    return Reader(teacher, TeacherTokenizer(checkpoint.tokenizer_file), own.eos_id, options.context, options.batch_size)
+    return Reader(
+        teacher, alignment.TeacherTokenizer(checkpoint.tokenizer_file), own.eos_id, options.context, options.batch_size
+    )
 
 
 class _Writer:

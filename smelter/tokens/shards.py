@@ -153,16 +153,7 @@ class ShardSet:
         """
         path = Path(path)
         file = path / "index.json"
-        try:
-            index = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror}: `smelter tokenize ... --out {path}` makes shards") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: damaged: {error}: {AGAIN}") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise DataError(f"{file}: not an index of shards as this program writes them: {AGAIN}")
-        if index.get("version") != VERSION:
-            raise DataError(f"{file}: format version {index.get('version')}, this program reads {VERSION}: {AGAIN}")
+        index = read_index(file, FORMAT, VERSION, "smelter tokenize ...", AGAIN)
         try:
             tokenizer = Tokenizer.load(path / index["tokenizer"]["name"])
             if tokenizer.hash != index["tokenizer"]["hash"]:
@@ -189,6 +180,21 @@ class ShardSet:
         if name not in self._splits:
             self._splits[name] = Split(self.path, name, self.index, self.tokenizer)
         return self._splits[name]
+
+
+def read_index(file: Path, kind: str, version: int, command: str, fix: str) -> dict[str, Any]:
+    """The index of a folder that `command` writes, of this format and version. DataError for none, or another."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}: `{command} --out {file.parent}` makes it") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: damaged: {error}: {fix}") from None
+    if not isinstance(index, dict) or index.get("format") != kind:
+        raise DataError(f"{file}: not what `{command}` writes: {fix}")
+    if index.get("version") != version:
+        raise DataError(f"{file}: format version {index.get('version')}, this program reads {version}: {fix}")
+    return index
 
 
 def file_entries(index: dict[str, Any]) -> list[dict[str, Any]]:

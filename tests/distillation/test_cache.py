@@ -132,7 +132,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: (c / "index.json").unlink(), "index.json: No such file.*smelter teach --out"),
         (lambda c: (c / "index.json").rename(c / "unfinished.json"), "not finished: run the same `smelter teach`"),
         (lambda c: shorten(c / "index.json", 9), "index.json: damaged"),
-        (lambda c: (c / "index.json").write_text("[]"), "not a cache of `smelter teach`"),
+        (lambda c: (c / "index.json").write_text("[]"), "not what `smelter teach` writes"),
         (lambda c: edit(c / "index.json", lambda v: v.update(version=2)), "format version 2, this program reads 1"),
         (lambda c: edit(c / "index.json", lambda v: v.pop("files")), "an entry is missing or damaged"),
         (lambda c: edit(c / "index.json", lambda v: v["arrangement"].pop("seed")), "an entry is missing or damaged"),

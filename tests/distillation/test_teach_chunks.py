@@ -254,7 +254,7 @@ def test_damage_is_noticed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"chunks.f16: has [\d,]+ bytes instead of"):
         ChunkTeacher.open(copy, shards)
     (copy / "index.json").write_text("{}")
-    with pytest.raises(DataError, match="not a cache of `smelter teach --method chunks`"):
+    with pytest.raises(DataError, match="not what `smelter teach --method chunks` writes"):
         ChunkTeacher.open(copy, shards)
 
 
