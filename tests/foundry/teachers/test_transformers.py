@@ -1,6 +1,7 @@
 """The teacher in a folder, beside Transformers itself."""
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import threading
@@ -119,11 +120,15 @@ def test_what_else_the_folder_suggests_is_left_aside(tmp_path: Path) -> None:
 
 def test_the_seed_decides_and_without_one_chance_does(llama: Path) -> None:
     fields: dict[str, Any] = {"prompt": "Q", "temperature": 1.0, "max_tokens": 30}
-    seeds = [3, 3, 4, -1, 2**80, None, None]
-    questions = [Question(**fields, seed=seed) for seed in seeds]
-    answers = [answer.text for answer in run(make_teacher(llama), *questions)]
+    seeds = [3, 3, 4, -1, 2**80]
+    answers = [answer.text for answer in run(make_teacher(llama), *(Question(**fields, seed=seed) for seed in seeds))]
+    for _ in range(2):
+        for _ in range(5):
+            with contextlib.suppress(GarbledAnswerError):  # chance may begin with <think>, and then nothing is left
+                answers.append(ask(llama, **fields).text)
+                break
     assert answers[0] == answers[1]
-    assert len(set(answers)) == len(seeds) - 1
+    assert len(set(answers)) == len(answers) - 1 == len(seeds) + 1
 
 
 def test_samples_come_as_often_as_the_model_says(llama: Path) -> None:
