@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smelter.serving.errors import ApiError
@@ -73,7 +74,7 @@ class Gate:
                     "Access-Control-Allow-Methods": "GET, POST",
                     "Access-Control-Allow-Headers": "Authorization, Content-Type",
                 }
-                await send_empty(marked, 204, allowed)
+                await Response(status_code=204, headers=allowed)(scope, receive, marked)
             else:
                 await self.app(scope, _replayed(body or b"", receive), marked)
         finally:
@@ -124,13 +125,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-async def send_empty(send: Send, status: int, headers: dict[str, str]) -> None:
-    """A response without a body."""
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": b""})
 
 
 def _too_large() -> ApiError:

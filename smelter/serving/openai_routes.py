@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from smelter.base import DataError
 from smelter.decoding import End, Request, Token, make_prompt
-from smelter.serving.bridge import EventStream, Result, Service, Stream, answer, collect, gone, to_json, token_text
+from smelter.serving.bridge import EventStream, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.errors import ApiError
 from smelter.serving.prompts import DEFAULT_MAX_TOKENS, Prepared, check_ids, check_max_tokens, pick_seed
 from smelter.serving.schema import (
@@ -56,13 +56,8 @@ def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
         pending, num_dropped = b"", 0
         if isinstance(prompt, str) and not prompt_logprobs:
             encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=max_tokens)
-            ids, pending, num_tokens, num_dropped = (
-                encoded.ids,
-                encoded.pending,
-                encoded.num_tokens,
-                encoded.num_dropped,
-            )
-            text = prompt
+            ids, pending, text = encoded.ids, encoded.pending, prompt
+            num_tokens, num_dropped = encoded.num_tokens, encoded.num_dropped
         else:
             if body.suffix is not None:
                 raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
@@ -84,11 +79,6 @@ def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
         )
         prepared.append(Prepared(request, text, num_tokens, num_dropped))
     return prepared
-
-
-def spread(prepared: Sequence[Prepared], n: int) -> list[Request]:
-    """`n` requests for each, which differ in their seeds as the rows of `generate` do."""
-    return [replace(item.request, seed=item.request.seed + i) for item in prepared for i in range(n)]
 
 
 def usage(prepared: Sequence[Prepared], ends: Sequence[End]) -> dict[str, Any]:
@@ -150,23 +140,25 @@ def _chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, A
 
 
 Choice = Callable[[int, str, Sequence[Token], str | None], dict[str, Any]]
-"""(index, text, tokens, finish_reason) -> a choice of a chunk."""
+"""(index, text, tokens, finish_reason) -> a choice of a chunk, or of the whole."""
 
 
-def _events(
-    stream: Stream,
+async def _answer(
+    body: CompletionRequest | ChatRequest,
+    http: HttpRequest,
+    service: Service,
+    prepared: Sequence[Prepared],
     head: dict[str, Any],
     choice: Choice,
-    prepared: Sequence[Prepared],
-    first: list[dict[str, Any]],
-    *,
-    total: bool,
-) -> AsyncIterator[str]:
-    """Chunks of both interfaces."""
+    openings: Sequence[dict[str, Any]],
+) -> Response:
+    """The answer of both interfaces: chunks, of which the first have `openings` as their choices, or all in one."""
+    # Answers to the same prompt differ in their seeds as the rows of `generate` do.
+    requests = [replace(item.request, seed=item.request.seed + i) for item in prepared for i in range(body.n or 1)]
 
-    async def events() -> AsyncIterator[str]:
+    async def events(stream: Stream) -> AsyncIterator[str]:
         ends = []
-        for opening in first:
+        for opening in openings:
             yield to_json({**head, "choices": [opening]})
         async for index, piece in stream:
             reason = None if piece.end is None else finish_reason(piece.end)
@@ -175,11 +167,22 @@ def _events(
                 yield to_json({**head, "choices": [choice(index, piece.text, tokens, reason)]})
             if piece.end is not None:
                 ends.append(piece.end)
-        if total:
+        if body.stream_options is not None and body.stream_options.include_usage:
             yield to_json({**head, "choices": [], "usage": usage(prepared, ends)})
         yield "[DONE]"
 
-    return events()
+    if body.stream:
+        stream = Stream(service, requests)
+        return EventStream(stream, events(stream))
+    results = await collect(service, http, requests)
+    if results is None:
+        return gone()
+    ends = [result.end for result in results if result.end is not None]
+    choices = [
+        choice(index, result.text, [*result.prompt, *result.tokens], finish_reason(end))
+        for index, (result, end) in enumerate(zip(results, ends, strict=True))
+    ]
+    return answer(head | {"choices": choices, "usage": usage(prepared, ends)})
 
 
 def _head(service: Service, kind: str, prefix: str) -> dict[str, Any]:
@@ -245,9 +248,7 @@ def make_router(service: Service) -> APIRouter:
         """Continue `prompt`, or fill in between `prompt` and `suffix`."""
         service.check_model(body.model)
         prepared = await asyncio.to_thread(_prepare, body, service)
-        n = body.n or 1
-        head = _head(service, "text_completion", "cmpl-")
-        echoes = [item.text if body.echo else "" for item in prepared for _ in range(n)]
+        echoes = [item.text if body.echo else "" for item in prepared for _ in range(body.n or 1)]
         wants_logprobs = body.logprobs is not None and body.logprobs is not False
         num_shown = [len(echo) for echo in echoes]  # characters of each answer so far
 
@@ -256,62 +257,29 @@ def make_router(service: Service) -> APIRouter:
             offset = 0 if has_prompt else num_shown[index]
             num_shown[index] += len(text)
             logprobs = _logprobs(tokens, service.tokenizer, offset) if wants_logprobs else None
-            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+            shown = text if body.stream else echoes[index] + text  # a stream opens with the echo
+            return {"index": index, "text": shown, "logprobs": logprobs, "finish_reason": reason}
 
-        if body.stream:
-            stream = Stream(service, spread(prepared, n))
-            first = [
-                {"index": i, "text": echo, "logprobs": None, "finish_reason": None}
-                for i, echo in enumerate(echoes)
-                if echo
-            ]
-            total = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(stream, _events(stream, head, choice, prepared, first, total=total))
-        results = await collect(service, http, spread(prepared, n))
-        if results is None:
-            return gone()
-        choices = [
-            choice(index, result.text, [*result.prompt, *result.tokens], finish_reason(end))
-            for index, (result, end) in enumerate(zip(results, _ends(results), strict=True))
+        openings = [
+            {"index": i, "text": echo, "logprobs": None, "finish_reason": None} for i, echo in enumerate(echoes) if echo
         ]
-        for whole, echo in zip(choices, echoes, strict=True):
-            whole["text"] = echo + whole["text"]
-        return answer(head | {"choices": choices, "usage": usage(prepared, _ends(results))})
+        head = _head(service, "text_completion", "cmpl-")
+        return await _answer(body, http, service, prepared, head, choice, openings)
 
     @router.post("/chat/completions", response_model=None, responses={200: {"model": ChatResponse}})
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """The assistant's next turn (ChatML)."""
         service.check_model(body.model)
         prepared = [await asyncio.to_thread(_prepare_chat, body, service)]
-        n = body.n or 1
+        key, kind = ("delta", "chat.completion.chunk") if body.stream else ("message", "chat.completion")
 
-        def choice(key: str, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+        def choice(index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
             logprobs = _chat_logprobs(tokens, service.tokenizer) if body.logprobs else None
             content = {"role": "assistant", "content": text} if key == "message" else {"content": text} if text else {}
             return {"index": index, key: content, "logprobs": logprobs, "finish_reason": reason}
 
-        if body.stream:
-            head = _head(service, "chat.completion.chunk", "chatcmpl-")
-            stream = Stream(service, spread(prepared, n))
-            first = [
-                {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-                for i in range(n)
-            ]
-            total = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(stream, head, lambda *values: choice("delta", *values), prepared, first, total=total)
-            return EventStream(stream, events)
-        results = await collect(service, http, spread(prepared, n))
-        if results is None:
-            return gone()
-        choices = [
-            choice("message", index, result.text, result.tokens, finish_reason(end))
-            for index, (result, end) in enumerate(zip(results, _ends(results), strict=True))
-        ]
-        head = _head(service, "chat.completion", "chatcmpl-")
-        return answer(head | {"choices": choices, "usage": usage(prepared, _ends(results))})
+        turn = {"role": "assistant", "content": ""}
+        openings = [{"index": i, key: turn, "logprobs": None, "finish_reason": None} for i in range(body.n or 1)]
+        return await _answer(body, http, service, prepared, _head(service, kind, "chatcmpl-"), choice, openings)
 
     return router
-
-
-def _ends(results: Sequence[Result]) -> list[End]:
-    return [result.end for result in results if result.end is not None]
