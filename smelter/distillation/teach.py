@@ -103,24 +103,22 @@ class Plan:
     out: Path
 
 
-def _student(options: TeachOptions) -> Config | None:
-    """The configuration whose values are the defaults: the recipe, else the teacher's own."""
-    if options.recipe is not None:
-        return load_config(options.recipe)
-    return None if is_hf_folder(options.teacher) else load_checkpoint(options.teacher, with_state=False).config
-
-
 def plan(options: TeachOptions, shards: ShardSet) -> Plan:
     """Resolve the options against recipe, teacher and shards. Raises UserError for what does not fit."""
-    student = _student(options)
+    student = None  # whose values are the defaults: the recipe's, else the teacher's own
+    if options.recipe is not None:
+        student = load_config(options.recipe)
+    elif not is_hf_folder(options.teacher):
+        student = load_checkpoint(options.teacher, with_state=False).config
     config = student or Config()
     seq_len = options.seq_len or config.model.max_seq_len
     names = ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    values = {name: getattr(config.data, name) for name in names} | changes
     special = shards.tokenizer.special
     data = DataConfig(
         shards=str(shards.path),
-        **{name: getattr(config.data, name) for name in names} | changes,
+        **values,
         fim_prefix_token=special.fim_prefix,
         fim_middle_token=special.fim_middle,
         fim_suffix_token=special.fim_suffix,
@@ -129,10 +127,7 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
         shards=shards.hash,
         tokenizer=shards.tokenizer.hash,
         seq_len=seq_len,
-        fim_rate=data.fim_rate,
-        fim_spm_rate=data.fim_spm_rate,
-        use_document_mask=data.use_document_mask,
-        instruct_share=data.instruct_share,
+        **values,
         seed=options.seed,
         num_rows=options.rows or options.epochs * max(1, shards.split("train").num_tokens // seq_len),
     )
@@ -145,13 +140,8 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
             f"model.vocab_size = {vocab_size} is smaller than the tokenizer of {shards.path} "
             f"({shards.tokenizer.vocab_size}): use a teacher and a recipe that fit the shards"
         )
-    return Plan(
-        arrangement,
-        data,
-        temperature,
-        vocab_size,
-        options.out or shards.path / "teachers" / teacher_name(options.teacher),
-    )
+    out = options.out or shards.path / "teachers" / teacher_name(options.teacher)
+    return Plan(arrangement, data, temperature, vocab_size, out)
 
 
 class Reader:

@@ -186,10 +186,11 @@ def _load(options: TeachChunksOptions) -> Reader:
             )
         return Reader(folder, tokenizer, first, options.context, options.batch_size)
     model, own, checkpoint = load_model(options.teacher, device=device, dtype=dtype)
-    teacher = CheckpointTeacher(checkpoint.path, model)
-    return Reader(
-        teacher, alignment.TeacherTokenizer(checkpoint.tokenizer_file), own.eos_id, options.context, options.batch_size
+    teacher, tokenizer = (
+        CheckpointTeacher(checkpoint.path, model),
+        alignment.TeacherTokenizer(checkpoint.tokenizer_file),
     )
+    return Reader(teacher, tokenizer, own.eos_id, options.context, options.batch_size)
 
 
 class _Writer:
@@ -237,12 +238,8 @@ class _Writer:
             "tokens_per_chunk": num_tokens / max(num_chunks, 1),
             "bits_per_byte": nats / np.log(2) / max(num_bytes, 1),
             "files": [
-                {
-                    "name": name,
-                    "bytes": (self.folder / name).stat().st_size,
-                    "sha256": file_sha256(self.folder / name),
-                }
-                for name in (VALUES, STATES)
+                {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in (self.folder / VALUES, self.folder / STATES)
             ],
         }
         finish_folder(self.folder, index)

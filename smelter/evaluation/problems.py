@@ -178,11 +178,9 @@ def load_problems(path: Path) -> list[Problem]:
     rows = _rows(path)
     if not rows:
         raise DataError(f"{path}: no problem in it: give a JSONL file in a format that `smelter evaluate` reads")
-    ids = [row.get("task_id") for _, row in rows]
-    if "test_list" in rows[0][1] and any(number in MBPP_TEST for number in ids) and set(ids) - set(MBPP_TEST):
-        read, rows = _reader(rows), [item for item in rows if item[1].get("task_id") in MBPP_TEST]
-    else:
-        read = _reader(rows)
+    read = _reader(rows)
+    if "test_list" in rows[0][1]:  # of the whole of MBPP, its test set
+        rows = [item for item in rows if item[1].get("task_id") in MBPP_TEST] or rows
     problems = []
     for number, row in rows:
         try:

@@ -109,8 +109,7 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         read = read_gguf(file, model.config.num_layers)
         checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
         checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)
-        text = modelfile(source.name, file.name, tokenizer, source.context)
-        write_text(folder / "Modelfile", text)
+        write_text(folder / "Modelfile", modelfile(source.name, file.name, tokenizer, source.context))
     else:
         write_packed(folder, model, tokenizer, source.checkpoint.config, source.checkpoint.step)
         again, _, _ = load_model(folder, device="cpu", dtype=torch.float32)

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,12 +38,8 @@ from smelter.run.distributed import is_main
 
 FORMAT = "smelter-checkpoint"
 FORMAT_VERSION = 1
-MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, STATE_FILE = (
-    "model.safetensors",
-    "config.json",
-    "tokenizer.json",
-    "state/state.pt",
-)
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+TOKENIZER_FILE, STATE_FILE = "tokenizer.json", "state/state.pt"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 
 MAY_DIFFER = {
@@ -308,9 +303,9 @@ def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must
 def _check_resumable(checkpoint: Path, config: Config) -> None:
     """ConfigError where `config` would go on with something else than what the checkpoint has learned."""
     manifest = _manifest(checkpoint)
-    new = dict(_flat(config_to_dict(config.at_step(manifest["step"]))))
+    new = _flat(config_to_dict(config.at_step(manifest["step"])))
     # A key that the version which saved it did not know had its default.
-    old = dict(_flat(config_to_dict(Config()))) | dict(_flat(manifest["config"]))
+    old = _flat(config_to_dict(Config())) | _flat(manifest["config"])
     # A checkpoint says the cap that its model had, which training with this option lowers.
     changing = {"model.final_logit_soft_cap"} if new["training.final_cap_anneal_fraction"] else set()
     differing = [
@@ -325,11 +320,9 @@ def _check_resumable(checkpoint: Path, config: Config) -> None:
         )
 
 
-def _flat(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """`section.key`, value of a configuration's tables."""
-    for section, values in table.items():
-        for key, value in values.items():
-            yield f"{section}.{key}", value
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration's tables by `section.key`."""
+    return {f"{section}.{key}": value for section, values in table.items() for key, value in values.items()}
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

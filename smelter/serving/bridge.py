@@ -31,16 +31,6 @@ class Service:
     num_params: int
     stats: Stats
 
-    def check_model(self, name: str | None) -> None:
-        """404 for another model's name."""
-        if name not in (None, "", self.name):
-            raise ApiError(
-                404,
-                f"model {name!r} is not here: this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
-
 
 @dataclass
 class Result:

@@ -15,7 +15,7 @@ from smelter.base import DataError
 from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.errors import ApiError
-from smelter.serving.prompts import DEFAULT_MAX_TOKENS, Prepared, check_ids, check_max_tokens, pick_seed
+from smelter.serving.prompts import DEFAULT_MAX_TOKENS, Prepared, check_ids, check_max_tokens, check_model, pick_seed
 from smelter.serving.schema import (
     ERRORS,
     MAX_CHOICES,
@@ -240,13 +240,13 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """A model by its name."""
-        service.check_model(name)
+        check_model(name, service.name)
         return card
 
     @router.post("/completions", response_model=None, responses={200: {"model": CompletionResponse}})
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue `prompt`, or fill in between `prompt` and `suffix`."""
-        service.check_model(body.model)
+        check_model(body.model, service.name)
         prepared = await asyncio.to_thread(_prepare, body, service)
         echoes = [item.text if body.echo else "" for item in prepared for _ in range(body.n or 1)]
         wants_logprobs = body.logprobs is not None and body.logprobs is not False
@@ -269,7 +269,7 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/chat/completions", response_model=None, responses={200: {"model": ChatResponse}})
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """The assistant's next turn (ChatML)."""
-        service.check_model(body.model)
+        check_model(body.model, service.name)
         prepared = [await asyncio.to_thread(_prepare_chat, body, service)]
         key, kind = ("delta", "chat.completion.chunk") if body.stream else ("message", "chat.completion")
 

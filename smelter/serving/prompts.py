@@ -27,6 +27,13 @@ def pick_seed(seed: int | None) -> int:
     return secrets.randbelow(MAX_SEED) if seed in (None, -1) else int(seed or 0)
 
 
+def check_model(asked: str | None, name: str) -> None:
+    """404 for another model than `name`."""
+    if asked not in (None, "", name):
+        message = f"model {asked!r} is not here: this server has {name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
 def check_max_tokens(max_tokens: int, context: int, name: str = "max_tokens") -> None:
     """400 for more tokens than the model's context holds beside a prompt."""
     if max_tokens >= context:

@@ -30,7 +30,7 @@ from smelter.serving.app import new_app
 from smelter.serving.bridge import gone, to_json, unless_gone
 from smelter.serving.errors import ApiError
 from smelter.serving.gate import Gate, Rules
-from smelter.serving.prompts import check_max_tokens, pick_seed
+from smelter.serving.prompts import check_max_tokens, check_model, pick_seed
 from smelter.serving.schema import (
     ERRORS,
     ChatRequest,
@@ -245,9 +245,7 @@ def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int)
     created = int(time.time())
 
     def check(model: str | None, max_tokens: int | None) -> None:
-        if model not in (None, "", name):
-            message = f"model {model!r} is not here: this server has {name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        check_model(model, name)
         check_max_tokens(max_tokens or 0, server.context)
 
     def sent(body: BaseModel) -> dict[str, Any]:

@@ -12,6 +12,7 @@ files are changed where they would break the first (NFC, a space put before the 
 Trade-off: invalid UTF-8 costs a token per byte. It occurs only where a window cuts a character.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -113,18 +114,15 @@ class Tokenizer:
         backend.encode_special_tokens = True
         # Sentinels are ours to place, so no beginning-of-text is added; the unused entries of the
         # template remember which token has which role, in a place every reader of the file accepts.
-        roles = special.roles
+        ids = {role: _id(backend, name) for role, name in special.roles.items()}
         backend.post_processor = processors.TemplateProcessing(
             single="$A",
             pair="$A $B",
-            special_tokens=[
-                {"id": role, "ids": [_id(backend, name)], "tokens": [name]} for role, name in roles.items()
-            ],
+            special_tokens=[{"id": role, "ids": [ids[role]], "tokens": [name]} for role, name in special.roles.items()],
         )
         self._backend = backend
         self._values: dict[str, Any] = json.loads(backend.to_str())
         self._is_byte_level = '"ByteLevel"' in json.dumps(self._values["pre_tokenizer"])
-        ids = {role: _id(backend, name) for role, name in roles.items()}
         self.eos_id: int = ids["eos"]
         self.pad_id: int = ids["pad"]
         self.fim_prefix_id: int = ids["fim_prefix"]
@@ -215,21 +213,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token; half surrogate pairs of `surrogateescape` become their bytes."""
         if self._is_byte_level or SPACE_MARK not in text:
-            try:
+            with contextlib.suppress(TypeError):  # not representable in UTF-8
                 ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-            except TypeError:  # not representable in UTF-8
-                return self._encode_escaped(text)
-            return ids
+                return ids
         return self._encode_escaped(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores."""
         if self._is_byte_level or not any(SPACE_MARK in text for text in texts):
-            try:
+            with contextlib.suppress(TypeError):
                 encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            except TypeError:
-                return [self.encode(text) for text in texts]
-            return [encoding.ids for encoding in encodings]
+                return [encoding.ids for encoding in encodings]
         return [self.encode(text) for text in texts]
 
     def encode_bytes(self, raw: bytes) -> list[int]:
