@@ -24,7 +24,7 @@ from smelter.base import ConfigError, DataError, Progress, free_bytes, megabytes
 from smelter.config import Config, DataConfig, load_config
 from smelter.data import Batch, BatchStream, philox, prefetch
 from smelter.distillation import teach_chunks
-from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, TeacherCache, row_format
+from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, row_format
 from smelter.distillation.cache_writer import CacheWriter, Resume, begin
 from smelter.distillation.sparse import Entries, count_draws, draw, entropy, likeliest
 from smelter.distillation.teacher import TeacherModel, is_hf_folder, load_teacher, teacher_name, weights_hash
@@ -296,7 +296,13 @@ def _run(
     finally:
         if writer is not None:
             writer.close()
-    _say_done(cache, time.monotonic() - start)
+    index = cache.index
+    print(
+        f"{index['num_tokens']:,} tokens: {index['bytes_per_token']:.1f} bytes and {index['mean_entries']:.1f} ids "
+        f"each, mean entropy {index['mean_entropy']:.3f} nats"
+    )
+    seconds = time.monotonic() - start
+    print(f"wrote {cache.path} in {short_duration(seconds)}; to learn from it: --cached {cache.path}")
     return 0
 
 
@@ -307,15 +313,6 @@ def _say_need(out: Path, bytes_per_row: float, num_rows: int, total: int, seq_le
     print(f"{out}: {num_rows:,} of {total:,} rows to go, about {text}", file=sys.stderr, flush=True)
     if needed > free:
         raise DataError(f"{out}: needs about {text}: make room, or lower --draws, --top-k, --epochs or --rows")
-
-
-def _say_done(cache: TeacherCache, seconds: float) -> None:
-    index = cache.index
-    print(
-        f"{index['num_tokens']:,} tokens: {index['bytes_per_token']:.1f} bytes and {index['mean_entries']:.1f} ids "
-        f"each, mean entropy {index['mean_entropy']:.3f} nats"
-    )
-    print(f"wrote {cache.path} in {short_duration(seconds)}; to learn from it: --cached {cache.path}")
 
 
 def main(argv: list[str]) -> int:

@@ -186,11 +186,8 @@ def _load(options: TeachChunksOptions) -> Reader:
             )
         return Reader(folder, tokenizer, first, options.context, options.batch_size)
     model, own, checkpoint = load_model(options.teacher, device=device, dtype=dtype)
-    teacher, tokenizer = (
-        CheckpointTeacher(checkpoint.path, model),
-        alignment.TeacherTokenizer(checkpoint.tokenizer_file),
-    )
-    return Reader(teacher, tokenizer, own.eos_id, options.context, options.batch_size)
+    tokenizer = alignment.TeacherTokenizer(checkpoint.tokenizer_file)
+    return Reader(CheckpointTeacher(checkpoint.path, model), tokenizer, own.eos_id, options.context, options.batch_size)
 
 
 class _Writer:

@@ -79,13 +79,11 @@ def candidate_blocks(text: str, rng: random.Random) -> list[tuple[int, int]]:
     spans = []
     for begin, _ in candidate_lines(text):
         first = number_of[text.rfind("\n", 0, begin) + 1]
-        last = min(first + rng.randint(*BLOCK_LINES), len(lines)) - 1
-        while last > first:
+        for last in range(min(first + rng.randint(*BLOCK_LINES), len(lines)) - 1, first, -1):
             end = starts[last] + len(lines[last].rstrip())
             if lines[last].strip() and end - begin <= MAX_BLOCK_CHARACTERS:
                 spans.append((begin, end))
                 break
-            last -= 1
     return spans
 
 

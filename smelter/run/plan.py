@@ -46,6 +46,7 @@ class Plan:
         def size(num_bytes: int) -> str:
             return f"{num_bytes / 1e9:.2f} GB"
 
+        time = "-" if self.seconds is None else f"{self.seconds / 3600:.2f} h at 40% of the measured peak"
         rows = [
             ("parameters", f"{self.num_params:,}"),
             ("tokens", f"{self.tokens:,}" if self.tokens else "as many as the time allows"),
@@ -56,10 +57,7 @@ class Plan:
             ("or backward pass of a block", size(self.backward_bytes)),
             ("or, without them, Muon's step", size(self.optimizer_bytes)),
             ("predicted peak memory", f"{size(self.peak_bytes)} per device"),
-            (
-                "predicted time",
-                "-" if self.seconds is None else f"{self.seconds / 3600:.2f} h at 40% of the measured peak",
-            ),
+            ("predicted time", time),
         ]
         return "\n".join(f"{name:32} {value}" for name, value in rows)
 

@@ -92,13 +92,11 @@ def chunk_log_probs(student_ends: Ids, teacher_ends: Ids, teacher_log_probs: NDA
     tokens that end at byte 0 took (an added space) is no part of the text.
     """
     log_probs = np.full(len(student_ends), np.nan)
-    if not len(student_ends):
+    if not len(student_ends) or not len(teacher_ends):
         return log_probs
     sums = np.concatenate(([0.0], np.cumsum(teacher_log_probs, dtype=np.float64)))
     counts = np.searchsorted(teacher_ends, student_ends, side="right")
-    common = np.flatnonzero((counts > 0) & (teacher_ends[np.maximum(counts, 1) - 1] == student_ends)) if len(
-        teacher_ends
-    ) else np.empty(0, dtype=np.int64)  # fmt: skip
+    common = np.flatnonzero((counts > 0) & (teacher_ends[np.maximum(counts, 1) - 1] == student_ends))
     start = sums[int(np.searchsorted(teacher_ends, 0, side="right"))]
     log_probs[common] = np.diff(sums[counts[common]], prepend=start)
     return log_probs
