@@ -35,8 +35,8 @@ Figures = dict[str, float | None]
 @contextmanager
 def stub_teacher() -> Iterator[str]:
     """A teacher in a process of its own; yields its base_url."""
-    command = [sys.executable, str(ROOT / "tests/foundry/stub_teacher.py"), "--latency", str(LATENCY)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "tests.foundry.stub_teacher", "--latency", str(LATENCY)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"

@@ -53,8 +53,8 @@ def installed() -> str:
 @contextmanager
 def stub_teacher() -> Iterator[str]:
     """A teacher in a process of its own; yields its address."""
-    command = [sys.executable, str(ROOT / "tests/streaming_stub.py"), "--latency", str(LATENCY)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "tests.foundry.streaming_stub", "--latency", str(LATENCY)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"

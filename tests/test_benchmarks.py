@@ -151,7 +151,7 @@ def test_gpu_script_is_clean() -> None:
     run = subprocess.run([shellcheck, str(GPU_SCRIPT)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
     assert os.access(GPU_SCRIPT, os.X_OK)
-    for name in re.findall(r"tests/\w+\.py", GPU_SCRIPT.read_text()):
+    for name in re.findall(r"tests/[\w/]+\.py", GPU_SCRIPT.read_text()):
         assert "mark.gpu" in (ROOT / name).read_text(encoding="utf-8"), name
 
 

@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../../smelter/kernels/cpu/attention.cpp"
+#include "../../../smelter/kernels/cpu/attention.cpp"
 
 int main() {
   for (int length : {1, 5, 63, 64, 65, 200}) {

@@ -1,7 +1,7 @@
 // Layers whose sizes fill no chunk and no tile: numbers stay small, and no memory but its own is touched.
 #include <vector>
 
-#include "../../smelter/kernels/cpu/decode.cpp"
+#include "../../../smelter/kernels/cpu/decode.cpp"
 
 using namespace smelter;
 struct Store { std::vector<std::uint8_t> packed; std::vector<float> scales; };
