@@ -27,7 +27,7 @@ quickstart: setup ## from the standard library's source to a trained, measured a
 test: lint ## style, types and all tests but those that need outside programs
 	$(PYTEST) -m "not real" -n $(JOBS) --dist worksteal
 
-check: lint ## style, types and the quick tests, in about two minutes
+check: lint ## style, types and the quick tests, in about a minute and a half
 	$(PYTEST) -m "not slow and not real" -n $(JOBS) --dist worksteal
 
 test-real: setup ## the quickstart, then the tests with outside programs (a browser, OpenCode, llama.cpp ...) and of what it left
