@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 MIN_TEMPERATURE = 1e-5
-
+"""Below it the likeliest token is taken: nothing can be divided by it."""
 
 NUCLEUS_TOKENS = 256
 """The likeliest tokens that top_p looks at first; where they do not reach it, all are sorted, for 20 times as long."""

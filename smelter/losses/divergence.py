@@ -50,6 +50,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     if kind.direction == "skew":
         return _kl(log_p, _log_blend(log_p, log_q, kind.alpha))
+    assert kind.direction == "js"
     middle = _log_blend(log_p, log_q, kind.beta)
     return kind.beta * _kl(log_p, middle) + (1 - kind.beta) * _kl(log_q, middle)
 
@@ -68,6 +69,7 @@ def divergence_and_grad(log_p: Tensor, log_q: Tensor, kind: Divergence) -> tuple
         difference = log_q - log_p
         token = (q * difference).sum(-1)
         return token, q * (difference - token.unsqueeze(-1))
+    assert kind.direction == "js"
     middle = _log_blend(log_p, log_q, kind.beta)
     difference = log_q - middle
     mean = (q * difference).sum(-1)
