@@ -17,7 +17,9 @@ class Request:
 
     With each token its log-probability is told and the `num_top` likeliest tokens; None tells neither, which is
     quicker. `max_seconds` counts from the first token, for who is served. `max_tokens` may be 0 there, where
-    `prompt_logprobs` are asked for.
+    `prompt_logprobs` are asked for. `min_p` drops tokens with less than that share of the likeliest's probability;
+    `n_indent` ends the answer before a line that is indented less; `infill_sampler` ends it where the end outweighs
+    what else might come (see `sampling`). 0 and False change nothing.
     """
 
     ids: Sequence[int]
@@ -32,6 +34,9 @@ class Request:
     num_top: int | None = None
     prompt_logprobs: bool = False
     max_seconds: float | None = None
+    min_p: float = 0.0
+    n_indent: int = 0
+    infill_sampler: bool = False
 
 
 @dataclass(frozen=True)
