@@ -27,9 +27,10 @@ from smelter.tokens import Tokenizer
 class Row:
     """A request on its way: what of its prompt is read, what it has yet to spell, what it has written.
 
-    It ends at the first of: a stop id, a stop in its text, `max_tokens` new tokens, the end of the context. `finish`
-    then says why. `ids` are the tokens written, without a stop id; `logprobs` theirs, where they were asked for. A
-    token is new if it adds to what the caller has: those that spell pending bytes and no more do not count.
+    It ends at the first of: a stop id, a stop in its text, a line indented less, `max_tokens` new tokens, the end of
+    the context. `finish` then says why. `ids` are the tokens written, without a stop id; `logprobs` theirs, where they
+    were asked for. A token is new if it adds to what the caller has: those that spell pending bytes and no more do not
+    count.
     """
 
     def __init__(self, request: Request, context: int) -> None:
@@ -47,7 +48,7 @@ class Row:
         self.pending = request.pending
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.text = Text(request.stops, len(request.pending))
+        self.text = Text(request.stops, len(request.pending), request.n_indent)
         self.prompt: list[Token] = []
         """With log-probabilities, where they were asked for."""
         self.finish: Finish | None = None
@@ -65,7 +66,7 @@ class Row:
         if logprob is not None:
             self.logprobs.append(logprob)
         if self.text.push(raw):
-            self.finish = "stop"
+            self.finish = "stop" if self.text.stop is not None else "length"
         elif self.num_new == self.request.max_tokens or len(self.ids) == self.limit:
             self.finish = "length"
 

@@ -251,10 +251,32 @@ def test_stop_strings_across_tokens(engine: Engine) -> None:
     assert raw.decode("utf-8", "replace") == asked.text
 
 
-def test_an_answer_ends_in_time(engine: Engine) -> None:
-    asked = Asked(engine, Request([5, 6, 7], max_tokens=90, max_seconds=0.0)).all()
+def test_an_answer_out_of_time_ends_with_a_line_break(engine: Engine) -> None:
+    prompt: list[int] = [5, 6, 7]
+    written = alone_ids(prompt, max_tokens=30)
+    breaking = next(i for i in written[4:] if i not in written[:4])
+    engine._batch._bytes_of[breaking] = b"x\n  y"
+    asked = Asked(engine, Request(prompt, max_tokens=90, max_seconds=0.0)).all()
+    assert asked.ids == written[: written.index(breaking) + 1]
+    assert asked.text.endswith("x\n  y")
     assert asked.finish == "time"
-    assert len(asked.ids) < 5
+    asked = Asked(engine, Request(prompt, max_tokens=30, max_seconds=60.0)).all()
+    assert (asked.ids, asked.finish) == (written, "length")
+
+
+def test_an_answer_ends_before_a_line_indented_less(engine: Engine) -> None:
+    prompt: list[int] = [5, 6, 7]
+    written = alone_ids(prompt, max_tokens=30)
+    breaking = next(i for i in written[4:] if i not in written[:4])
+    engine._batch._bytes_of[breaking] = b"x\n    y\n  z"
+    asked = Asked(engine, Request(prompt, max_tokens=30, n_indent=4, num_top=0)).all()
+    assert asked.text.endswith("x\n    y\n  ")
+    end = asked.pieces[-1].end
+    assert end is not None
+    assert (end.finish, end.stop) == ("length", None)
+    raw = b"".join(token.raw for piece in asked.pieces for token in piece.tokens)
+    assert raw.decode("utf-8", "replace") == asked.text
+    assert Asked(engine, Request(prompt, max_tokens=30, n_indent=2)).all().ids == written
 
 
 def test_prompt_logprobs(engine: Engine) -> None:
