@@ -38,7 +38,7 @@ class Request:
     n_indent: int = 0
     """End before a line, the first apart, that is indented by fewer blanks (see `text`); 0 never does."""
     infill_sampler: bool = False
-    """End where the end outweighs what else might come; see `infill`."""
+    """End where the model is not sure how to go on; see `infill`."""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def test_top_k_and_top_p_cut_where_they_should() -> None:
     assert seen(10, 1.0) == {0, 1, 2, 3}
 
 
-def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int, top_p: float) -> int:
+def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
     """Nucleus sampling of one row, in Python's own numbers."""
     probs = (logits / temperature).softmax(-1).tolist()
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[: top_k or None]
@@ -160,6 +160,8 @@ def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int
         before += probs[i] / total
     if not top_k and top_p >= 1:
         kept = list(range(len(probs)))
+    plain = logits.softmax(-1).tolist()
+    kept = [i for i in kept if plain[i] >= min_p * max(plain)]
     threshold, reached = uniform * sum(probs[i] for i in kept), 0.0
     for i in kept:
         reached += probs[i]
@@ -168,11 +170,12 @@ def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int
     return max(i for i in kept if probs[i] > 0)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])  # from flat, where the nucleus is most of the vocabulary
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (0, 0.9), (0, 0.3), (40, 1.0), (40, 0.8), (1, 1.0), (900, 0.99)]
 )
-def test_sampling_is_what_it_is_defined_to_be(spread: float, top_k: int, top_p: float) -> None:
+def test_sampling_is_what_it_is_defined_to_be(spread: float, top_k: int, top_p: float, min_p: float) -> None:
     """Also in a batch of rows some of which are flat, and where most tokens are impossible."""
     generator = torch.manual_seed(3)
     spreads = torch.tensor([spread, 3.0]).repeat(12)
@@ -180,11 +183,12 @@ def test_sampling_is_what_it_is_defined_to_be(spread: float, top_k: int, top_p: 
     logits[5, 3:] = -torch.inf
     uniforms = torch.rand(24, generator=generator, dtype=torch.double)
     uniforms[:3] = torch.tensor([0.0, 0.5, 1 - 1e-9], dtype=torch.double)
-    found = sample(logits, uniforms, 0.7, top_k, top_p).tolist()
+    found = sample(logits, uniforms, 0.7, top_k, top_p, min_p).tolist()
     assert found == [
-        by_definition(row, float(uniform), 0.7, top_k, top_p) for row, uniform in zip(logits, uniforms, strict=True)
+        by_definition(row, float(uniform), 0.7, top_k, top_p, min_p)
+        for row, uniform in zip(logits, uniforms, strict=True)
     ]
-    alone = [int(sample(logits[i, None], uniforms[i, None], 0.7, top_k, top_p)) for i in range(24)]
+    alone = [int(sample(logits[i, None], uniforms[i, None], 0.7, top_k, top_p, min_p)) for i in range(24)]
     assert alone == found
 
 
@@ -206,6 +210,8 @@ def test_the_seed_decides_and_greedy_needs_none() -> None:
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"n_indent": -1}, "n_indent"),
         ({"prompts": [[1], []]}, "prompt 1"),
         ({"prompts": [[1] * 96]}, "1 to 95"),
     ],
