@@ -39,16 +39,15 @@ def _prepare(body: InfillRequest | LlamaCompletionRequest, service: Service) -> 
     check_max_tokens(body.n_predict, context, "n_predict")
     room = context // 4 if body.n_predict < 0 else body.n_predict
     if isinstance(body, InfillRequest):
-        # Without tokens of their own for it, other files are text that stands before.
-        extra = "".join(f"{file.text}\n\n" for file in body.input_extra)
-        text: str = extra + body.input_prefix + body.prompt
+        text: str = body.input_prefix + body.prompt
         suffix: str | None = body.input_suffix
+        extra = tuple(file.text for file in body.input_extra)
     elif isinstance(body.prompt, str):
-        text, suffix = body.prompt, None
+        text, suffix, extra = body.prompt, None, ()
     else:
         check_ids(body.prompt, tokenizer, context, max(body.n_predict, 1))
         return Prepared(_request(body, service, body.prompt, b""), tokenizer.decode(body.prompt), len(body.prompt))
-    encoded = make_prompt(tokenizer, context, text, suffix, max_tokens=room)
+    encoded = make_prompt(tokenizer, context, text, suffix, max_tokens=room, extra=extra)
     return Prepared(
         _request(body, service, encoded.ids, encoded.pending), text, encoded.num_tokens, encoded.num_dropped
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, ConfigError, UserError
 from smelter.decoding.kv_cache import KVCache
-from smelter.decoding.prompts import fim_prompt, fit_context, make_prompt
+from smelter.decoding.prompts import FimOrder, fim_prompt, fit_context, fit_extra, make_prompt
 from smelter.decoding.sampling import sample
 from smelter.evaluation.gaps import candidate_lines, choose_cases
 from smelter.kernels import head as screened
@@ -375,6 +375,42 @@ def test_a_long_context_is_cut_and_says_so(
     out = capsysbinary.readouterr()
     assert out.err.endswith(b"used the nearest 80\n")
     assert out.err.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("order", ["spm", "psm"])
+@pytest.mark.parametrize("suffix", [None, "", "\n    return 1\n"])
+def test_other_files_come_first_each_with_its_end(suffix: str | None, order: FimOrder) -> None:
+    tokens = tiny.tokenizer()
+    plain = make_prompt(tokens, 500, "def f", suffix, max_tokens=16, order=order)
+    files = ("import os\n", "x = 1")
+    asked = make_prompt(tokens, 500, "def f", suffix, max_tokens=16, order=order, extra=files)
+    before = [i for text in files for i in (*tokens.encode(text), tokens.eos_id)]
+    assert (asked.ids, asked.pending) == ([*before, *plain.ids], plain.pending)
+    assert (asked.num_tokens, asked.num_dropped) == (plain.num_tokens + len(before), 0)
+    if order == "psm" and suffix is not None:  # nothing of the prefix is taken back
+        assert (asked.pending, asked.ids[-1]) == (b"", tokens.fim_middle_id)
+
+
+def test_other_files_get_what_is_left() -> None:
+    tokens, files = tiny.tokenizer(), (tiny.CODE[:2_000], tiny.CODE[2_000:3_000])
+    whole = [i for text in files for i in (*tokens.encode(text), tokens.eos_id)]
+    for count in range(0, 700, 3):
+        prefix = "a\n" * (count // 2)
+        plain = make_prompt(tokens, 512, prefix, "\n", max_tokens=100)
+        asked = make_prompt(tokens, 512, prefix, "\n", max_tokens=100, extra=files)
+        kept = len(asked.ids) - len(plain.ids)
+        assert asked.ids == [*whole[len(whole) - kept :], *plain.ids]
+        assert kept % 32 == 0
+        assert min(412 - plain.num_tokens, 256) - 32 < kept <= min(412 - plain.num_tokens, 256)
+        assert asked.num_dropped == plain.num_dropped + len(whole) - kept
+    assert kept == 0
+    # Sent ahead, with nothing beside, they are cut where they are cut beside a rest of half the context.
+    ahead = make_prompt(tokens, 512, "", "", max_tokens=0, extra=files)
+    later = make_prompt(tokens, 512, "a\n" * 60, "\n", max_tokens=100, extra=files)
+    assert len(later.ids) > 360
+    assert ahead.ids[:258] == later.ids[:258] == [*whole[-256:], tokens.fim_prefix_id, tokens.fim_suffix_id]
+    assert fit_extra(list(range(5)), 5, 10) == list(range(5))
+    assert fit_extra(list(range(5)), 0, 10) == []
 
 
 def test_a_long_prompt_keeps_its_end() -> None:
