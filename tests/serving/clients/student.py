@@ -33,6 +33,8 @@ CONFIG = ModelConfig(
     intermediate_size=512,
     max_seq_len=CONTEXT,
     rope_base=10_000.0,
+    attn_logit_soft_cap=0.0,  # llama.cpp's Qwen3 has none
+    final_logit_soft_cap=0.0,
 )
 
 
@@ -58,20 +60,20 @@ BLOCK = Gap(
     "\n\n\nprint(clamp(7, 0, 5))\n",
 )
 PAGE = "import os\n\nfor name in sorted(os.listdir()):\n    print(name)\n"
+PAGES = (PAGE, PAGE, *[gap.prefix + gap.middle + gap.suffix for gap in (TWICE, THRICE, BLOCK)])
 QUESTION, ANSWER = "Which function sorts?", "sorted() returns a new list."
 
-INDENTED = BLOCK.typed("    ")
 SECOND_LINE = BLOCK.typed("    if x < low:\n")
 INSIDE_A_WORD = BLOCK.typed("    if x < l")
+INDENTED = SECOND_LINE.typed("        return")
 
-GAPS = (TWICE, TWICE.typed("x *"), THRICE, THRICE.typed("x *"), BLOCK, INDENTED, SECOND_LINE, INSIDE_A_WORD)
+GAPS = (TWICE, TWICE.typed("x *"), THRICE, THRICE.typed("x *"), BLOCK, SECOND_LINE, INSIDE_A_WORD, INDENTED)
 
 
 @cache
 def tokenizer() -> Tokenizer:
     """Knows the pages' words."""
-    pages = [gap.prefix + gap.middle + gap.suffix for gap in (TWICE, THRICE, BLOCK)]
-    return Tokenizer.train([tiny.CODE, *[text for text in [*pages, PAGE, QUESTION, ANSWER] for _ in range(20)]], 512)
+    return Tokenizer.train([tiny.CODE, *[text for text in [*PAGES, QUESTION, ANSWER] for _ in range(20)]], 512)
 
 
 class Drill:
@@ -102,7 +104,9 @@ class Drill:
         return [*ids, self._tokenizer.eos_id], known
 
     def _page(self) -> tuple[list[int], int]:
-        ids = [*self._tokenizer.encode(PAGE), self._tokenizer.eos_id]
+        """A page without a gap; some begin where a document does."""
+        page = PAGES[int(self._rng.integers(len(PAGES)))]
+        ids = [*self._tokenizer.encode(page), self._tokenizer.eos_id]
         return ([self._tokenizer.eos_id, *ids], 1) if self._rng.random() < 0.5 else (ids, 1)
 
     def _other(self) -> str:
@@ -116,7 +120,7 @@ class Drill:
 
 
 def train() -> Model:
-    """The model, after half a minute."""
+    """The model, after some 25 seconds."""
     torch.manual_seed(0)
     model, drill = Model(CONFIG), Drill()
     optimizer = MuonAdamW(model)
@@ -138,7 +142,7 @@ def train() -> Model:
         optimizer.step()
         model.quantize_weights()
     with torch.no_grad():
-        model.norm.weight.mul_(4)  # so sure that sampled answers are the greedy ones
+        model.norm.weight.mul_(3)  # so sure that sampled answers are the greedy ones
     return model.eval()
 
 
