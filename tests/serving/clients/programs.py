@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,7 @@ def clients_folder() -> Path:
     return folder
 
 
-def run_client(
-    program: list[str], home: Path, *, stdin: str = "", environment: Mapping[str, str] | None = None
-) -> str:
+def run_client(program: list[str], home: Path, *, stdin: str = "", environment: dict[str, str] | None = None) -> str:
     """What a client prints, run with `home` as its home and without the settings of whoever runs the tests."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""The requests of clients that cannot be run here, as their sources make them, and what each client takes of the answer.
+"""The requests of clients that cannot be run here, as their sources make them, and what each takes of the answer.
 
-Every entry names the version and the line that it was read from. Settings are those of docs/editors.md; all other values
-are the client's defaults. Cursor places are gaps that the model knows (see `student`).
+Every entry names the version and the line that it was read from. Settings are those of docs/editors.md; all other
+values are the client's defaults. Cursor places are gaps that the model knows (see `student`).
 """
 
 import json
@@ -127,7 +127,11 @@ def read_nothing(raw: str) -> str:
 RING = [{"text": "import sys\n\nx = 1\n", "time": [1, 500_000], "filename": "other.py"}]
 FIELDS = [
     "content",
-    *[f"timings/{what}_{unit}" for what in ("prompt", "predicted") for unit in ("n", "ms", "per_token_ms", "per_second")],
+    *[
+        f"timings/{what}_{unit}"
+        for what in ("prompt", "predicted")
+        for unit in ("n", "ms", "per_token_ms", "per_second")
+    ],
     "truncated",
     "tokens_cached",
 ]
@@ -250,9 +254,7 @@ REPLAYS = [
     ),
     llama_vscode(THRICE, THRICE.middle),
     llama_vscode(BLOCK, BLOCK.middle),
-    Replay(
-        LLAMA_VSCODE, "src/llama-server.ts:185", "/infill", {**WARM_UP, "t_max_prompt_ms": 500}, "", read_nothing
-    ),
+    Replay(LLAMA_VSCODE, "src/llama-server.ts:185", "/infill", {**WARM_UP, "t_max_prompt_ms": 500}, "", read_nothing),
     Replay(
         LLAMA_VSCODE,
         "src/llama-server.ts:157",
@@ -302,7 +304,14 @@ REPLAYS = [
         LLM_LS,
         "crates/llm-ls/src/backend.rs:233",
         "/v1/completions",
-        {"temperature": 0.2, "top_p": 0.95, "prompt": fim(THRICE), "model": "any", "stream": False},
+        {
+            "temperature": 0.2,
+            "top_p": 0.95,
+            "max_tokens": 32,
+            "prompt": fim(THRICE),
+            "model": "any",
+            "stream": False,
+        },
         THRICE.middle,
         read_first_text,
     ),
@@ -310,7 +319,14 @@ REPLAYS = [
         CONTINUE,
         "core/llm/llms/LlamaCpp.ts:38",
         "/completion",
-        {"model": "any", "prompt": fim(THRICE), "stream": True, "n_predict": 32, "stop": CONTINUE_STOPS, "temperature": 0},
+        {
+            "model": "any",
+            "prompt": fim(THRICE),
+            "stream": True,
+            "n_predict": 32,
+            "stop": CONTINUE_STOPS,
+            "temperature": 0,
+        },
         THRICE.middle,
         read_content_stream,
         {**JSON, "Authorization": "Bearer undefined"},
@@ -319,12 +335,19 @@ REPLAYS = [
         CONTINUE,
         "core/llm/llms/OpenAI.ts:497",
         "/v1/completions",
-        {"model": "any", "max_tokens": 32, "temperature": 0, "stream": True, "stop": CONTINUE_STOPS, "prompt": fim(THRICE)},
+        {
+            "model": "any",
+            "max_tokens": 32,
+            "temperature": 0,
+            "stream": True,
+            "stop": CONTINUE_STOPS,
+            "prompt": fim(THRICE),
+        },
         THRICE.middle,
         read_text_stream,
     ),
     Replay(
-        CMP_AI,
+        CMP_AI,  # but for its words: the conversation is one that the model knows
         "lua/cmp_ai/backends/openai.lua:37",
         "/v1/chat/completions",
         {"messages": CHAT, "model": "any", "temperature": 0.1, "n": 1},

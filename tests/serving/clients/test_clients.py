@@ -1,4 +1,4 @@
-"""Programs and packages that people have, run as they are against both servers; what they show is compared with the page.
+"""Programs and packages that people have, run as they are against both servers; what they show is compared.
 
 What our server does and llama-server does not: `suffix` of /v1/completions, which llama-server ignores.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from smelter.decoding.generate import Prompt, complete_many
+from smelter.decoding.prompts import FimOrder
 from smelter.run.load import load_model
 from tests.serving.clients.programs import Served, clients_folder, run_client, run_node, run_python
 from tests.serving.clients.student import ANSWER, CONTEXT, GAPS, PAGE, QUESTION, THRICE, Gap, tokenizer
@@ -29,7 +30,7 @@ GIVEN = {
 
 
 def check(found: dict[str, Any], expected: dict[str, Any], server: Served) -> None:
-    """Everything that a client found is as expected, but for `suffix` from llama-server, which goes on with the prefix."""
+    """All that a client found is as expected, but for `suffix` from llama-server, which goes on with the prefix."""
     suffix = found.pop("suffix")
     assert (suffix == THRICE.middle) == server.is_ours, suffix
     assert suffix
@@ -40,8 +41,9 @@ def test_the_model_knows_its_pages(run: Path) -> None:
     """What `smelter complete` writes: else nothing that follows would mean anything."""
     model, tokens, _ = load_model(run)
     prompts = [Prompt(gap.prefix, gap.suffix) for gap in GAPS]
-    for order in ("psm", "spm"):
-        found = complete_many(model, tokens, prompts, max_tokens=64, order=order)  # type: ignore[arg-type]
+    orders: tuple[FimOrder, ...] = ("psm", "spm")
+    for order in orders:
+        found = complete_many(model, tokens, prompts, max_tokens=64, order=order)
         assert found == [gap.middle for gap in GAPS], order
     assert complete_many(model, tokens, [Prompt(PROMPT)], max_tokens=64) == [REST]
     plain = complete_many(model, tokens, [Prompt(gap.prefix) for gap in GAPS], max_tokens=64)

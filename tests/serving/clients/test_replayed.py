@@ -6,12 +6,11 @@ import json
 import httpx
 import pytest
 
-from tests.serving.clients.programs import ROOT, Served
+from tests.serving.clients.programs import Served
 from tests.serving.clients.replayed import INDENT, REPLAYS, WARM_UP, Replay, llama_vim
 from tests.serving.clients.student import ANSWER, QUESTION, THRICE, tokenizer
 
 pytestmark = pytest.mark.real
-DOCUMENTED = (ROOT / "docs" / "editors.md").read_text(encoding="utf-8")
 
 
 def ask(server: Served, replay: Replay) -> str:
@@ -36,12 +35,6 @@ def test_lines_that_are_indented_less_are_left_out(server: Served, replay: Repla
     shown = replay.read(ask(server, replay))
     assert shown.rstrip() == replay.shown
     assert not shown.rstrip("\n").endswith(" ") or not server.is_ours
-
-
-@pytest.mark.parametrize("replay", REPLAYS, ids=str)
-def test_every_client_is_in_the_docs(replay: Replay) -> None:
-    for version in replay.client.split(", "):
-        assert version in DOCUMENTED
 
 
 def test_the_ring_is_warm(server: Served) -> None:
