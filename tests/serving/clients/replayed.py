@@ -62,11 +62,11 @@ def read_llama_vim(raw: str) -> str:
 
 
 def read_llama_vscode(raw: str) -> str:
-    """src/completion.ts:378: an object, or a list of which the different texts are offered."""
+    """src/completion.ts:378: of a list, the different texts are offered."""
     answer = json.loads(raw)
-    texts = {answer["content"]} if "content" in answer else {choice["content"] for choice in answer}
-    assert "content" in answer or len(answer) == 3
-    (text,) = texts
+    assert isinstance(answer, list)
+    assert len(answer) == 3
+    (text,) = {choice["content"] for choice in answer}
     return str(text).rstrip("\n")
 
 
@@ -204,12 +204,15 @@ WARM_UP = {
     "t_max_predict_ms": 1,
 }
 CHAT = [{"role": "user", "content": QUESTION}]
+UP_TO_LESS_INDENTED = " low\n    "
+"""`n_indent` ends the answer before the next line, which is indented less than the cursor's."""
 CONTINUE_STOPS = ["/src/", "#- coding: utf-8", "```"]
 
 REPLAYS = [
     llama_vim(THRICE, THRICE.middle, RING),
     llama_vim(TWICE, TWICE.middle, []),
     llama_vim(BLOCK, BLOCK.middle, RING),
+    llama_vim(INDENTED, UP_TO_LESS_INDENTED, []),
     Replay(
         LLAMA_VIM,
         "autoload/llama.vim:552",
@@ -254,6 +257,7 @@ REPLAYS = [
     ),
     llama_vscode(THRICE, THRICE.middle),
     llama_vscode(BLOCK, BLOCK.middle),
+    llama_vscode(INDENTED, UP_TO_LESS_INDENTED),
     Replay(LLAMA_VSCODE, "src/llama-server.ts:185", "/infill", {**WARM_UP, "t_max_prompt_ms": 500}, "", read_nothing),
     Replay(
         LLAMA_VSCODE,
@@ -379,6 +383,3 @@ REPLAYS = [
         read_content_stream,
     ),
 ]
-
-INDENT = [llama_vim(INDENTED, " low", []), llama_vscode(INDENTED, " low")]
-"""The next line is indented less than the cursor's: `n_indent` ends the answer before it."""

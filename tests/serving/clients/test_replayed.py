@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.serving.clients.programs import Served
-from tests.serving.clients.replayed import INDENT, REPLAYS, WARM_UP, Replay, llama_vim
+from tests.serving.clients.replayed import REPLAYS, WARM_UP, Replay, llama_vim
 from tests.serving.clients.student import ANSWER, QUESTION, THRICE, tokenizer
 
 pytestmark = pytest.mark.real
@@ -27,14 +27,6 @@ def ask(server: Served, replay: Replay) -> str:
 @pytest.mark.parametrize("replay", REPLAYS, ids=str)
 def test_what_it_shows(server: Served, replay: Replay) -> None:
     assert replay.read(ask(server, replay)) == replay.shown
-
-
-@pytest.mark.parametrize("replay", INDENT, ids=str)
-def test_lines_that_are_indented_less_are_left_out(server: Served, replay: Replay) -> None:
-    """llama-server keeps the indentation of the line that it leaves out."""
-    shown = replay.read(ask(server, replay))
-    assert shown.rstrip() == replay.shown
-    assert not shown.rstrip("\n").endswith(" ") or not server.is_ours
 
 
 def test_the_ring_is_warm(server: Served) -> None:
