@@ -108,6 +108,8 @@ def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> N
     """Serve until SIGTERM or SIGINT; then finish what is in flight. A second signal ends at once."""
     import uvicorn
 
+    from smelter.serving.connections import Connection
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -126,7 +128,7 @@ def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> N
         ws="none",
         lifespan="off",
         server_header=False,
-        timeout_keep_alive=30,
+        http=Connection,
     )
     # Set here too: a signal may come before uvicorn listens for it.
     server = Server(config)
