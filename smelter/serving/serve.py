@@ -41,8 +41,9 @@ class ServeOptions:
     """Address to listen at. Any but a loopback address lets other machines ask: set a key then."""
     port: int = 8080
     """Port to listen at; 0 takes a free one."""
-    api_key: str | None = None
-    """Key that clients must send (Authorization: Bearer KEY); by default what SMELTER_API_KEY holds, if anything."""
+    api_key_file: Path | None = None
+    """File with the key that clients must send (Authorization: Bearer KEY); by default what SMELTER_API_KEY holds, if
+    anything. Not an option of its own: command lines are everybody's to read."""
     allow_origin: tuple[str, ...] = ()
     """Web sites whose pages may ask, such as http://localhost:3000 (CORS). By default only the server's own page."""
     name: str | None = None
@@ -99,9 +100,18 @@ def rules_of(options: ServeOptions) -> "Rules":
     """Who may ask, by the options."""
     from smelter.serving.gate import LOOPBACK_NAMES, Rules
 
-    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    key = os.environ.get(KEY_VARIABLE) if options.api_key_file is None else _read_key(options.api_key_file)
     hosts = LOOPBACK_NAMES | {options.host} if is_loopback(options.host) else None
-    return Rules(key, hosts, options.allow_origin)
+    return Rules(key or None, hosts, options.allow_origin)
+
+
+def _read_key(file: Path) -> str:
+    """The key in a file of one line. Raises UserError where there is none."""
+    try:
+        (key,) = file.read_text(encoding="utf-8").split()
+    except ValueError:  # UnicodeDecodeError is one
+        raise UserError(f"{file}: must hold the key and nothing else, on one line") from None
+    return key
 
 
 def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> None:
@@ -141,12 +151,13 @@ def main(argv: list[str]) -> int:
     """`smelter serve`."""
     options = parse(ServeOptions, argv, "smelter serve")
     check_extra()
+    rules = rules_of(options)
     with listen(options.host, options.port) as listener:
-        (_serve_llama_cpp if options.engine == "llama.cpp" else _serve_smelter)(options, listener)
+        (_serve_llama_cpp if options.engine == "llama.cpp" else _serve_smelter)(options, rules, listener)
     return 0
 
 
-def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
+def _serve_smelter(options: ServeOptions, rules: "Rules", listener: socket.socket) -> None:
     import torch
 
     from smelter.decoding import Engine
@@ -165,12 +176,12 @@ def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
     engine.start()
     try:
         about = f"{name} ({num_params:,} parameters, context {engine.context:,})"
-        run(make_app(service, rules_of(options)), listener, lambda: _announce(options, listener, about))
+        run(make_app(service, rules), listener, lambda: _announce(options, rules, listener, about))
     finally:
         engine.stop()
 
 
-def _serve_llama_cpp(options: ServeOptions, listener: socket.socket) -> None:
+def _serve_llama_cpp(options: ServeOptions, rules: "Rules", listener: socket.socket) -> None:
     from smelter.run import load_checkpoint
     from smelter.serving.proxy import find_llama_server, make_proxy_app, start_llama_server
 
@@ -182,9 +193,9 @@ def _serve_llama_cpp(options: ServeOptions, listener: socket.socket) -> None:
         find_llama_server(options.llama_server), gguf, context=context, num_slots=options.slots, threads=options.threads
     )
     try:
-        app = make_proxy_app(server, name, rules_of(options), options.queue)
+        app = make_proxy_app(server, name, rules, options.queue)
         about = f"{name} (llama.cpp, {gguf.name}, context {context:,})"
-        run(app, listener, lambda: _announce(options, listener, about))
+        run(app, listener, lambda: _announce(options, rules, listener, about))
     finally:
         server.stop()
 
@@ -193,11 +204,10 @@ def _name(options: ServeOptions, checkpoint: "Checkpoint") -> str:
     return options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
 
 
-def _announce(options: ServeOptions, listener: socket.socket, about: str) -> None:
+def _announce(options: ServeOptions, rules: "Rules", listener: socket.socket, about: str) -> None:
     """Say where it is, on stdout, once it can be asked."""
     host, port = listener.getsockname()[:2]
-    rules = rules_of(options)
     if rules.hosts is None and rules.api_key is None:
-        warning = f"anyone who reaches {options.host} may ask: set --api-key or {KEY_VARIABLE}"
+        warning = f"anyone who reaches {options.host} may ask: set --api-key-file or {KEY_VARIABLE}"
         print(f"smelter serve: {warning}", file=sys.stderr)
     print(f"{about} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

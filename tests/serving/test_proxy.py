@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,13 +96,39 @@ def test_who_goes_away_is_not_waited_for(url: str) -> None:
     wait_until(lambda: httpx.get(f"{url}/health").json()["active"] == 0)
 
 
+def child_of(process: subprocess.Popen[str]) -> Path:
+    """The llama-server of a `smelter serve`, in /proc."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (child,) = [Path(f"/proc/{pid}") for pid in children if "llama-server" in Path(f"/proc/{pid}/comm").read_text()]
+    return child
+
+
+@pytest.mark.real
+@needs_program
+def test_no_key_is_in_the_list_of_processes(run: Path, url: str) -> None:
+    """Neither ours nor llama-server's own. `url` made the file."""
+    options = ["--engine", "llama.cpp", "--llama-server", str(PROGRAM)]
+    with command(run, *options, environment={"SMELTER_API_KEY": "our-secret"}) as (process, url_):
+        child = child_of(process)
+        variables = dict(line.split(b"=", 1) for line in (child / "environ").read_bytes().split(b"\0") if line)
+        lines = (child / "cmdline").read_bytes() + Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert b"--parallel" in lines
+        for secret in (variables[b"LLAMA_API_KEY"], b"our-secret"):
+            assert len(secret) > 9
+            assert secret not in lines
+        port = lines.split(b"\0")[lines.split(b"\0").index(b"--port") + 1].decode()
+        assert httpx.post(f"http://127.0.0.1:{port}/completion", json={"prompt": "a"}).status_code == 401
+        assert httpx.get(f"{url_}/v1/models").status_code == 401
+        headers = {"Authorization": "Bearer our-secret"}
+        assert httpx.get(f"{url_}/v1/models", headers=headers).json()["data"][0]["id"] == "small"
+
+
 @pytest.mark.real
 @needs_program
 def test_killed_it_leaves_no_llama_server(run: Path, url: str) -> None:
     """`url` made the file."""
     with command(run, "--engine", "llama.cpp", "--llama-server", str(PROGRAM)) as (process, _):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (child,) = [Path(f"/proc/{pid}") for pid in children if "llama-server" in Path(f"/proc/{pid}/comm").read_text()]
+        child = child_of(process)
         process.kill()
         wait_until(lambda: not child.exists() or "Z (zombie)" in (child / "status").read_text())
 
