@@ -4,3 +4,4 @@ from smelter.decoding.engine import Answer, Engine, EngineBusy, EngineStopped
 from smelter.decoding.generate import Prompt, complete_many
 from smelter.decoding.prompts import FimOrder, make_prompt
 from smelter.decoding.request import End, Piece, Request, Token
+from smelter.decoding.sentinels import read_prompt

@@ -28,14 +28,18 @@ class Row:
     """A request on its way: what of its prompt is read, what it has yet to spell, what it has written.
 
     It ends at the first of: a stop id, a stop in its text, `max_tokens` new tokens, the end of the context. `finish`
-    then says why. `ids` are the tokens written, without a stop id; `logprobs` theirs, where they were asked for.
+    then says why. `ids` are the tokens written, without a stop id; `logprobs` theirs, where they were asked for. A
+    token is new if it adds to what the caller has: those that spell pending bytes and no more do not count.
     """
 
     def __init__(self, request: Request, context: int) -> None:
         self.request = request
-        self.limit = min(request.max_tokens, context - len(request.ids))
+        room = context - len(request.ids)
+        self.limit = min(request.max_tokens + len(request.pending), room) if request.max_tokens else 0
+        """Most tokens, those included that only spell."""
+        self.num_new = 0
         self.sampling = request.temperature, request.top_k, request.top_p
-        self.uniforms = uniforms_of(request.seed, request.max_tokens).tolist()
+        self.uniforms = uniforms_of(request.seed, self.limit).tolist()
         self.wants_likeliest = request.temperature < MIN_TEMPERATURE and request.num_top is None
         """And no more: no chance, no log-probabilities."""
         self.slot = -1
@@ -50,17 +54,19 @@ class Row:
 
     def take(self, token: int, raw: bytes, logprob: float | None = None, top: Top = ()) -> None:
         """The model chose `token`, which stands for `raw`, where the likeliest were `top`."""
-        if self.pending:  # what ends a text does not end it before that is spelled
+        num_pending = len(self.pending)
+        if num_pending:  # what ends a text does not end it before that is spelled
             self.pending = self.pending[len(raw) :]
         elif token in self.request.stop_ids:
             self.finish = "stop"
             return
         self.ids.append(token)
+        self.num_new += not num_pending or len(raw) > num_pending
         if logprob is not None:
             self.logprobs.append(logprob)
         if self.text.push(raw):
             self.finish = "stop"
-        elif len(self.ids) == self.limit:
+        elif self.num_new == self.request.max_tokens or len(self.ids) == self.limit:
             self.finish = "length"
 
 

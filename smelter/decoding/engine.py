@@ -70,7 +70,7 @@ class Answer(Row):
             self.text.stop,
             num_prompt=len(self.request.ids),
             num_cached=self.num_cached,
-            num_tokens=len(self.ids),
+            num_tokens=self.num_new,
             wait_seconds=started - self.submitted,
             prompt_seconds=first - started,
             decode_seconds=now - first,

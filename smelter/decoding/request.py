@@ -13,16 +13,15 @@ Top = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue and how; `ids` and `pending` as in `prompts.EncodedPrompt`.
-
-    With each token its log-probability is told and the `num_top` likeliest tokens; None tells neither, which is
-    quicker. `max_seconds` counts from the first token, for who is served. `max_tokens` may be 0 there, where
-    `prompt_logprobs` are asked for.
-    """
+    """What to continue and how; `ids` and `pending` as in `prompts.EncodedPrompt`."""
 
     ids: Sequence[int]
     pending: bytes = b""
     max_tokens: int = 64
+    """Most tokens that add to the text; those that only spell `pending` do not count.
+
+    0 writes nothing: the prompt is read, and kept for prompts that begin like it.
+    """
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -30,8 +29,16 @@ class Request:
     stops: Sequence[Stop] = ()
     stop_ids: Sequence[int] = ()
     num_top: int | None = None
+    """With each token its log-probability is told and this many likeliest tokens; None tells neither: quicker."""
     prompt_logprobs: bool = False
     max_seconds: float | None = None
+    """Time to write, from the first token on, for who is served."""
+    min_p: float = 0.0
+    """Drop tokens with less than this share of the likeliest's probability; 0 drops none."""
+    n_indent: int = 0
+    """End before a line, the first apart, that is indented by fewer blanks; 0 never does."""
+    infill_sampler: bool = False
+    """End where the end outweighs what else might come; see `infill`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,10 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """Why an answer ended, and what it took. Times in seconds; `num_cached` prompt tokens needed no reading."""
+    """Why an answer ended, and what it took; `num_cached` prompt tokens needed no reading.
+
+    `num_tokens` as `max_tokens` counts them. Times in seconds.
+    """
 
     finish: Finish
     stop: str | None = None

@@ -30,7 +30,7 @@ from smelter.serving.app import new_app
 from smelter.serving.bridge import gone, to_json, unless_gone
 from smelter.serving.errors import ApiError
 from smelter.serving.gate import Gate, Rules
-from smelter.serving.prompts import check_max_tokens, check_model, pick_seed
+from smelter.serving.prompts import pick_seed
 from smelter.serving.schema import (
     ERRORS,
     ChatRequest,
@@ -244,10 +244,6 @@ def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int)
     app, stats, upstream = new_app(), Stats(), _Upstream(server, max_queue)
     created = int(time.time())
 
-    def check(model: str | None, max_tokens: int | None) -> None:
-        check_model(model, name)
-        check_max_tokens(max_tokens or 0, server.context)
-
     def sent(body: BaseModel) -> dict[str, Any]:
         """What the client set, checked, and without the model's name, which llama-server has another for."""
         return body.model_dump(exclude_unset=True, exclude_none=True, exclude={"model"})
@@ -280,14 +276,12 @@ def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int)
     @app.post("/infill", response_model=None, responses=ERRORS)
     async def infill(body: InfillRequest, http: HttpRequest) -> Response:
         """What stands between `input_prefix` and `input_suffix`."""
-        check(None, body.n_predict)
         defaults = {"input_prefix": "", "input_suffix": "", "temperature": body.temperature}
         return await upstream.pass_on(http, "/infill", defaults | sent(body))
 
     @app.post("/completion", response_model=None, responses=ERRORS)
     async def completion(body: LlamaCompletionRequest, http: HttpRequest) -> Response:
         """What follows `prompt`."""
-        check(None, body.n_predict)
         return await upstream.pass_on(http, "/completion", {"temperature": body.temperature} | sent(body))
 
     @app.post("/tokenize", response_model=None, responses=ERRORS)
@@ -298,13 +292,11 @@ def make_proxy_app(server: LlamaServer, name: str, rules: Rules, max_queue: int)
     @app.post("/v1/chat/completions", response_model=None, responses=ERRORS)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """The assistant's next turn."""
-        check(body.model, body.max_completion_tokens or body.max_tokens)
         return await upstream.pass_on(http, "/v1/chat/completions", sent(body))
 
     @app.post("/v1/completions", response_model=None, responses=ERRORS)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue `prompt`, or fill in between `prompt` and `suffix`."""
-        check(body.model, body.max_tokens)
         if body.suffix is None:
             request = {"max_tokens": 64} | sent(body)
             return await upstream.pass_on(http, "/v1/completions", request)

@@ -151,6 +151,19 @@ def test_text_equals_complete(engine: Engine, suffix: str | None) -> None:
     assert raw.decode("utf-8", "replace") == asked.text
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_one_token_is_one_that_the_caller_did_not_have(engine: Engine, max_tokens: int) -> None:
+    """The model spells ` ch` again with two tokens before it goes on."""
+    made = make_prompt(tiny.tokenizer(), CONTEXT, tiny.CODE[220:300], None, max_tokens=max_tokens)
+    asked = Asked(engine, Request(made.ids, made.pending, max_tokens=max_tokens, num_top=2)).all()
+    tokens, end = [token for piece in asked.pieces for token in piece.tokens], asked.pieces[-1].end
+    assert len(tokens) == max_tokens
+    assert end is not None
+    assert (end.num_tokens, end.finish) == (max_tokens, "length")
+    assert all(token.logprob is not None and len(token.top) == 2 for token in tokens)
+    assert "".join(token.raw.decode() for token in tokens) == asked.text != ""
+
+
 def test_a_long_prompt_is_read_in_pieces_while_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 8)
     engine = make_engine()

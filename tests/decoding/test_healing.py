@@ -76,6 +76,28 @@ def test_a_completion_goes_on_from_the_cursor(cut: int, temperature: float) -> N
     assert TOKENS.decode_bytes(made.ids).startswith(pending)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 5])
+@pytest.mark.parametrize("cut", [300, 511, 700, 1_003])
+def test_tokens_that_only_spell_the_prompt_again_do_not_count(cut: int, max_tokens: int) -> None:
+    kept, pending = take_back(TOKENS, TOKENS.encode(tiny.CODE[:cut])[-40:])
+    (row,) = tiny.write(tiny.model(), [kept], pending=[pending], max_tokens=max_tokens)
+    lengths = [len(TOKENS.decode_bytes(row.ids[:count])) for count in range(1, len(row.ids) + 1)]
+    assert sum(length > len(pending) for length in lengths) == max_tokens  # no special token among them
+    assert pending
+    assert row.text.close()
+    assert row.finish == "length"
+
+
+def test_spelling_ends_at_the_end_of_the_context() -> None:
+    """Five tokens of room for six bytes that no token joins."""
+    row = Row(Request([1] * 90, b"\x00\x01" * 3, max_tokens=4), 95)
+    for byte in b"\x00\x01\x00\x01\x00":
+        assert row.finish is None
+        row.take(byte, bytes([byte]))
+    assert row.finish == "length"
+    assert row.num_new == 0
+
+
 def test_rows_are_healed_apart() -> None:
     model = tiny.model()
     prompts = [take_back(TOKENS, TOKENS.encode(tiny.CODE[:cut])[-40:]) for cut in (300, 511, 900)]
