@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from smelter.serving.gate import Rules
 
 KEY_VARIABLE = "SMELTER_API_KEY"
+PROBE = "def f(x):\n    return 'é' * 1234\n"
+"""What two tokenizers are compared by."""
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -183,19 +185,28 @@ def _serve_smelter(options: ServeOptions, rules: "Rules", listener: socket.socke
 
 def _serve_llama_cpp(options: ServeOptions, rules: "Rules", listener: socket.socket) -> None:
     from smelter.run import load_checkpoint
-    from smelter.serving.proxy import find_llama_server, make_proxy_app, start_llama_server
+    from smelter.serving.app import make_app
+    from smelter.serving.bridge import Service
+    from smelter.serving.llama_engine import LlamaEngine
+    from smelter.serving.llama_server import find_llama_server, start_llama_server
+    from smelter.serving.stats import Stats
+    from smelter.tokens import Tokenizer
 
     checkpoint = load_checkpoint(options.checkpoint, with_state=False)
     name, context = _name(options, checkpoint), checkpoint.config.model.max_seq_len
+    tokenizer, num_params = Tokenizer.load(checkpoint.tokenizer_file), checkpoint.config.model.num_params_estimate
     files = sorted((options.checkpoint / "export" / "gguf").glob("*.gguf"))
     gguf = options.gguf or (files[0] if files else options.checkpoint / "export" / "gguf" / "model.gguf")
     server = start_llama_server(
         find_llama_server(options.llama_server), gguf, context=context, num_slots=options.slots, threads=options.threads
     )
     try:
-        app = make_proxy_app(server, name, rules, options.queue)
+        if server.tokenize(PROBE) != tokenizer.encode(PROBE):
+            raise UserError(f"{gguf}: has another tokenizer than {checkpoint.path}: export it anew, with --force")
+        engine = LlamaEngine(server, tokenizer, context=context, max_queue=options.queue)
+        service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
         about = f"{name} (llama.cpp, {gguf.name}, context {context:,})"
-        run(app, listener, lambda: _announce(options, rules, listener, about))
+        run(make_app(service, rules), listener, lambda: _announce(options, rules, listener, about))
     finally:
         server.stop()
 
