@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from smelter.decoding.healing import Healing
+from smelter.decoding.infill import survivors
 from smelter.decoding.kv_cache import KVCache
 from smelter.decoding.request import Finish, Request, Token, Top
-from smelter.decoding.sampling import MIN_TEMPERATURE, sample, uniforms_of
+from smelter.decoding.sampling import MIN_TEMPERATURE, candidates, sample, uniforms_of
 from smelter.decoding.text import Text
 from smelter.model import Model
 from smelter.tokens import Tokenizer
@@ -27,9 +28,10 @@ from smelter.tokens import Tokenizer
 class Row:
     """A request on its way: what of its prompt is read, what it has yet to spell, what it has written.
 
-    It ends at the first of: a stop id, a stop in its text, `max_tokens` new tokens, the end of the context. `finish`
-    then says why. `ids` are the tokens written, without a stop id; `logprobs` theirs, where they were asked for. A
-    token is new if it adds to what the caller has: those that spell pending bytes and no more do not count.
+    It ends at the first of: a stop id, a stop in its text, a line indented less, `max_tokens` new tokens, the end of
+    the context. `finish` then says why. `ids` are the tokens written, without a stop id; `logprobs` theirs, where they
+    were asked for. A token is new if it adds to what the caller has: those that spell pending bytes and no more do not
+    count.
     """
 
     def __init__(self, request: Request, context: int) -> None:
@@ -38,16 +40,17 @@ class Row:
         self.limit = min(request.max_tokens + len(request.pending), room) if request.max_tokens else 0
         """Most tokens, those included that only spell."""
         self.num_new = 0
-        self.sampling = request.temperature, request.top_k, request.top_p
+        self.sampling = request.temperature, request.top_k, request.top_p, request.min_p
         self.uniforms = uniforms_of(request.seed, self.limit).tolist()
-        self.wants_likeliest = request.temperature < MIN_TEMPERATURE and request.num_top is None
+        greedy = request.temperature < MIN_TEMPERATURE and not request.infill_sampler
+        self.wants_likeliest = greedy and request.num_top is None
         """And no more: no chance, no log-probabilities."""
         self.slot = -1
         self.num_read = self.num_cached = 0
         self.pending = request.pending
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.text = Text(request.stops, len(request.pending))
+        self.text = Text(request.stops, len(request.pending), request.n_indent)
         self.prompt: list[Token] = []
         """With log-probabilities, where they were asked for."""
         self.finish: Finish | None = None
@@ -55,7 +58,7 @@ class Row:
     def take(self, token: int, raw: bytes, logprob: float | None = None, top: Top = ()) -> None:
         """The model chose `token`, which stands for `raw`, where the likeliest were `top`."""
         num_pending = len(self.pending)
-        if num_pending:  # what ends a text does not end it before that is spelled
+        if num_pending and raw:  # what ends a text does not end it before that is spelled; the infill sampler does
             self.pending = self.pending[len(raw) :]
         elif token in self.request.stop_ids:
             self.finish = "stop"
@@ -65,7 +68,7 @@ class Row:
         if logprob is not None:
             self.logprobs.append(logprob)
         if self.text.push(raw):
-            self.finish = "stop"
+            self.finish = "stop" if self.text.stop is not None else "length"
         elif self.num_new == self.request.max_tokens or len(self.ids) == self.limit:
             self.finish = "length"
 
@@ -209,14 +212,17 @@ class Batch(Generic[R]):
     def _sample(self, rows: Sequence[R], logits: Tensor) -> None:
         """Choose the next token of each row by its logits [B, V]; with log-probabilities where they were asked for."""
         possible = self._healing.restrict(logits, [row.pending for row in rows])
-        groups: dict[tuple[float, int, float], list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(row.sampling, []).append(index)
+        groups: dict[tuple[float, int, float, float], list[int]] = {}
         chosen = torch.empty(len(rows), dtype=torch.long, device=self._device)
+        for index, row in enumerate(rows):
+            if row.request.infill_sampler:
+                chosen[index] = self._infill(row, possible[index])
+            else:
+                groups.setdefault(row.sampling, []).append(index)
         for sampling, group in groups.items():
             numbers = [rows[index].uniforms[len(rows[index].ids)] for index in group]
             uniforms = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-            chosen[group] = sample(possible if len(groups) == 1 else possible[group], uniforms, *sampling)
+            chosen[group] = sample(possible if len(group) == len(rows) else possible[group], uniforms, *sampling)
         tokens = chosen.tolist()
         scores: list[tuple[float | None, Top]] = [(None, ())] * len(rows)
         asking = [index for index, row in enumerate(rows) if row.request.num_top is not None]
@@ -226,6 +232,15 @@ class Batch(Generic[R]):
                 scores[index] = float(row_logprobs[tokens[index]]), _likeliest(row_logprobs, rows[index].request)
         for row, token, (logprob, top) in zip(rows, tokens, scores, strict=True):
             row.take(token, self._bytes_of[token], logprob, top)
+
+    def _infill(self, row: R, logits: Tensor) -> int:
+        """The next token of a row by its logits [V], or a stop id where `infill` says that it should end."""
+        temperature, top_k, top_p, min_p = row.sampling
+        left = survivors(*candidates(logits, top_k, top_p, min_p), self._bytes_of, row.request.stop_ids)
+        if len(left) == 1:
+            return left[0]
+        uniform = torch.tensor([row.uniforms[len(row.ids)]], dtype=torch.float64, device=self._device)
+        return left[int(sample(logits[left][None], uniform, temperature, 0, 1.0))]
 
     def _note_prompt(self, row: R, hidden: Tensor) -> None:
         """Log-probabilities of a prompt's tokens: hidden [T, C] of the next to be read tell those that follow each."""

@@ -82,7 +82,7 @@ class Answer(Row):
         end = self.text.num_shown
         shown = [token for token, start in self._held if start + len(token.raw) <= end]
         del self._held[: len(shown)]
-        if self._held and self.text.stop is not None:
+        if self._held and self.text.has_ended:
             token, start = self._held[0]
             shown += [replace(token, raw=token.raw[: end - start])] if start < end else []
         return tuple(shown)
@@ -264,12 +264,13 @@ class Engine:
             answer.num_counted = len(answer.ids)
             if answer.finish is not None:
                 self._finish(answer, answer.finish)
-            elif limit is not None and time.monotonic() - answer.first > limit:
+                continue
+            piece = answer.piece()
+            if piece.text or piece.tokens:
+                answer.deliver(piece)
+            # Half a line helps nobody: like llama.cpp's server, stop with a line break only.
+            if limit is not None and "\n" in piece.text and time.monotonic() - answer.first > limit:
                 self._finish(answer, "time")
-            else:
-                piece = answer.piece()
-                if piece.text or piece.tokens:
-                    answer.deliver(piece)
 
     def _finish(self, answer: Answer, why: Finish) -> None:
         """Deliver the end, and free the slot."""

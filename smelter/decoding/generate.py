@@ -28,6 +28,8 @@ def _check(requests: Sequence[Request], context: int) -> None:
             "temperature": (0 <= request.temperature < float("inf"), "must be 0 (greedy) or positive"),
             "top_k": (request.top_k >= 0, "must be positive, or 0 for all tokens"),
             "top_p": (0 < request.top_p <= 1, "must lie above 0 and not above 1"),
+            "min_p": (0 <= request.min_p <= 1, "must lie between 0 and 1"),
+            "n_indent": (request.n_indent >= 0, "must not be negative"),
         }
         for name, (is_fine, message) in limits.items():
             if not is_fine:

@@ -1,4 +1,13 @@
-"""How to ask: a text to go on with, or a gap between two, cut to the context, healed where the cursor stands."""
+"""How to ask: a text to go on with, or a gap between two, cut to the context, healed where the cursor stands.
+
+Other files come first, each followed by eos, then what the cursor stands in:
+
+    other file [eos] other file [eos] [fim_prefix][fim_suffix] suffix [fim_middle] prefix
+
+That is how training shows them: a row is documents with eos between, each arranged for itself, so never anything but
+eos stands before [fim_prefix]. And a cache of keys can be used again up to where two prompts differ: what changes
+least is read first, so files that were read once are read, whatever is typed.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -42,12 +51,19 @@ class EncodedPrompt:
 
 
 def make_prompt(
-    tokenizer: Tokenizer, context: int, prompt: str, suffix: str | None, *, max_tokens: int, order: FimOrder = "spm"
+    tokenizer: Tokenizer,
+    context: int,
+    prompt: str,
+    suffix: str | None,
+    *,
+    max_tokens: int,
+    order: FimOrder = "spm",
+    extra: tuple[str, ...] = (),
 ) -> EncodedPrompt:
     """How to ask for what follows `prompt`, or where a suffix (even "") is given, for what stands between the two.
 
-    A context longer than the model's `context` is cut to what is nearest to the place of writing. The cursor may stand
-    inside a word (see `healing`).
+    A context longer than the model's `context` is cut to what is nearest to the place of writing; `extra`, texts of
+    other files, gets what is left (see `fit_extra`). The cursor may stand inside a word (see `healing`).
     """
     budget = prompt_budget(context, max_tokens)
     if suffix is None:
@@ -56,9 +72,27 @@ def make_prompt(
     else:
         whole = fim_prompt(tokenizer, prompt, suffix, order=order)
         used = fim_prompt(tokenizer, prompt, suffix, order=order, budget=budget) if len(whole) > budget else whole
+    others = [token for text in extra for token in (*tokenizer.encode(text), tokenizer.eos_id)]
+    num_dropped = len(whole) - len(used) + len(others)
+    others = fit_extra(others, budget - len(used), context)
+    used = [*others, *used]
     ids, pending = take_back(tokenizer, used)
     # Nothing: as at the beginning of a document.
-    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), len(whole) - len(used))
+    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), num_dropped - len(others))
+
+
+def fit_extra(extra: list[int], room: int, context: int) -> list[int]:
+    """The end of other files' tokens that fits `room`, and half of the `context`.
+
+    A cut that moved with every key typed would leave nothing of the cache: it moves by a sixteenth of the context. It
+    does not move at all while half of the context holds the rest, and so stands where it stood when there was no rest
+    yet: when an editor sent its files ahead to have them read.
+    """
+    room = min(room, context // 2)
+    if len(extra) <= room:
+        return extra
+    step = max(context // 16, 1)
+    return extra[len(extra) - room // step * step :]
 
 
 def fit_context(prefix: list[int], suffix: list[int], budget: int) -> tuple[list[int], list[int]]:

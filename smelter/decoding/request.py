@@ -32,13 +32,13 @@ class Request:
     """With each token its log-probability is told and this many likeliest tokens; None tells neither: quicker."""
     prompt_logprobs: bool = False
     max_seconds: float | None = None
-    """Time to write, from the first token on, for who is served."""
+    """Time to write, from the first token on, for who is served; when it is over the next line break is the end."""
     min_p: float = 0.0
     """Drop tokens with less than this share of the likeliest's probability; 0 drops none."""
     n_indent: int = 0
-    """End before a line, the first apart, that is indented by fewer blanks; 0 never does."""
+    """End before a line, the first apart, that is indented by fewer blanks (see `text`); 0 never does."""
     infill_sampler: bool = False
-    """End where the end outweighs what else might come; see `infill`."""
+    """End where the model is not sure how to go on; see `infill`."""
 
 
 @dataclass(frozen=True)

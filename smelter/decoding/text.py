@@ -2,6 +2,10 @@
 
 Two things hold text up. A character may be spread over several tokens. And what may become a stop must not be shown
 before it is sure that it does not; stops are therefore looked for in the bytes, across the borders of tokens.
+
+A text may also end where a line begins that is indented less than asked for. As in llama.cpp's server the first line,
+which begins before the cursor, is not looked at, an empty line is one indented by nothing, and the line break and what
+blanks follow it stay. (That server looks a token later: with its last token it lets such a line pass.)
 """
 
 import codecs
@@ -11,13 +15,21 @@ from collections.abc import Sequence
 Stop = str | re.Pattern[bytes]
 """Ends a text and is cut off. Before a pattern nothing can be shown: it may begin anywhere."""
 
+MAX_INDENT = 1_000
+"""No line is indented further, and a pattern has its bounds."""
+
 
 class Text:
-    """The text of one answer, without the `skip` bytes at its beginning that repeat the prompt."""
+    """The text of one answer, without the `skip` bytes at its beginning that repeat the prompt.
 
-    def __init__(self, stops: Sequence[Stop] = (), skip: int = 0) -> None:
+    It ends before a line that is indented by fewer than `n_indent` blanks.
+    """
+
+    def __init__(self, stops: Sequence[Stop] = (), skip: int = 0, n_indent: int = 0) -> None:
         self._strings = [stop.encode() for stop in stops if isinstance(stop, str) and stop]
         self._patterns = [stop for stop in stops if not isinstance(stop, str)]
+        most = min(n_indent, MAX_INDENT) - 1
+        self._outdented = re.compile(rb"\n[ \t]{0,%d}[^ \t]" % most) if n_indent else None
         self._raw = bytearray()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.skip = skip
@@ -25,6 +37,8 @@ class Text:
         """Bytes that have been shown, or never will be."""
         self.stop: str | None = None
         """The stop that ended the text."""
+        self.has_ended = False
+        """By a stop or a line indented less."""
 
     @property
     def num_bytes(self) -> int:
@@ -32,18 +46,24 @@ class Text:
         return len(self._raw)
 
     def push(self, raw: bytes) -> bool:
-        """Take a token's bytes; true if they complete a stop, after which nothing more may be pushed."""
+        """Take a token's bytes; true if they end the text, after which nothing more may be pushed."""
+        last_line = max(self._raw.rfind(b"\n", self.skip), self.skip)  # those before it have been judged
         self._raw += raw
         matches = [(at + len(stop), at) for stop in self._strings if (at := self._raw.find(stop, self.num_shown)) >= 0]
         for pattern in self._patterns:
             if match := pattern.search(self._raw, self.skip):
                 matches.append((match.end(), match.start()))
-        if not matches:
-            return False
-        end, start = min(matches)  # the first that is complete: it does not matter how the bytes were cut into tokens
-        self.stop = self._raw[start:end].decode("utf-8", "replace")
-        del self._raw[start:]
-        return True
+        # The first that is complete: it does not matter how the bytes were cut into tokens.
+        end, start = min(matches, default=(len(self._raw) + 1, -1))
+        outdented = self._outdented.search(self._raw, last_line) if self._outdented else None
+        if outdented and outdented.end() < end:
+            start = outdented.end() - 1
+        elif matches:
+            self.stop = self._raw[start:end].decode("utf-8", "replace")
+        self.has_ended = start >= 0
+        if self.has_ended:
+            del self._raw[start:]
+        return self.has_ended
 
     def show(self) -> str:
         """What may be shown now and was not before."""

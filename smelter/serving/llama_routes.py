@@ -28,11 +28,11 @@ def _prepare(body: InfillRequest | LlamaCompletionRequest, service: Service) -> 
     tokenizer, context = service.tokenizer, service.engine.context
     limit = -1 if body.limit is None else body.limit
     if isinstance(body, InfillRequest):
-        # Without tokens of their own for it, other files are text that stands before.
-        extra = "".join(f"{file.text}\n\n" for file in body.input_extra)
         # What is typed is text, whatever it holds: `prompt` is the line at the cursor.
-        text = extra + body.input_prefix + body.prompt
-        encoded = make_prompt(tokenizer, context, text, body.input_suffix, max_tokens=room_for(limit, context))
+        text = body.input_prefix + body.prompt
+        extra = tuple(file.text for file in body.input_extra)
+        room = room_for(limit, context)
+        encoded = make_prompt(tokenizer, context, text, body.input_suffix, max_tokens=room, extra=extra)
         request = Request(encoded.ids, encoded.pending)
         prepared = [Prepared(request, text, encoded.num_tokens, encoded.num_dropped)]
     else:

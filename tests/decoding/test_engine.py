@@ -193,6 +193,27 @@ def test_what_an_earlier_prompt_left_is_not_read_again(engine: Engine) -> None:
     assert engine.counts.cached_tokens == len(prompt) + 3
 
 
+@pytest.mark.parametrize("suffix", ["", "\n    return text\n"])
+def test_files_sent_ahead_are_not_read_again(engine: Engine, suffix: str) -> None:
+    """An editor warms the server up with them alone, and asks for no token."""
+    files = tiny.CODE[:60], tiny.CODE[60:100]
+    ahead = make_prompt(tiny.tokenizer(), CONTEXT, "", "", max_tokens=0, extra=files)
+    warmed = Asked(engine, Request(ahead.ids, ahead.pending, max_tokens=0)).all()
+    end = warmed.pieces[-1].end
+    assert end is not None
+    assert (warmed.text, warmed.ids, end.finish) == ("", [], "length")
+    assert (end.num_prompt, end.num_cached, end.num_tokens) == (len(ahead.ids), 0, 0)
+    asked = make_prompt(tiny.tokenizer(), CONTEXT, "def f(te", suffix, max_tokens=8, extra=files)
+    request = Request(asked.ids, asked.pending, max_tokens=8)
+    answer = Asked(engine, request).all()
+    end = answer.pieces[-1].end
+    assert end is not None
+    assert end.num_cached >= len(ahead.ids) - 1
+    assert end.num_cached < end.num_prompt
+    (alone,) = generate(tiny.model(), tiny.tokenizer(), [request])
+    assert answer.text == alone.text.close()
+
+
 def test_a_prompt_in_work_is_shared_too(engine: Engine) -> None:
     prompt = list(range(40))
     asked = [Asked(engine, Request(prompt, max_tokens=30, temperature=1.0, seed=seed)) for seed in range(3)]
@@ -251,10 +272,32 @@ def test_stop_strings_across_tokens(engine: Engine) -> None:
     assert raw.decode("utf-8", "replace") == asked.text
 
 
-def test_an_answer_ends_in_time(engine: Engine) -> None:
-    asked = Asked(engine, Request([5, 6, 7], max_tokens=90, max_seconds=0.0)).all()
+def test_an_answer_out_of_time_ends_with_a_line_break(engine: Engine) -> None:
+    prompt: list[int] = [5, 6, 7]
+    written = alone_ids(prompt, max_tokens=30)
+    breaking = next(i for i in written[4:] if i not in written[:4])
+    engine._batch._bytes_of[breaking] = b"x\n  y"
+    asked = Asked(engine, Request(prompt, max_tokens=90, max_seconds=0.0)).all()
+    assert asked.ids == written[: written.index(breaking) + 1]
+    assert asked.text.endswith("x\n  y")
     assert asked.finish == "time"
-    assert len(asked.ids) < 5
+    asked = Asked(engine, Request(prompt, max_tokens=30, max_seconds=60.0)).all()
+    assert (asked.ids, asked.finish) == (written, "length")
+
+
+def test_an_answer_ends_before_a_line_indented_less(engine: Engine) -> None:
+    prompt: list[int] = [5, 6, 7]
+    written = alone_ids(prompt, max_tokens=30)
+    breaking = next(i for i in written[4:] if i not in written[:4])
+    engine._batch._bytes_of[breaking] = b"x\n    y\n  z"
+    asked = Asked(engine, Request(prompt, max_tokens=30, n_indent=4, num_top=0)).all()
+    assert asked.text.endswith("x\n    y\n  ")
+    end = asked.pieces[-1].end
+    assert end is not None
+    assert (end.finish, end.stop) == ("length", None)
+    raw = b"".join(token.raw for piece in asked.pieces for token in piece.tokens)
+    assert raw.decode("utf-8", "replace") == asked.text
+    assert Asked(engine, Request(prompt, max_tokens=30, n_indent=2)).all().ids == written
 
 
 def test_prompt_logprobs(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, ConfigError, UserError
 from smelter.decoding.kv_cache import KVCache
-from smelter.decoding.prompts import fim_prompt, fit_context, make_prompt
+from smelter.decoding.prompts import FimOrder, fim_prompt, fit_context, fit_extra, make_prompt
 from smelter.decoding.sampling import sample
 from smelter.evaluation.gaps import candidate_lines, choose_cases
 from smelter.kernels import head as screened
@@ -149,7 +149,7 @@ def test_top_k_and_top_p_cut_where_they_should() -> None:
     assert seen(10, 1.0) == {0, 1, 2, 3}
 
 
-def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int, top_p: float) -> int:
+def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
     """Nucleus sampling of one row, in Python's own numbers."""
     probs = (logits / temperature).softmax(-1).tolist()
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[: top_k or None]
@@ -160,6 +160,8 @@ def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int
         before += probs[i] / total
     if not top_k and top_p >= 1:
         kept = list(range(len(probs)))
+    plain = logits.softmax(-1).tolist()
+    kept = [i for i in kept if plain[i] >= min_p * max(plain)]
     threshold, reached = uniform * sum(probs[i] for i in kept), 0.0
     for i in kept:
         reached += probs[i]
@@ -168,11 +170,12 @@ def by_definition(logits: Tensor, uniform: float, temperature: float, top_k: int
     return max(i for i in kept if probs[i] > 0)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])  # from flat, where the nucleus is most of the vocabulary
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (0, 0.9), (0, 0.3), (40, 1.0), (40, 0.8), (1, 1.0), (900, 0.99)]
 )
-def test_sampling_is_what_it_is_defined_to_be(spread: float, top_k: int, top_p: float) -> None:
+def test_sampling_is_what_it_is_defined_to_be(spread: float, top_k: int, top_p: float, min_p: float) -> None:
     """Also in a batch of rows some of which are flat, and where most tokens are impossible."""
     generator = torch.manual_seed(3)
     spreads = torch.tensor([spread, 3.0]).repeat(12)
@@ -180,11 +183,12 @@ def test_sampling_is_what_it_is_defined_to_be(spread: float, top_k: int, top_p: 
     logits[5, 3:] = -torch.inf
     uniforms = torch.rand(24, generator=generator, dtype=torch.double)
     uniforms[:3] = torch.tensor([0.0, 0.5, 1 - 1e-9], dtype=torch.double)
-    found = sample(logits, uniforms, 0.7, top_k, top_p).tolist()
+    found = sample(logits, uniforms, 0.7, top_k, top_p, min_p).tolist()
     assert found == [
-        by_definition(row, float(uniform), 0.7, top_k, top_p) for row, uniform in zip(logits, uniforms, strict=True)
+        by_definition(row, float(uniform), 0.7, top_k, top_p, min_p)
+        for row, uniform in zip(logits, uniforms, strict=True)
     ]
-    alone = [int(sample(logits[i, None], uniforms[i, None], 0.7, top_k, top_p)) for i in range(24)]
+    alone = [int(sample(logits[i, None], uniforms[i, None], 0.7, top_k, top_p, min_p)) for i in range(24)]
     assert alone == found
 
 
@@ -206,6 +210,8 @@ def test_the_seed_decides_and_greedy_needs_none() -> None:
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"n_indent": -1}, "n_indent"),
         ({"prompts": [[1], []]}, "prompt 1"),
         ({"prompts": [[1] * 96]}, "1 to 95"),
     ],
@@ -369,6 +375,42 @@ def test_a_long_context_is_cut_and_says_so(
     out = capsysbinary.readouterr()
     assert out.err.endswith(b"used the nearest 80\n")
     assert out.err.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("order", ["spm", "psm"])
+@pytest.mark.parametrize("suffix", [None, "", "\n    return 1\n"])
+def test_other_files_come_first_each_with_its_end(suffix: str | None, order: FimOrder) -> None:
+    tokens = tiny.tokenizer()
+    plain = make_prompt(tokens, 500, "def f", suffix, max_tokens=16, order=order)
+    files = ("import os\n", "x = 1")
+    asked = make_prompt(tokens, 500, "def f", suffix, max_tokens=16, order=order, extra=files)
+    before = [i for text in files for i in (*tokens.encode(text), tokens.eos_id)]
+    assert (asked.ids, asked.pending) == ([*before, *plain.ids], plain.pending)
+    assert (asked.num_tokens, asked.num_dropped) == (plain.num_tokens + len(before), 0)
+    if order == "psm" and suffix is not None:  # nothing of the prefix is taken back
+        assert (asked.pending, asked.ids[-1]) == (b"", tokens.fim_middle_id)
+
+
+def test_other_files_get_what_is_left() -> None:
+    tokens, files = tiny.tokenizer(), (tiny.CODE[:2_000], tiny.CODE[2_000:3_000])
+    whole = [i for text in files for i in (*tokens.encode(text), tokens.eos_id)]
+    for count in range(0, 700, 3):
+        prefix = "a\n" * (count // 2)
+        plain = make_prompt(tokens, 512, prefix, "\n", max_tokens=100)
+        asked = make_prompt(tokens, 512, prefix, "\n", max_tokens=100, extra=files)
+        kept = len(asked.ids) - len(plain.ids)
+        assert asked.ids == [*whole[len(whole) - kept :], *plain.ids]
+        assert kept % 32 == 0
+        assert min(412 - plain.num_tokens, 256) - 32 < kept <= min(412 - plain.num_tokens, 256)
+        assert asked.num_dropped == plain.num_dropped + len(whole) - kept
+    assert kept == 0
+    # Sent ahead, with nothing beside, they are cut where they are cut beside a rest of half the context.
+    ahead = make_prompt(tokens, 512, "", "", max_tokens=0, extra=files)
+    later = make_prompt(tokens, 512, "a\n" * 60, "\n", max_tokens=100, extra=files)
+    assert len(later.ids) > 360
+    assert ahead.ids[:258] == later.ids[:258] == [*whole[-256:], tokens.fim_prefix_id, tokens.fim_suffix_id]
+    assert fit_extra(list(range(5)), 5, 10) == list(range(5))
+    assert fit_extra(list(range(5)), 0, 10) == []
 
 
 def test_a_long_prompt_keeps_its_end() -> None:

@@ -74,3 +74,48 @@ def test_invalid_bytes_are_shown_as_such() -> None:
     assert push(text, b"a\xe6\xbc") == "a"
     assert push(text, b"b") == "\ufffdb"
     assert push(text, b"\xf0\x9f") + text.close() == "\ufffd"
+
+
+def as_llama_server(whole: str, n_indent: int) -> str:
+    """Its `process_token` (tools/server/server-context.cpp), byte by byte and so long that its delay is over."""
+    text: str = ""
+    last_line, has_new_line = 0, False
+    for sign in [*whole, "", ""]:
+        text += sign
+        if has_new_line and last_line > 0:
+            at = last_line
+            while at < len(text) and text[at] in " \t":
+                at += 1
+            if at < len(text) and at - last_line < n_indent:
+                return text[:at]
+        if has_new_line and (at := text.find("\n", last_line)) >= 0:
+            last_line = at + 1
+        has_new_line = has_new_line or sign == "\n"
+    return text
+
+
+@given(st.text(st.sampled_from("a \t\n"), max_size=40), st.integers(1, 4), st.lists(st.integers(1, 5), max_size=40))
+def test_a_line_indented_less_ends_the_text(whole: str, n_indent: int, sizes: list[int]) -> None:
+    text, shown = Text(n_indent=n_indent), ""
+    expected = as_llama_server(whole, n_indent)
+    for piece in split(whole.encode(), sizes):
+        if text.has_ended:
+            break
+        shown += push(text, piece)
+        assert expected.startswith(shown)
+    assert shown + text.close() == expected
+    assert text.has_ended == (expected != whole)
+    assert text.stop is None
+
+
+def test_indentation_beside_stops_and_what_the_prompt_has() -> None:
+    text = Text(["\n\n"], n_indent=4)  # complete at the same byte: the stop, which takes more with it
+    assert text.push(b"a\n\nb")
+    assert (text.close(), text.stop) == ("a", "\n\n")
+    text = Text(["def"], n_indent=4)
+    assert text.push(b"a\n  def")
+    assert (text.close(), text.stop) == ("a\n  ", None)
+    text = Text(skip=3, n_indent=10**9)
+    assert push(text, b"\na") == push(text, b"b") == ""
+    assert push(text, b"c\n" + b" " * 50) == "c\n" + " " * 50
+    assert text.push(b"x")

@@ -32,12 +32,11 @@ def llama_cpp_folder() -> Path:
     return folder
 
 
-def build_logits_program(folder: Path, out: Path) -> Path:
-    """llama_logits.cpp, compiled against the library."""
-    program, lib = out / "llama_logits", folder / "lib"
+def build_program(folder: Path, source: Path, out: Path) -> Path:
+    """A program of one C++ file, compiled against the library."""
+    program, lib = out / source.stem, folder / "lib"
     libraries = [str(lib / f"lib{name}.a") for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
-    source = str(ROOT / "tests" / "export" / "llama_logits.cpp")
-    command = ["c++", "-std=c++17", "-O1", "-I", str(folder / "include"), source, *libraries]
+    command = ["c++", "-std=c++17", "-O1", "-I", str(folder / "include"), str(source), *libraries]
     subprocess.run([*command, "-fopenmp", "-lpthread", "-ldl", "-o", str(program)], check=True)
     return program
 

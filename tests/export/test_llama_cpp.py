@@ -22,7 +22,7 @@ from smelter.model import Model
 from smelter.run.load import load_model
 from smelter.tokens.shards import ShardSet, Split
 from smelter.tokens.tokenizer import Tokenizer
-from tests.export.real_llama_cpp import Server, build_logits_program, llama_cpp_folder, llama_logits, serve
+from tests.export.real_llama_cpp import Server, build_program, llama_cpp_folder, llama_logits, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "quickstart"
@@ -82,7 +82,7 @@ def test_logits_are_the_checkpoints(
     (of the embedding to Q8_0, of attention to f16, of activations per token or per block) costs about as much as it
     would to round the activations a second time.
     """
-    program = build_logits_program(llama_cpp, tmp_path)
+    program = build_program(llama_cpp, ROOT / "tests" / "export" / "llama_logits.cpp", tmp_path)
     exact = tmp_path / "exact.gguf"
     write_gguf(exact, student.model, student.tokenizer, name="exact", gguf_type="TQ2_0", embedding_type="F32")
     rounded = tmp_path / "rounded.gguf"

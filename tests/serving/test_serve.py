@@ -85,6 +85,22 @@ def test_what_it_says_and_the_key(run: Path, tmp_path: Path, place: str) -> None
         assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
+def test_files_that_an_editor_sends_ahead_are_read_once(run: Path) -> None:
+    """As llama.vim and llama.vscode do it: the files alone, nothing to be written; then the cursor's surroundings."""
+    extra = [{"filename": "a.py", "text": tiny.CODE[:2_000]}, {"filename": "b.py", "text": tiny.CODE[2_000:3_000]}]
+    with command(run) as (_, url):
+        warm = {"input_prefix": "", "input_suffix": "", "prompt": "", "input_extra": extra, "n_predict": 0}
+        first = httpx.post(f"{url}/infill", json=warm).raise_for_status().json()
+        assert (first["content"], first["tokens_predicted"], first["stop_type"]) == ("", 0, "limit")
+        assert first["timings"]["cache_n"] == 0
+        for prefix, suffix in (("def f(te", "\n"), ("class A:\n    ", ""), ("def f(text", "\n")):
+            body = {"input_prefix": prefix, "input_suffix": suffix, "input_extra": extra, "n_predict": 4}
+            answer = httpx.post(f"{url}/infill", json=body).raise_for_status().json()
+            assert answer["timings"]["cache_n"] >= first["tokens_evaluated"] - 1
+        assert answer["tokens_predicted"] == 4
+
+
 # --- what it cannot do -----------------------------------------------------------------------------
 
 
