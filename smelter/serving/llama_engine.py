@@ -4,8 +4,9 @@ The routes ask an engine for tokens, and an `Answer` makes text of them: stops, 
 tokens come from llama-server's `/completion`, which gets the prompt as token ids, as a stream. So the two engines
 answer alike in form, and in content as far as their arithmetic agrees (llama.cpp rounds activations in blocks).
 
-What is pending (see `decoding.healing`) becomes a grammar, which llama.cpp tries on the token that it has chosen, and
-on all others only where that one does not fit. It costs next to nothing once the pending text is spelled.
+What is pending (see `decoding.healing`) is spelled by requests for one token each, in which those that spell it have a
+head start. A grammar would say the same in one request. But llama.cpp tries it after its samplers, of which `infill`
+ends the text where it should choose among those that fit, and it aborts where that ends inside the grammar.
 """
 
 import asyncio
@@ -13,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -25,21 +25,10 @@ from smelter.tokens import Tokenizer
 
 _LINE_BYTES = 2**20
 """More than any event that is asked for: a token with its likeliest, or the last, of `_LAST`."""
-_LAST = ["stop", "stop_type", "content", "tokens"]
+_LAST = ["stop", "stop_type", "content", "tokens", "completion_probabilities", "timings"]
+_HEAD_START = 200.0
+"""Added to logits: what has it not is as good as impossible, and among those that have it nothing changes."""
 _FINISH: dict[str, Finish] = {"eos": "stop", "limit": "length"}
-
-
-def grammar_of(pending: str, *, may_end: bool) -> str:
-    """llama.cpp's grammar (GBNF) of a text that begins with `pending`; with `may_end` it may stop before that is over.
-
-    Of a text whose grammar does not allow an end, the infill sampler could not make one: llama-server would abort.
-    """
-    text = ".*"
-    for char in reversed(pending):
-        text = f'"\\U{ord(char):08X}" {text}'
-        if may_end:
-            text = f"({text})?"
-    return f"root ::= {text}"
 
 
 class LlamaEngine:
@@ -73,8 +62,7 @@ class LlamaEngine:
             raise EngineStopped(self.failure)
         if len(self._tasks) + len(requests) > self.max_queue + self.num_slots:
             raise EngineBusy(f"{self.num_active} requests are in work and {self.num_waiting} wait")
-        asked = [self._spelled(request) for request in requests]
-        answers = [Answer(request, self.context, call) for request, call in zip(asked, deliver, strict=True)]
+        answers = [Answer(request, self.context, call) for request, call in zip(requests, deliver, strict=True)]
         for answer in answers:
             self._tasks[answer] = asyncio.get_running_loop().create_task(self._serve(answer))
         return answers
@@ -84,14 +72,6 @@ class LlamaEngine:
         for answer in answers:
             if answer in self._tasks:
                 self._tasks[answer].cancel()
-
-    def _spelled(self, request: Request) -> Request:
-        """The request, without healing where the pending bytes begin inside a character: no grammar says that."""
-        try:
-            request.pending.decode()
-        except UnicodeDecodeError:
-            return replace(request, ids=[*request.ids, *self._tokenizer.encode_bytes(request.pending)], pending=b"")
-        return request
 
     async def _serve(self, answer: Answer) -> None:
         finish: Finish = "error"
@@ -128,29 +108,46 @@ class LlamaEngine:
     async def _write(self, answer: Answer) -> Finish:
         """Deliver what llama-server writes, until the answer has ended. RuntimeError where it refuses."""
         limit = answer.request.max_seconds
-        async for message in self._messages(answer):
+        while answer.pending and answer.limit:
+            body = self._body(answer) | {"n_predict": 1, "stream": False, "logit_bias": self._spelling(answer.pending)}
+            async for message in self._messages(body):
+                self._note_first(answer, message["timings"]["cache_n"])
+                finish = self._take(answer, message)
+                if finish is not None:
+                    return finish
+                _deliver(answer)
+        async for message in self._messages(self._body(answer)):
             if progress := message.get("prompt_progress"):
-                answer.num_cached = progress["cache"]
+                self._note_first(answer, progress["cache"], is_read=progress["processed"] == progress["total"])
                 continue
-            answer.first = answer.first or time.monotonic()
             if not answer.limit:  # the prompt is read; llama-server writes a token even then
                 return "length"
-            for token in self._tokens(message, answer.request.num_top or 0):
-                answer.take(token.id, token.raw, token.logprob, token.top)
-                if answer.finish is not None:
-                    return answer.finish
-            if message["stop"]:
-                return _FINISH[message["stop_type"]]
-            piece = answer.piece()
-            if piece.text or piece.tokens:
-                answer.deliver(piece)
-            if limit is not None and "\n" in piece.text and time.monotonic() - answer.first > limit:
+            finish = self._take(answer, message)
+            if finish is None and message["stop"]:
+                finish = _FINISH[message["stop_type"]]
+            if finish is not None:
+                return finish
+            text = _deliver(answer)
+            if limit is not None and "\n" in text and time.monotonic() - answer.first > limit:
                 return "time"
         raise RuntimeError("a stream without an end")
 
-    async def _messages(self, answer: Answer) -> AsyncIterator[dict[str, Any]]:
-        headers = {"Authorization": f"Bearer {self._server.key}"}
-        url, body = f"{self._server.url}/completion", self._body(answer)
+    def _note_first(self, answer: Answer, num_cached: int, *, is_read: bool = True) -> None:
+        """Of the requests for an answer the first tells what was cached, and when the prompt was read."""
+        if not answer.first:
+            answer.num_cached = num_cached
+            answer.first = time.monotonic() if is_read else 0.0
+
+    def _take(self, answer: Answer, message: dict[str, Any]) -> Finish | None:
+        for token in self._tokens(message, answer.request.num_top or 0):
+            answer.take(token.id, token.raw, token.logprob, token.top)
+            if answer.finish is not None:
+                return answer.finish
+        return "stop" if message.get("stop_type") == "eos" else None
+
+    async def _messages(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The answer, or the events of a stream."""
+        headers, url = {"Authorization": f"Bearer {self._server.key}"}, f"{self._server.url}/completion"
         # A connection for each request: cutting it off is how an answer is ended.
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), read_bufsize=_LINE_BYTES) as session,
@@ -158,6 +155,9 @@ class LlamaEngine:
         ):
             if response.status != 200:
                 raise RuntimeError(f"status {response.status}: {await response.text()}")
+            if not body["stream"]:
+                yield await response.json()
+                return
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     message: dict[str, Any] = json.loads(line[6:])
@@ -167,9 +167,10 @@ class LlamaEngine:
 
     def _body(self, answer: Answer) -> dict[str, Any]:
         request = answer.request
-        body: dict[str, Any] = {
-            "prompt": list(request.ids)[: self.context - 1],  # it wants to write even where nothing is asked for
-            "n_predict": answer.limit,
+        prompt = [*request.ids, *answer.ids]
+        return {
+            "prompt": prompt[: self.context - 1],  # it wants room even where nothing is to be written
+            "n_predict": answer.limit - len(answer.ids),
             "temperature": request.temperature,
             "top_k": request.top_k,
             "top_p": request.top_p,
@@ -182,9 +183,14 @@ class LlamaEngine:
             "return_progress": True,
             "response_fields": _LAST,
         }
-        if request.pending:
-            body["grammar"] = grammar_of(request.pending.decode(), may_end=request.infill_sampler)
-        return body
+
+    def _spelling(self, pending: bytes) -> list[tuple[int, float]]:
+        """The head start of the tokens that begin with what is pending, or with which that begins."""
+        return [
+            (index, _HEAD_START)
+            for index, raw in enumerate(self._bytes_of)
+            if raw and (raw.startswith(pending) or pending.startswith(raw))
+        ]
 
     def _tokens(self, message: dict[str, Any], num_top: int) -> list[Token]:
         """A message's token, and those left out before it.
@@ -201,3 +207,11 @@ class LlamaEngine:
             top = tuple((other["id"], other["logprob"]) for other in scores.get("top_logprobs", ())[:num_top])
             tokens.append(Token(token, raw, scores.get("logprob"), top))
         return tokens
+
+
+def _deliver(answer: Answer) -> str:
+    """What may be shown now, to who waits for it; its text."""
+    piece = answer.piece()
+    if piece.text or piece.tokens:
+        answer.deliver(piece)
+    return piece.text

@@ -6,6 +6,7 @@ The parts are in `smelter.serving`; they need the packages of the extra `serve`.
 import importlib.util
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from smelter.serving.gate import Rules
 
 KEY_VARIABLE = "SMELTER_API_KEY"
-PROBE = "def f(x):\n    return 'é' * 1234\n"
-"""What two tokenizers are compared by."""
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -201,7 +200,9 @@ def _serve_llama_cpp(options: ServeOptions, rules: "Rules", listener: socket.soc
         find_llama_server(options.llama_server), gguf, context=context, num_slots=options.slots, threads=options.threads
     )
     try:
-        if server.tokenize(PROBE) != tokenizer.encode(PROBE):
+        words = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+        probe = "\n".join(word for word in words if re.fullmatch("[ A-Za-z_]+", word))
+        if server.tokenize(probe) != tokenizer.encode(probe):
             raise UserError(f"{gguf}: has another tokenizer than {checkpoint.path}: export it anew, with --force")
         engine = LlamaEngine(server, tokenizer, context=context, max_queue=options.queue)
         service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
