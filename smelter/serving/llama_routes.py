@@ -81,6 +81,7 @@ def _final(service: Service, prepared: Prepared, content: str, text: str, end: E
     """The last message: all that llama.cpp's clients look at. `content` is what was not sent yet of `text`."""
     request = prepared.request
     word = end.stop is not None
+    is_full = end.finish == "length" and end.num_prompt + end.num_tokens >= service.engine.context
     kinds = {"stop": "word" if word else "eos", "length": "limit", "time": "limit"}
     return {
         "content": content,
@@ -92,9 +93,10 @@ def _final(service: Service, prepared: Prepared, content: str, text: str, end: E
         "tokens_evaluated": end.num_prompt,
         "tokens_cached": end.num_prompt + end.num_tokens,
         "generation_settings": settings(request),
-        "prompt": service.tokenizer.decode(request.ids, skip_special_tokens=False),
+        "prompt": service.tokenizer.decode(request.ids, skip_special_tokens=False)
+        + request.pending.decode("utf-8", "replace"),
         "has_new_line": "\n" in text,
-        "truncated": prepared.num_dropped > 0,
+        "truncated": prepared.num_dropped > 0 or is_full,
         "stop_type": kinds.get(end.finish, "none"),
         "stopping_word": end.stop or "",
         "timings": _timings(end),

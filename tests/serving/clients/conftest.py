@@ -1,4 +1,4 @@
-"""Both servers with the same model, each started once: `smelter serve` and the real llama-server."""
+"""The servers, with the same model, each started once: `smelter serve` with either engine, the real llama-server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +18,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return student.checkpoint(tmp_path_factory.mktemp("runs") / "student")
 
 
-@pytest.fixture(scope="session", params=["smelter serve", "llama-server"])
-def server(request: pytest.FixtureRequest, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One of the two, ready."""
-    if request.param == "smelter serve":
-        with command(run) as (_, url):
-            yield Served(url, is_ours=True)
-        return
-    folder, out = llama_cpp_folder(), run / "export" / "gguf"
+@pytest.fixture(scope="session")
+def gguf(run: Path) -> Path:
+    """The model as a file for llama.cpp, where `smelter serve` looks for it."""
+    out = run / "export" / "gguf"
     assert main(["export", str(run), "--format", "gguf", "--out", str(out)]) == 0
-    (gguf,) = out.glob("*.gguf")
-    with serve(folder, gguf, student.CONTEXT, tmp_path_factory.mktemp("llama-server") / "log") as running:
-        yield Served(running.url, is_ours=False)
+    (file,) = out.glob("*.gguf")
+    return file
+
+
+@pytest.fixture(scope="session", params=["smelter serve", "with llama.cpp", "llama-server"])
+def server(request: pytest.FixtureRequest, run: Path, gguf: Path) -> Iterator[Served]:
+    """One of them, ready."""
+    if request.param == "llama-server":
+        with serve(llama_cpp_folder(), gguf, student.CONTEXT, run / "llama-server.log") as running:
+            yield Served(running.url, is_ours=False)
+        return
+    engine = ["--engine", "llama.cpp", "--llama-server", str(llama_cpp_folder() / "bin" / "llama-server")]
+    with command(run, "--threads", "1", *(engine if request.param == "with llama.cpp" else [])) as (_, url):
+        yield Served(url, is_ours=True)

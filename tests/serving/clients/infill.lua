@@ -45,7 +45,7 @@ local raw = curl({
   stream = false,
   cache_prompt = true,
   t_max_prompt_ms = 500,
-  t_max_predict_ms = 250,
+  t_max_predict_ms = 60000, -- it sends 250; a busy machine may need more
   response_fields = {
     'content', 'timings/prompt_n', 'timings/prompt_ms', 'timings/prompt_per_token_ms', 'timings/prompt_per_second',
     'timings/predicted_n', 'timings/predicted_ms', 'timings/predicted_per_token_ms', 'timings/predicted_per_second',

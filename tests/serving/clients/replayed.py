@@ -21,6 +21,8 @@ CONTINUE = "Continue d0a3c0b"
 CMP_AI = "cmp-ai 996c765"
 OLLAMA = "Ollama fb30760"
 
+UNHURRIED = 60_000
+"""Milliseconds to write in, where clients give less: what is shown may not depend on how busy a machine is."""
 JSON = {"Content-Type": "application/json"}
 
 
@@ -161,7 +163,7 @@ def llama_vim(gap: Gap, shown: str, extra: list[dict[str, Any]]) -> Replay:
         "stream": False,
         "cache_prompt": True,
         "t_max_prompt_ms": 500,
-        "t_max_predict_ms": 250,
+        "t_max_predict_ms": UNHURRIED,  # it sends 250
         "response_fields": FIELDS,
         "model": "",
     }
@@ -187,7 +189,7 @@ def llama_vscode(gap: Gap, shown: str) -> Replay:
         "cache_prompt": True,
         "n_indent": len(line) - len(line.lstrip()),
         "t_max_prompt_ms": 500,
-        "t_max_predict_ms": 500,
+        "t_max_predict_ms": UNHURRIED,  # it sends 500
     }
     return Replay(LLAMA_VSCODE, "src/llama-server.ts:200", "/infill", body, shown, read_llama_vscode)
 
