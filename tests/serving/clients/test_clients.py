@@ -139,20 +139,21 @@ def test_langchain(server: Served, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("options", [[], ["--no-stream"]], ids=["stream", "whole"])
-def test_llm(server: Served, tmp_path: Path, options: list[str]) -> None:
-    """The command, with the file of models that docs/serve.md shows."""
+def test_llm(server: Served, tmp_path: Path) -> None:
+    """The command, with the file of models that docs/serve.md shows: a streamed text, a whole conversation."""
     models = [
         {"model_id": "student", "model_name": "any", "api_base": f"{server.url}/v1", "completion": True},
         {"model_id": "student-chat", "model_name": "any", "api_base": f"{server.url}/v1"},
     ]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
-    program = [str(clients_folder() / "bin" / "llm"), *options, "--key", "none", "-m"]
+    program = [str(clients_folder() / "bin" / "llm"), "--key", "none"]
     environment = {"LLM_USER_PATH": str(tmp_path)}
     greedy = ["-o", "temperature", "0", "-o", "max_tokens", "64"]
-    text = run_client([*program, "student", *greedy], tmp_path, stdin=PROMPT, environment=environment)
+    text = run_client([*program, "-m", "student", *greedy], tmp_path, stdin=PROMPT, environment=environment)
     assert text.rstrip() == REST.rstrip()
-    chat = run_client([*program, "student-chat", *greedy, QUESTION], tmp_path, environment=environment)
+    chat = run_client(
+        [*program, "--no-stream", "-m", "student-chat", *greedy, QUESTION], tmp_path, environment=environment
+    )
     assert chat.rstrip() == ANSWER
 
 
