@@ -35,7 +35,7 @@ def fim_prompt(
     return [tokenizer.fim_prefix_id, *before, tokenizer.fim_suffix_id, *after, tokenizer.fim_middle_id]
 
 
-def _prompt_budget(context: int, max_tokens: int) -> int:
+def prompt_budget(context: int, max_tokens: int) -> int:
     """Tokens of the context that a prompt may fill: all but the answer's, and never less than half."""
     return max(context - max_tokens, context // 2)
 
@@ -65,7 +65,7 @@ def make_prompt(
     A context longer than the model's `context` is cut to what is nearest to the place of writing; `extra`, texts of
     other files, gets what is left (see `fit_extra`). The cursor may stand inside a word (see `healing`).
     """
-    budget = _prompt_budget(context, max_tokens)
+    budget = prompt_budget(context, max_tokens)
     if suffix is None:
         whole = tokenizer.encode(prompt)
         used = whole[-budget:]

@@ -4,11 +4,12 @@ from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from smelter import __version__
-from smelter.serving import llama_routes, openai_routes
+from smelter.serving import about_routes, llama_routes, openai_routes
 from smelter.serving.bridge import Service
 from smelter.serving.errors import ApiError, install_handlers
 from smelter.serving.gate import Gate, Rules
@@ -35,6 +36,23 @@ def page_router() -> APIRouter:
     return router
 
 
+class AsJson:
+    """ASGI middleware that takes every body for JSON, whatever its Content-Type says.
+
+    Plug-ins and `curl -d` send others or none. FastAPI's reason for asking for it is that a page of another site can
+    send a form; here `gate` turns such pages away by their Origin.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            MutableHeaders(scope=scope)["content-type"] = "application/json"
+        await self.app(scope, receive, send)
+
+
 def new_app() -> FastAPI:
     """An app with our errors and without FastAPI's pages, which load from elsewhere."""
     app = FastAPI(
@@ -46,6 +64,7 @@ def new_app() -> FastAPI:
         openapi_url="/openapi.json",
     )
     install_handlers(app)
+    app.add_middleware(AsJson)
     app.include_router(page_router())
     return app
 
@@ -55,7 +74,9 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
     app = new_app()
     app.include_router(openai_routes.make_router(service))
     app.include_router(llama_routes.make_router(service))
+    app.include_router(about_routes.make_router(service))
 
+    @app.get("/v1/health", responses={500: ERRORS[500]})
     @app.get("/health", responses={500: ERRORS[500]})
     async def health() -> Health:
         """Whether the engine works, and how much it has to do."""

@@ -54,7 +54,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     field = _field(first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "model_attributes_type":
-        message = "must be a JSON object, sent as Content-Type: application/json"
+        message = "must be a JSON object"
     return ApiError(400, f"{field}: {message}" if field else f"the body: {message}", param=field or None)
 
 

@@ -1,7 +1,8 @@
-"""llama.cpp's interface, which editor plug-ins for local models speak: /infill, /completion, /tokenize, /props."""
+"""llama.cpp's interface, which editor plug-ins for local models speak: /infill and /completion."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,47 +11,36 @@ from starlette.responses import Response
 
 from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Service, Stream, answer, collect, gone, to_json, token_text
-from smelter.serving.prompts import Prepared, check_ids, check_max_tokens, pick_seed
-from smelter.serving.schema import ERRORS, InfillRequest, LlamaCompletionRequest, TokenizeRequest
+from smelter.serving.prompts import (
+    Prepared,
+    check_num_answers,
+    complete_request,
+    prepare_prompt,
+    prompts_of,
+    room_for,
+)
+from smelter.serving.schema import ERRORS, InfillRequest, LlamaCompletionRequest
 from smelter.tokens import Tokenizer
 
 
-def _request(
-    body: InfillRequest | LlamaCompletionRequest, service: Service, ids: Sequence[int], pending: bytes
-) -> Request:
-    context = service.engine.context
-    return Request(
-        ids=ids,
-        pending=pending,
-        max_tokens=context - len(ids) if body.n_predict < 0 else body.n_predict,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        seed=pick_seed(body.seed),
-        stops=body.stop,
-        stop_ids=[service.tokenizer.eos_id],
-        num_top=body.n_probs or None,
-        max_seconds=body.t_max_predict_ms / 1_000 or None,
-    )
-
-
-def _prepare(body: InfillRequest | LlamaCompletionRequest, service: Service) -> Prepared:
+def _prepare(body: InfillRequest | LlamaCompletionRequest, service: Service) -> list[Prepared]:
+    """One for each prompt, with the seed of its first answer."""
     tokenizer, context = service.tokenizer, service.engine.context
-    check_max_tokens(body.n_predict, context, "n_predict")
-    room = context // 4 if body.n_predict < 0 else body.n_predict
+    limit = -1 if body.limit is None else body.limit
     if isinstance(body, InfillRequest):
-        text: str = body.input_prefix + body.prompt
-        suffix: str | None = body.input_suffix
+        # What is typed is text, whatever it holds: `prompt` is the line at the cursor.
+        text = body.input_prefix + body.prompt
         extra = tuple(file.text for file in body.input_extra)
-    elif isinstance(body.prompt, str):
-        text, suffix, extra = body.prompt, None, ()
+        room = room_for(limit, context)
+        encoded = make_prompt(tokenizer, context, text, body.input_suffix, max_tokens=room, extra=extra)
+        request = Request(encoded.ids, encoded.pending)
+        prepared = [Prepared(request, text, encoded.num_tokens, encoded.num_dropped)]
     else:
-        check_ids(body.prompt, tokenizer, context, max(body.n_predict, 1))
-        return Prepared(_request(body, service, body.prompt, b""), tokenizer.decode(body.prompt), len(body.prompt))
-    encoded = make_prompt(tokenizer, context, text, suffix, max_tokens=room, extra=extra)
-    return Prepared(
-        _request(body, service, encoded.ids, encoded.pending), text, encoded.num_tokens, encoded.num_dropped
-    )
+        prepared = [prepare_prompt(prompt, tokenizer, context, limit) for prompt in prompts_of(body.prompt)]
+    check_num_answers(len(prepared), body.num_choices)
+    num_top = body.logprobs if body.n_probs is None else body.n_probs
+    others = {"stop_ids": [tokenizer.eos_id], "num_top": num_top or None}
+    return [complete_request(item, body, limit, context, **others) for item in prepared]
 
 
 def _timings(end: End) -> dict[str, Any]:
@@ -91,9 +81,9 @@ def _final(service: Service, prepared: Prepared, content: str, text: str, end: E
     """The last message: all that llama.cpp's clients look at. `content` is what was not sent yet of `text`."""
     request = prepared.request
     word = end.stop is not None
+    is_full = end.finish == "length" and end.num_prompt + end.num_tokens >= service.engine.context
     kinds = {"stop": "word" if word else "eos", "length": "limit", "time": "limit"}
     return {
-        "index": 0,
         "content": content,
         "tokens": [],
         "id_slot": 0,
@@ -102,20 +92,29 @@ def _final(service: Service, prepared: Prepared, content: str, text: str, end: E
         "tokens_predicted": end.num_tokens,
         "tokens_evaluated": end.num_prompt,
         "tokens_cached": end.num_prompt + end.num_tokens,
-        "generation_settings": {
-            "seed": request.seed,
-            "temperature": request.temperature,
-            "top_k": request.top_k,
-            "top_p": request.top_p,
-            "n_predict": request.max_tokens,
-            "stop": list(request.stops),
-            "n_probs": request.num_top or 0,
-        },
+        "generation_settings": settings(request),
+        "prompt": service.tokenizer.decode(request.ids, skip_special_tokens=False)
+        + request.pending.decode("utf-8", "replace"),
         "has_new_line": "\n" in text,
-        "truncated": prepared.num_dropped > 0,
+        "truncated": prepared.num_dropped > 0 or is_full,
         "stop_type": kinds.get(end.finish, "none"),
         "stopping_word": end.stop or "",
         "timings": _timings(end),
+    }
+
+
+def settings(request: Request) -> dict[str, Any]:
+    """How an answer is written, by llama.cpp's names."""
+    return {
+        "seed": request.seed,
+        "temperature": request.temperature,
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "n_predict": request.max_tokens,
+        "n_indent": request.n_indent,
+        "stop": list(request.stops),
+        "n_probs": request.num_top or 0,
     }
 
 
@@ -134,45 +133,55 @@ def _chosen(message: dict[str, Any], fields: Sequence[str] | None) -> dict[str, 
 
 
 async def _answer(body: InfillRequest | LlamaCompletionRequest, http: HttpRequest, service: Service) -> Response:
-    prepared = await asyncio.to_thread(_prepare, body, service)
+    """A message, a list of them where there are several answers, or a stream of the messages of all."""
+    prompts = await asyncio.to_thread(_prepare, body, service)
+    # Answers to the same prompt differ in their seeds as the rows of `generate` do.
+    prepared = [
+        replace(item, request=replace(item.request, seed=item.request.seed + i))
+        for item in prompts
+        for i in range(body.num_choices)
+    ]
+    requests = [item.request for item in prepared]
+
+    def chosen(index: int, message: dict[str, Any], tokens: Sequence[Token]) -> dict[str, Any]:
+        if requests[index].num_top is not None:
+            message["completion_probabilities"] = _probabilities(tokens, service.tokenizer)
+        return _chosen({"index": index, **message}, body.response_fields)
 
     async def events(stream: Stream) -> AsyncIterator[str]:
-        text, count = "", 0
-        async for _, piece in stream:
-            text += piece.text
-            count += len(piece.tokens)
+        texts, counts = [""] * len(requests), [0] * len(requests)
+        async for index, piece in stream:
+            texts[index] += piece.text
+            counts[index] += len(piece.tokens)
             message: dict[str, Any] = {
-                "index": 0,
                 "content": piece.text,
                 "tokens": [token.id for token in piece.tokens],
                 "stop": False,
                 "id_slot": 0,
-                "tokens_predicted": count,
-                "tokens_evaluated": len(prepared.request.ids),
+                "tokens_predicted": counts[index],
+                "tokens_evaluated": len(requests[index].ids),
             }
             if piece.end is not None:
-                message = _final(service, prepared, piece.text, text, piece.end)
-            if body.n_probs:
-                message["completion_probabilities"] = _probabilities(piece.tokens, service.tokenizer)
-            yield to_json(_chosen(message, body.response_fields))
+                message = _final(service, prepared[index], piece.text, texts[index], piece.end)
+            yield to_json(chosen(index, message, piece.tokens))
 
     if body.stream:
-        stream = Stream(service, [prepared.request])
+        stream = Stream(service, requests)
         return EventStream(stream, events(stream))
-    results = await collect(service, http, [prepared.request])
+    results = await collect(service, http, requests)
     if results is None:
         return gone()
-    (result,) = results
-    assert result.end is not None
-    message = _final(service, prepared, result.text, result.text, result.end)
-    message["tokens"] = [token.id for token in result.tokens]
-    if body.n_probs:
-        message["completion_probabilities"] = _probabilities(result.tokens, service.tokenizer)
-    return answer(_chosen(message, body.response_fields))
+    messages = []
+    for index, result in enumerate(results):
+        assert result.end is not None
+        message = _final(service, prepared[index], result.text, result.text, result.end)
+        message["tokens"] = [token.id for token in result.tokens]
+        messages.append(chosen(index, message, result.tokens))
+    return answer(messages if len(messages) > 1 else messages[0])
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes of llama.cpp's server."""
+    """The routes of llama.cpp's server at which a model writes."""
     router = APIRouter(tags=["llama.cpp"], responses=ERRORS)
 
     @router.post("/infill", response_model=None)
@@ -180,24 +189,10 @@ def make_router(service: Service) -> APIRouter:
         """What stands between `input_prefix` and `input_suffix`."""
         return await _answer(body, http, service)
 
+    @router.post("/completions", response_model=None)
     @router.post("/completion", response_model=None)
     async def completion(body: LlamaCompletionRequest, http: HttpRequest) -> Response:
         """What follows `prompt`."""
         return await _answer(body, http, service)
-
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, list[int]]:
-        """The token ids of a text."""
-        return {"tokens": await asyncio.to_thread(service.tokenizer.encode, body.content)}
-
-    @router.get("/props")
-    async def props() -> dict[str, Any]:
-        """What clients ask before the first request."""
-        return {
-            "default_generation_settings": {"n_ctx": service.engine.context},
-            "total_slots": service.engine.num_slots,
-            "model_alias": service.name,
-            "model_path": service.name,
-        }
 
     return router

@@ -15,69 +15,50 @@ from smelter.base import DataError
 from smelter.decoding import End, Request, Token, make_prompt
 from smelter.serving.bridge import EventStream, Service, Stream, answer, collect, gone, to_json, token_text
 from smelter.serving.errors import ApiError
-from smelter.serving.prompts import DEFAULT_MAX_TOKENS, Prepared, check_ids, check_max_tokens, check_model, pick_seed
+from smelter.serving.prompts import (
+    DEFAULT_MAX_TOKENS,
+    Prepared,
+    check_fits,
+    check_num_answers,
+    complete_request,
+    prepare_prompt,
+    prompts_of,
+    room_for,
+)
 from smelter.serving.schema import (
     ERRORS,
-    MAX_CHOICES,
     ChatRequest,
     ChatResponse,
     CompletionRequest,
     CompletionResponse,
+    TemplateRequest,
 )
 from smelter.tokens import ChatFormat, Tokenizer, stop_ids
-
-
-def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts as a list, whichever of the four forms they came in."""
-    if isinstance(body.prompt, str):
-        return [body.prompt]
-    ids = [item for item in body.prompt if isinstance(item, int)]
-    return [ids] if ids else [item for item in body.prompt if not isinstance(item, int)]
 
 
 def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
     """One for each prompt, with the seed of its first answer."""
     tokenizer, context = service.tokenizer, service.engine.context
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    check_max_tokens(max_tokens, context)
-    prompts = _prompts(body)
+    limit = DEFAULT_MAX_TOKENS if body.limit is None else body.limit
+    prompts = prompts_of(body.prompt)
     num_top = None if body.logprobs is None or body.logprobs is False else int(body.logprobs)
-    prompt_logprobs = bool(body.echo) and num_top is not None
-    if not prompts or len(prompts) * (body.n or 1) > MAX_CHOICES:
-        raise ApiError(400, f"prompt: 1 to {MAX_CHOICES} prompts times n, and not {len(prompts) * (body.n or 1)}")
-    if body.best_of not in (None, body.n or 1):
+    prompt_logprobs = body.echo and num_top is not None
+    check_num_answers(len(prompts), body.num_choices)
+    if body.best_of not in (None, body.num_choices):
         raise ApiError(400, "best_of: is not supported: ask for n answers and choose", param="best_of")
-    if max_tokens == 0 and not body.echo:
-        raise ApiError(400, "max_tokens = 0: nothing to do without echo", param="max_tokens")
     if body.echo and body.suffix is not None:
         raise ApiError(400, "echo: makes no sense together with suffix", param="echo")
+    others = {"stop_ids": [tokenizer.eos_id], "num_top": num_top, "prompt_logprobs": prompt_logprobs}
     prepared = []
     for prompt in prompts:
-        pending, num_dropped = b"", 0
-        if isinstance(prompt, str) and not prompt_logprobs:
-            encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=max_tokens)
-            ids, pending, text = encoded.ids, encoded.pending, prompt
-            num_tokens, num_dropped = encoded.num_tokens, encoded.num_dropped
+        if body.suffix is None:
+            item = prepare_prompt(prompt, tokenizer, context, limit, exact=prompt_logprobs)
+        elif isinstance(prompt, str):
+            encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=room_for(limit, context))
+            item = Prepared(Request(encoded.ids, encoded.pending), prompt, encoded.num_tokens, encoded.num_dropped)
         else:
-            if body.suffix is not None:
-                raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
-            ids = list(prompt) if isinstance(prompt, list) else tokenizer.encode(prompt) or [tokenizer.eos_id]
-            check_ids(ids, tokenizer, context, max_tokens)
-            text, num_tokens = prompt if isinstance(prompt, str) else tokenizer.decode(ids), len(ids)
-        request = Request(
-            ids=ids,
-            pending=pending,
-            max_tokens=max_tokens,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=pick_seed(body.seed),
-            stops=body.stops(),
-            stop_ids=[tokenizer.eos_id],
-            num_top=num_top,
-            prompt_logprobs=prompt_logprobs,
-        )
-        prepared.append(Prepared(request, text, num_tokens, num_dropped))
+            raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
+        prepared.append(complete_request(item, body, limit, context, **others))
     return prepared
 
 
@@ -154,7 +135,7 @@ async def _answer(
 ) -> Response:
     """The answer of both interfaces: chunks, of which the first have `openings` as their choices, or all in one."""
     # Answers to the same prompt differ in their seeds as the rows of `generate` do.
-    requests = [replace(item.request, seed=item.request.seed + i) for item in prepared for i in range(body.n or 1)]
+    requests = [replace(item.request, seed=item.request.seed + i) for item in prepared for i in range(body.num_choices)]
 
     async def events(stream: Stream) -> AsyncIterator[str]:
         ends = []
@@ -167,7 +148,7 @@ async def _answer(
                 yield to_json({**head, "choices": [choice(index, piece.text, tokens, reason)]})
             if piece.end is not None:
                 ends.append(piece.end)
-        if body.stream_options is not None and body.stream_options.include_usage:
+        if body.stream_options.include_usage:
             yield to_json({**head, "choices": [], "usage": usage(prepared, ends)})
         yield "[DONE]"
 
@@ -189,66 +170,64 @@ def _head(service: Service, kind: str, prefix: str) -> dict[str, Any]:
     return {"id": prefix + secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": service.name}
 
 
-def _chat_ids(body: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """The conversation as token ids, up to where the assistant speaks."""
+def chat_ids(body: TemplateRequest, tokenizer: Tokenizer) -> list[int]:
+    """The conversation as token ids, up to where the assistant speaks, or goes on with its last message."""
     try:
         layout = ChatFormat(tokenizer)
     except DataError as error:
         message = f"messages: {error}; /v1/completions and /infill need none"
         raise ApiError(400, message, param="messages", code="chat_not_supported") from None
-    messages = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
-        for message in body.messages
-    ]
-    return layout.render(messages, add_generation_prompt=True).ids
+    roles = {"developer": "system", "function": "tool"}
+    return layout.prompt(
+        [{"role": roles.get(message.role, message.role), "content": message.text()} for message in body.messages]
+    )
+
+
+def _check_tools(body: ChatRequest) -> None:
+    """400 where a tool may or must be called; one that is forbidden to be changes nothing."""
+    wanted = body.tool_choice not in (None, "none", "auto")
+    if wanted or (body.tools and body.tool_choice != "none"):
+        name = "tools" if body.tools else "tool_choice"
+        message = f"{name}: is not supported by this server, whose model calls no tools: leave it out"
+        raise ApiError(400, message, param=name, code="tools_not_supported")
 
 
 def _prepare_chat(body: ChatRequest, service: Service) -> Prepared:
     tokenizer, context = service.tokenizer, service.engine.context
-    ids = _chat_ids(body, tokenizer)
-    limit = body.max_completion_tokens or body.max_tokens
-    if limit is not None:
-        check_max_tokens(limit, context)
-    if len(ids) + (limit or 1) > context:
-        message = f"messages: {len(ids)} tokens and {limit or 1} to write are more than the context of {context}"
-        raise ApiError(400, message, param="messages", code="context_length_exceeded")
-    request = Request(
-        ids=ids,
-        max_tokens=limit or context - len(ids),
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=pick_seed(body.seed),
-        stops=body.stops(),
-        stop_ids=stop_ids(tokenizer),
-        num_top=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    return Prepared(request, "", len(ids))
+    _check_tools(body)
+    ids = chat_ids(body, tokenizer)
+    limit = -1 if body.limit is None else body.limit
+    check_fits(len(ids), limit, context, "messages")
+    others = {"stop_ids": stop_ids(tokenizer), "num_top": body.top_logprobs if body.logprobs else None}
+    return complete_request(Prepared(Request(ids), "", len(ids)), body, limit, context, **others)
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
+    """OpenAI's routes; those that llama.cpp's server has without /v1 too are here without it too."""
+    router = APIRouter(tags=["OpenAI"], responses=ERRORS)
     card = {"id": service.name, "object": "model", "created": service.created, "owned_by": "smelter"}
 
     @router.get("/models")
+    @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is here."""
-        meta = {"n_ctx_train": service.engine.context, "n_params": service.num_params}
+        context, vocab_size = service.engine.context, service.tokenizer.vocab_size
+        meta = {"n_vocab": vocab_size, "n_ctx": context, "n_ctx_train": context, "n_params": service.num_params}
         return {"object": "list", "data": [card | {"meta": meta}]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """A model by its name."""
-        check_model(name, service.name)
+        if name != service.name:
+            message = f"model {name!r} is not here: this server has {service.name!r}, and answers by any name"
+            raise ApiError(404, message, param="model", code="model_not_found")
         return card
 
-    @router.post("/completions", response_model=None, responses={200: {"model": CompletionResponse}})
+    @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionResponse}})
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue `prompt`, or fill in between `prompt` and `suffix`."""
-        check_model(body.model, service.name)
         prepared = await asyncio.to_thread(_prepare, body, service)
-        echoes = [item.text if body.echo else "" for item in prepared for _ in range(body.n or 1)]
+        echoes = [item.text if body.echo else "" for item in prepared for _ in range(body.num_choices)]
         wants_logprobs = body.logprobs is not None and body.logprobs is not False
         num_shown = [len(echo) for echo in echoes]  # characters of each answer so far
 
@@ -267,9 +246,9 @@ def make_router(service: Service) -> APIRouter:
         return await _answer(body, http, service, prepared, head, choice, openings)
 
     @router.post("/chat/completions", response_model=None, responses={200: {"model": ChatResponse}})
+    @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatResponse}})
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """The assistant's next turn (ChatML)."""
-        check_model(body.model, service.name)
         prepared = [await asyncio.to_thread(_prepare_chat, body, service)]
         key, kind = ("delta", "chat.completion.chunk") if body.stream else ("message", "chat.completion")
 
@@ -279,7 +258,7 @@ def make_router(service: Service) -> APIRouter:
             return {"index": index, key: content, "logprobs": logprobs, "finish_reason": reason}
 
         turn = {"role": "assistant", "content": ""}
-        openings = [{"index": i, key: turn, "logprobs": None, "finish_reason": None} for i in range(body.n or 1)]
+        openings = [{"index": i, key: turn, "logprobs": None, "finish_reason": None} for i in range(body.num_choices)]
         return await _answer(body, http, service, prepared, _head(service, kind, "chatcmpl-"), choice, openings)
 
     return router

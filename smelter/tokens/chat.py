@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from smelter.base import DataError
 from smelter.tokens.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -77,6 +77,13 @@ class ChatFormat:
             ids += self._answer_begins
             is_answer += [False] * len(self._answer_begins)
         return Rendered(ids, is_answer)
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids after which the assistant writes: its next message, or the rest of the last one where that is its own."""
+        if not messages or messages[-1]["role"] != "assistant":
+            return self.render(messages, add_generation_prompt=True).ids
+        ids = self.render(messages).ids
+        return ids[: len(ids) - len(self._line_break) - 1]
 
     def document(self, question: list[int], answer: list[int]) -> tuple[list[int], int]:
         """A question and its answer as a document to train on: ids with eos, and how many of them are the prompt.

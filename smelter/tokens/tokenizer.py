@@ -6,7 +6,8 @@ knows that one by name (`qwen2`). Qwen2 also normalises to NFC; we do not: NFC c
 not come back as it was, and bits per byte would count another text), and llama.cpp does not do it either.
 
 Two promises hold for every tokenizer that loads, also a foreign one: `decode_bytes(encode_bytes(b)) == b`,
-and no text of any kind becomes a special token (source code *about* special tokens is just source code). Foreign
+and no text of any kind becomes a special token (source code *about* special tokens is just source code; only `parse`,
+which is for prompts that somebody lays out, takes names for tokens). Foreign
 files are changed where they would break the first (NFC, a space put before the text), and `notices` says so.
 
 Trade-off: invalid UTF-8 costs a token per byte. It occurs only where a window cuts a character.
@@ -218,6 +219,16 @@ class Tokenizer:
                 return ids
         return self._encode_escaped(text)
 
+    def parse(self, text: str) -> list[int]:
+        """Ids of `text` in which the name of a special token is that token, as llama.cpp's server reads a prompt.
+
+        For who lays out a prompt in text; what others have written goes through `encode`.
+        """
+        ids: list[int] = []
+        for i, part in enumerate(self._special_pattern.split(text)):
+            ids += [self._special_ids[part]] if i % 2 else self.encode(part) if part else []
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores."""
         if self._is_byte_level or not any(SPACE_MARK in text for text in texts):
@@ -272,6 +283,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: the highest id plus one."""
         return len(self._token_bytes)
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {name.decode(): index for index, name in self._special_names.items()}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Finds their names; of two that begin alike the longer."""
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))})")
 
     @cached_property
     def hash(self) -> str:

@@ -226,14 +226,10 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "half a surrogate pair as a name": (b'{"prompt":"a","model":"\\ud800"}', 400, "model: is not Unicode"),
     "half a surrogate pair to stop at": (b'{"prompt":"a","stop":["\\udfff"]}', 400, "stop.0: is not Unicode"),
     "NaN": (b'{"prompt":"a","temperature":NaN}', 400, "temperature: Input should be a finite"),
-    "negative temperature": ({"prompt": "a", "temperature": -1}, 400, "temperature"),
-    "top_p of 0": ({"prompt": "a", "top_p": 0}, 400, "top_p"),
-    "too long": ({"prompt": "a", "max_tokens": CONTEXT}, 400, f"at most {CONTEXT - 1}"),
-    "too many ids": ({"prompt": [1] * CONTEXT}, 400, f"more than the context of {CONTEXT}"),
+    "too many ids": ({"prompt": [1] * CONTEXT}, 400, f"too many for the context of {CONTEXT}"),
     "no such id": ({"prompt": [512]}, 400, "token id 512"),
     "no ids": ({"prompt": []}, 400, "prompts"),
     "an empty list among ids": ({"prompt": [[1], []]}, 400, "empty list"),
-    "another model": ({"prompt": "a", "model": "gpt"}, 404, "'gpt' is not here"),
     "too many answers": ({"prompt": ["a"] * 33, "n": 2}, 400, "64"),
     "penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty: is not supported"),
     "best of": ({"prompt": "a", "best_of": 2}, 400, "best_of"),
@@ -250,7 +246,7 @@ def test_bad_requests_are_told_why(http: httpx.Client, name: str) -> None:
     error = response.json()["error"]
     assert (response.status_code, reason in error["message"]) == (status, True), error
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == {404: "not_found_error"}.get(status, "invalid_request_error")
+    assert error["type"] == "invalid_request_error"
 
 
 def test_a_body_without_a_length_is_limited_too(http: httpx.Client) -> None:
@@ -265,7 +261,6 @@ def test_a_body_without_a_length_is_limited_too(http: httpx.Client) -> None:
 def test_wrong_routes(http: httpx.Client) -> None:
     assert http.get("/nowhere").json()["error"]["message"] == "no route GET /nowhere: see /docs"
     assert http.put("/infill").status_code == 405
-    assert http.post("/infill", content=b"{}").status_code == 400  # a form of another site could send that
 
 
 # --- who may ask -----------------------------------------------------------------------------------
@@ -283,6 +278,11 @@ def test_pages_of_other_sites_may_not_ask(http: httpx.Client, server: tuple[str,
     response = http.post("/infill", json={}, headers={"Origin": "http://evil.example"})
     assert response.status_code == 403
     assert "access-control-allow-origin" not in response.headers
+    # What a form or a page's script may send without asking first; every body counts as JSON.
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        headers = {"Origin": "http://evil.example", "Content-Type": kind}
+        assert http.post("/infill", content=b"{}", headers=headers).status_code == 403
+    assert http.post("/infill", content=b"{}", headers={"Origin": "null"}).status_code == 403
     assert http.options("/infill", headers={"Origin": "http://evil.example"}).status_code == 403
     assert http.get("/health", headers={"Origin": server[0]}).status_code == 200
 
