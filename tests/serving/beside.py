@@ -31,8 +31,8 @@ def learnt_model(steps: int = 60) -> Model:
 
     In llama.cpp's numerics (no soft-caps, activations rounded by blocks), so that both write the same.
     """
-    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_seq_len": CONTEXT}
-    numerics = {"activation_quant": "block256", "attn_logit_soft_cap": 0.0, "final_logit_soft_cap": 0.0}
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_seq_len": CONTEXT}
+    numerics: dict[str, Any] = {"activation_quant": "block256", "attn_logit_soft_cap": 0.0, "final_logit_soft_cap": 0.0}
     model = tiny.model(tie_embeddings=False, **shape, **numerics)
     ids = torch.tensor(tiny.tokenizer().encode(tiny.CODE))
     rows = ids[: len(ids) // 128 * 128].view(-1, 128)

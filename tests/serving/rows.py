@@ -45,18 +45,18 @@ def infill(why: str = "", status: int = 200, theirs_status: int | None = None, *
     return Row("POST /infill", body, same, why, status, theirs_status)
 
 
-def completion(why: str = "", **values: Any) -> Row:
+def completion(**values: Any) -> Row:
     """A row of /completion whose answers are the same."""
     body = {"prompt": CODE, "n_predict": 8, **GREEDY} | values
     same = ("content", "tokens_predicted", "tokens_evaluated", "stop_type", "stopping_word", "truncated", "prompt")
-    return Row("POST /completion", body, same, why)
+    return Row("POST /completion", body, same)
 
 
-def refused(name: str, value: Any, why: str = "", theirs: int = 200) -> Row:
+def refused(name: str, value: Any) -> Row:
     """A row of /completion that we refuse by the field's name."""
-    why = why or f"{name} would change the answer, and is not supported"
+    why = f"{name} would change the answer, and is not supported"
     body = {"prompt": CODE, "n_predict": 2, **GREEDY, name: value}
-    return Row("POST /completion", body, why=why, status=400, theirs_status=theirs, ours={"error/param": name})
+    return Row("POST /completion", body, why=why, status=400, theirs_status=200, ours={"error/param": name})
 
 
 NOTHING = {"tokens_predicted": 0, "content": ""}
