@@ -40,9 +40,9 @@ class LlamaServer:
     num_slots: int
 
     def tokenize(self, text: str) -> list[int]:
-        """The token ids that its file has for a text."""
+        """The token ids that its file has for a text, in which names of special tokens are these."""
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        body = json.dumps({"content": text, "parse_special": False}).encode()
+        body = json.dumps({"content": text, "parse_special": True}).encode()
         request = urllib.request.Request(f"{self.url}/tokenize", body, headers)
         with urllib.request.urlopen(request, timeout=START_SECONDS) as response:
             ids: list[int] = json.load(response)["tokens"]

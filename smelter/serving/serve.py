@@ -201,8 +201,9 @@ def _serve_llama_cpp(options: ServeOptions, rules: "Rules", listener: socket.soc
     )
     try:
         words = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
-        probe = "\n".join(word for word in words if re.fullmatch("[ A-Za-z_]+", word))
-        if server.tokenize(probe) != tokenizer.encode(probe):
+        # Special tokens too: they stand behind all others, so their ids tell of another size.
+        probe = "".join(word for word in words if re.fullmatch("[ A-Za-z_]+", word)) + "".join(tokenizer.special.names)
+        if server.tokenize(probe) != tokenizer.parse(probe):
             raise UserError(f"{gguf}: has another tokenizer than {checkpoint.path}: export it anew, with --force")
         engine = LlamaEngine(server, tokenizer, context=context, max_queue=options.queue)
         service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from smelter.__main__ import main
 from tests import tiny
-from tests.servers import command, raw_request, running, wait_until
+from tests.servers import ROOT, command, raw_request, running, wait_until
 
 BUILT = sorted((Path.home() / ".cache/foundry-tests").glob("llama.cpp*/bin/llama-server"))
 PROGRAM = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server") or (str(BUILT[-1]) if BUILT else None)
@@ -363,8 +364,11 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.real
 @needs_program
 @pytest.mark.usefixtures("url")
-def test_a_file_with_another_tokenizer(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_with_another_tokenizer(run: Path, tmp_path: Path) -> None:
     """`url` made the file."""
     other = tiny.checkpoint(tmp_path / "other", tiny.model(**MODEL, vocab_size=400), tiny.tokenizer(400))
     (gguf,) = (run / "export" / "gguf").glob("*.gguf")
-    assert "has another tokenizer than" in one_line(other, capfd, "--llama-server", str(PROGRAM), "--gguf", str(gguf))
+    line = [sys.executable, "-m", "smelter", "serve", str(other), "--port", "0", *OPTIONS, "--gguf", str(gguf)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "has another tokenizer than" in done.stderr
