@@ -276,7 +276,7 @@ def test_who_goes_away_is_not_waited_for(url: str) -> None:
     for connection in connections:
         connection.close()
     at_rest = {"status": "ok", "active": 0, "slots": 4, "waiting": 0}
-    wait_until(lambda: httpx.get(f"{url}/health").json() == at_rest)
+    wait_until(lambda: httpx.get(f"{url}/health").json() == at_rest, 60)
 
 
 @pytest.mark.real
@@ -331,11 +331,11 @@ def test_where_llama_server_dies_it_is_said(run: Path, url: str) -> None:
     """`url` made the file."""
     with command(run, *OPTIONS) as (process, url_):
         connection = raw_request(url_, b'{"prompt":[5,6],"max_tokens":250,"temperature":0,"n":8}')
-        wait_until(lambda: httpx.get(f"{url_}/health").json()["active"] > 0)
+        wait_until(lambda: httpx.get(f"{url_}/health").json()["active"] > 0, 60)
         os.kill(int(child_of(process).name), signal.SIGKILL)
         with connection, connection.makefile("rb") as file:
             assert b"the engine failed; the server's log says more" in file.read()
-        wait_until(lambda: httpx.get(f"{url_}/health").status_code == 500)
+        wait_until(lambda: httpx.get(f"{url_}/health").status_code == 500, 60)
         answer = httpx.post(f"{url_}/infill", json={"input_prefix": "a"}, timeout=60)
         assert answer.status_code == 503
         assert answer.json()["error"]["message"] == "llama-server has ended with status -9"
