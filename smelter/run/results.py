@@ -60,6 +60,63 @@ class Solved(LevelSolved):
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class AtCursor:
+    """Suggestions at places of one kind: the shares of which the first character, the first word, the line is right.
+
+    `end`: nothing followed the right line; it ended by itself or with a line break.
+    """
+
+    first_character: float
+    word: float
+    line: float
+    end: float
+    places: int
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Lines typed with suggestions: characters (line breaks included, indentation not) and the keys they took."""
+
+    characters: int
+    keys: int
+    lines: int
+
+    @property
+    def saved(self) -> float:
+        """Keystrokes saved per 100."""
+        return 100 * (1 - self.keys / self.characters)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds from asking to the end of the first line, one request at a time."""
+
+    median_ms: float
+    p95_ms: float
+    requests: int
+
+
+@dataclass(frozen=True)
+class Suggester:
+    """How one who suggests did at the cursor."""
+
+    places: dict[str, AtCursor]
+    """By kind of place: line_start, word_start, in_word."""
+    typed: Typed | None = None
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True)
+class Editor:
+    """What arrived at the cursor while somebody typed held-out code, from each who suggests."""
+
+    rows: dict[str, Suggester]
+    seed: int
+    characters: int
+    """Shown around the cursor, at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """All figures of one evaluation. What could not be known or was not asked for is None."""
@@ -91,6 +148,7 @@ class Results:
     samples: tuple[Sample, ...]
     pass_at_k: dict[str, Solved] = field(default_factory=dict)
     infill_files: dict[str, Solved] = field(default_factory=dict)
+    editor: Editor | None = None
 
 
 @dataclass(frozen=True)
