@@ -5,16 +5,18 @@ somebody who suggests: the model, in each way in which it is asked; a server (`s
 model: the buffer's words (`keywords`), and a model that has learned nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from smelter.base import Progress
+from smelter.base import DataError, Progress
 from smelter.evaluation.keywords import first_match, menu
 from smelter.evaluation.places import CONTEXT_CHARACTERS, PLACE_KINDS, Place, PlaceKind, choose_places, stops_of
+from smelter.evaluation.servers import Server, ServerKind, ask_server
 from smelter.evaluation.suggestions import Asked, Suggestion, ask, ask_singly, score
-from smelter.evaluation.typist import offers_of, type_lines
+from smelter.evaluation.typist import Offer, offers_of, type_lines
 from smelter.model import Model
 from smelter.run import AtCursor, Latency, Suggester
 from smelter.tokens import Tokenizer
@@ -58,14 +60,19 @@ def choose_questions(
     characters: int = CONTEXT_CHARACTERS,
     seed: int = 0,
 ) -> Questions:
-    """Up to `num_places` of each kind and `num_lines` lines in documents; `text(i)` is document i."""
+    """Up to `num_places` of each kind and `num_lines` lines in documents; `text(i)` is document i.
+
+    Raises DataError where there is no line of code.
+    """
     places = {kind: choose_places(num_docs, text, num_places, kind, seed) for kind in PLACE_KINDS}
     lines = choose_places(num_docs, text, num_lines, "line_start", seed, "typed")
+    if not lines:
+        raise DataError("no line of code in the held-out files: tokenize more of them, or a larger --val-fraction")
     return Questions({kind: chosen for kind, chosen in places.items() if chosen}, lines, characters)
 
 
 def latency_of(suggestions: Sequence[Suggestion]) -> Latency | None:
-    """Of the suggestions whose time is known."""
+    """Of the suggestions whose time is known; None where there is none."""
     milliseconds = [1_000 * suggestion.seconds for suggestion in suggestions if suggestion.seconds is not None]
     if not milliseconds:
         return None
@@ -80,15 +87,15 @@ def judged(questions: Questions, suggestions: Sequence[Suggestion], latency: Lat
     for kind, places in questions.places.items():
         figures[kind] = score(suggestions[start : start + len(places)], places)
         start += len(places)
-    stops = questions.stops
-    offers = {stop: offers_of(made, stop) for stop, made in zip(stops, suggestions[start:], strict=True)}
-    return Suggester(figures, type_lines(questions.lines, offers) if questions.lines else None, latency)
+    made = zip(questions.stops, suggestions[start:], strict=True)
+    offers = {stop: offers_of(suggestion, stop) for stop, suggestion in made}
+    return Suggester(figures, type_lines(questions.lines, offers), latency)
 
 
-def suggester(
+def by_model(
     model: Model, tokenizer: Tokenizer, questions: Questions, what: str, order: Asked, *, heal: bool
 ) -> Suggester:
-    """The model, asked in one way; its latency is that of a few places, one after the other."""
+    """A model, asked in one way; its latency is that of a few places, one after the other."""
     places = questions.all
     say = Progress(f"evaluate: at the cursor, {what}", "places", len(places))
     made = ask(model, tokenizer, places, order, heal=heal, characters=questions.characters, progress=say)
@@ -97,37 +104,50 @@ def suggester(
     return judged(questions, made, latency_of(timed))
 
 
-def by_model(model: Model, tokenizer: Tokenizer, questions: Questions) -> dict[str, Suggester]:
-    """The model in the ways in which `smelter serve` asks it, and in those of llama.cpp's server."""
-    ways: dict[str, tuple[Asked, bool]] = {
-        "suffix first, healed": ("spm", True),
-        "prefix first": ("psm", False),
-        "no suffix, healed": ("plain", True),
-        "no suffix": ("plain", False),
-    }
-    return {
-        what: suggester(model, tokenizer, questions, what, order, heal=heal) for what, (order, heal) in ways.items()
-    }
+WAYS: Mapping[str, tuple[Asked, bool]] = {
+    "suffix first, healed": ("spm", True),
+    "prefix first": ("psm", False),
+    "no suffix, healed": ("plain", True),
+    "no suffix": ("plain", False),
+}
+"""How the model is asked by `smelter serve`, and by llama.cpp's server, which heals nothing."""
 
 
-def by_untrained(model: Model, tokenizer: Tokenizer, questions: Questions) -> dict[str, Suggester]:
-    """A model with initial weights, asked at a part of the places."""
-    part = questions.every(UNTRAINED_SHARE)
-    return {"untrained": suggester(model, tokenizer, part, "untrained", "spm", heal=True)}
+def model_rows(
+    model: Model, tokenizer: Tokenizer, questions: Questions, untrained: Model | None = None
+) -> dict[str, Suggester]:
+    """The model in each way, and the same model `untrained` at a part of the places."""
+    rows = {what: by_model(model, tokenizer, questions, what, order, heal=heal) for what, (order, heal) in WAYS.items()}
+    if untrained is not None:
+        part = questions.every(UNTRAINED_SHARE)
+        rows["untrained"] = by_model(untrained, tokenizer, part, "untrained", "spm", heal=True)
+    return rows
 
 
-def by_words(questions: Questions) -> dict[str, Suggester]:
+def server_rows(
+    servers: Sequence[Server], kind: ServerKind | Literal["auto"], questions: Questions
+) -> dict[str, Suggester]:
+    """Each server, asked for one place after the other. Raises UserError."""
+    rows = {}
+    for server in servers:
+        places = questions.all
+        say = Progress(f"evaluate: at the cursor, {server.name}", "places", len(places))
+        used, suggestions = ask_server(server, places, kind, characters=questions.characters, progress=say)
+        rows[f"{server.name} ({used})"] = judged(questions, suggestions, latency_of(suggestions))
+    return rows
+
+
+def _saved(row: Suggester) -> float:
+    return row.typed.saved
+
+
+def word_rows(questions: Questions) -> dict[str, Suggester]:
     """The words of the buffer, in the direction that saves more: the first match, and a list to choose from."""
-
-    def saved(row: Suggester) -> float:
-        return row.typed.saved if row.typed else 0.0
-
     firsts, menus = {}, {}
     for key, forward in (("Ctrl-N", True), ("Ctrl-P", False)):
         suggestions = [first_match(place, forward) for place in questions.all]
         firsts[f"Vim's {key}, first match"] = judged(questions, suggestions)
-        if questions.lines:
-            offers = {stop: menu(stop, forward) for stop in questions.stops}
-            menus[f"Vim's {key}, of a menu"] = Suggester({}, type_lines(questions.lines, offers))
-    best = [max(rows, key=lambda name: saved(rows[name])) for rows in (firsts, menus) if rows]
+        offers: dict[Place, list[Offer]] = {stop: menu(stop, forward) for stop in questions.stops}
+        menus[f"Vim's {key}, menu"] = Suggester({}, type_lines(questions.lines, offers))
+    best = [max(rows, key=lambda name: _saved(rows[name])) for rows in (firsts, menus)]
     return {name: (firsts | menus)[name] for name in best}

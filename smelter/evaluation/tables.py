@@ -2,9 +2,11 @@
 
 from smelter.base import percent, table
 from smelter.evaluation.intervals import wilson
-from smelter.run import Results
+from smelter.run import Editor, Results
 
 KINDS = {"single_line": "a line", "multi_line": "2 to 8 lines", "random_span": "a span of characters"}
+PLACES = {"line_start": "at a line's start", "word_start": "at a word's start", "in_word": "inside a word"}
+EDITOR = "At the cursor"
 TRITS = {-1: "-1", 0: "0", 1: "+1"}
 
 
@@ -34,6 +36,7 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
         "Bits per byte by language": _languages(results),
         "Gaps filled in": _gaps(results),
         "Problems solved": _solved(results),
+        EDITOR: editor_table(results.editor) if results.editor else [],
     }
     return {title: rows for title, rows in parts.items() if len(rows) > 1}
 
@@ -74,4 +77,18 @@ def _solved(results: Results) -> list[list[str]]:
         rows.append([name, *passed(solved.pass_at), exact, similar, f"{solved.num_problems:,}{times}"])
         for difficulty, level in solved.by_difficulty.items():
             rows.append([f"  difficulty {difficulty}", *passed(level.pass_at), "", "", f"{level.num_problems:,}"])
+    return rows
+
+
+def editor_table(editor: Editor) -> list[list[str]]:
+    """A row for each who suggests, and below it one for each kind of place."""
+    rows = [["suggested by", "saved per 100", "first character", "word", "line", "end", "median ms", "95% ms", "of"]]
+    for name, row in editor.rows.items():
+        times = ["", ""] if row.latency is None else [f"{row.latency.median_ms:.0f}", f"{row.latency.p95_ms:.0f}"]
+        rows.append([name, f"{row.typed.saved:.1f}", "", "", "", "", *times, f"{row.typed.lines:,} lines"])
+        for kind, title in PLACES.items():
+            if kind in row.places:
+                right = row.places[kind]
+                shares = [right.first_character, right.word, right.line, right.end]
+                rows.append([f"  {title}", "", *map(percent, shares), "", "", f"{right.places:,} places"])
     return rows

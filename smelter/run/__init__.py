@@ -43,6 +43,7 @@ from smelter.run.results import (
     Typed,
     read_cases,
     read_results,
+    write_editor,
     write_results,
 )
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates

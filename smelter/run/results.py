@@ -103,7 +103,7 @@ class Suggester:
 
     places: dict[str, AtCursor]
     """By kind of place: line_start, word_start, in_word."""
-    typed: Typed | None = None
+    typed: Typed
     latency: Latency | None = None
 
 
@@ -205,6 +205,11 @@ def write_results(path: Path, results: Results, cases: Iterable[Case]) -> None:
     """The figures, and the cases beside them."""
     write_text(cases_path(path), "".join(f"{_json(case)}\n" for case in cases))
     write_text(path, f"{_json(results, indent=2)}\n")
+
+
+def write_editor(path: Path, editor: Editor) -> None:
+    """The one part that can be measured without a checkpoint, under its key."""
+    write_text(path, f"{_json({'editor': editor}, indent=2)}\n")
 
 
 def read_results(path: Path) -> Results:
