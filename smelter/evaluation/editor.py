@@ -104,8 +104,9 @@ def by_model(
     return judged(questions, made, latency_of(timed))
 
 
+HEALED = "suffix first, healed"
 WAYS: Mapping[str, tuple[Asked, bool]] = {
-    "suffix first, healed": ("spm", True),
+    HEALED: ("spm", True),
     "prefix first": ("psm", False),
     "no suffix, healed": ("plain", True),
     "no suffix": ("plain", False),

@@ -1,8 +1,8 @@
 """What an editor offers without any model: the words of the buffer, as Vim's insert-mode keyword completion has them.
 
 Ctrl-N lists the words that begin with what is typed as they come after the cursor, and from the beginning on; Ctrl-P as
-they come before it, and from the end. Where nothing is typed every word of two characters or more is listed. A word is
-listed once, and never the one that is typed already. (Vim's 'complete' at ".", this buffer, without 'ignorecase'.)
+they come before it, and from the end. Words of one character are not listed, and each is listed once. (Vim's
+'complete' at ".", this buffer, without 'ignorecase'.)
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def candidates(place: Place, forward: bool) -> Iterator[str]:
     earlier = [match[0] for match in WORD.finditer(before, 0, len(before) - len(typed))]
     later = WORD.findall(after)
     words = [*later, *earlier] if forward else [*earlier[::-1], *later[::-1]]
-    listed = {typed}
+    listed: set[str] = set()
     for word in words:
         if word.startswith(typed) and len(word) >= 2 and word not in listed:
             listed.add(word)
