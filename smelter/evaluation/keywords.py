@@ -5,7 +5,9 @@ they come before it, and from the end. Words of one character are not listed, an
 'complete' at ".", this buffer, without 'ignorecase'.)
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 
 from smelter.evaluation.places import WORD, Place
@@ -14,6 +16,13 @@ from smelter.evaluation.typist import Offer
 
 MENU_KEYS = 10
 """Most times that a key is pressed to come to a word of the list."""
+
+
+@lru_cache(maxsize=4)
+def _words(text: str) -> tuple[list[int], list[str]]:
+    """Where the words of a text begin, and the words."""
+    matches = list(WORD.finditer(text))
+    return [match.start() for match in matches], [match[0] for match in matches]
 
 
 def _typed(place: Place) -> str:
@@ -26,12 +35,13 @@ def _typed(place: Place) -> str:
 
 def candidates(place: Place, forward: bool) -> Iterator[str]:
     """What Ctrl-N (or, not `forward`, Ctrl-P) offers, in order."""
-    typed, before, after = _typed(place), place.prefix, place.suffix
-    earlier = [match[0] for match in WORD.finditer(before, 0, len(before) - len(typed))]
-    later = WORD.findall(after)
-    words = [*later, *earlier] if forward else [*earlier[::-1], *later[::-1]]
+    typed = _typed(place)
+    starts, words = _words(place.text)
+    earlier = words[: bisect_left(starts, place.at - len(typed))]
+    later = words[bisect_left(starts, place.end) :]
+    order = [*later, *earlier] if forward else [*earlier[::-1], *later[::-1]]
     listed: set[str] = set()
-    for word in words:
+    for word in order:
         if word.startswith(typed) and len(word) >= 2 and word not in listed:
             listed.add(word)
             yield word
