@@ -27,7 +27,7 @@ from smelter.evaluation.pass_at_k import attempt, problem_cases, solved
 from smelter.evaluation.places import CONTEXT_CHARACTERS
 from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
 from smelter.evaluation.servers import Server, ServerKind
-from smelter.evaluation.tables import editor_table, summary
+from smelter.evaluation.tables import EDITOR_NOTE, editor_table, summary
 from smelter.model import Model
 from smelter.run import (
     RESULTS_FILE,
@@ -377,7 +377,7 @@ def main(argv: list[str]) -> int:
         print(f"written to {out}")
     elif options.shards is not None:
         editor = at_cursor(options, HeldOut.open(options.shards, Tokenizer.load(options.shards)), None)
-        print(table(editor_table(editor)))
+        print(f"{table(editor_table(editor))}\n\n{EDITOR_NOTE}")
         if options.out is not None:
             write_editor(options.out, editor)
             print(f"written to {options.out}")

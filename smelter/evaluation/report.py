@@ -22,7 +22,7 @@ from smelter.config import load_config
 from smelter.evaluation.charts import Row, in_layer_order, make_charts
 from smelter.evaluation.editor import HEALED
 from smelter.evaluation.intervals import wilson
-from smelter.evaluation.tables import tables
+from smelter.evaluation.tables import EDITOR_NOTE, tables
 from smelter.run import METRICS_FILE, RESULTS_FILE, SAMPLES_FILE, Editor, read_metrics, read_results
 
 
@@ -139,6 +139,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "seconds": seconds or latest.get("elapsed_seconds"),
         "infill": bars(infill, "trained"),
         "saved": bars(saved, HEALED),
+        "editor_note": EDITOR_NOTE,
         "exact": exact,
         "cases": cases,
         "interval": None if exact is None else wilson(exact, cases),

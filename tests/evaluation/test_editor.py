@@ -103,6 +103,10 @@ def test_every_row_is_in_the_results_the_table_and_the_page(
         assert words in page
     assert "saved per 100" in out
     assert "Editor(" not in page, "not as an object"
+    assert main(["evaluate", "--compare", str(run / "results.json"), str(run / "results.json")]) == 0
+    compared = capsys.readouterr().out
+    assert "ours (infill): keys saved" in compared
+    assert "word right inside a word" in compared
 
 
 def test_servers_need_no_checkpoint(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
