@@ -26,6 +26,8 @@ KINDS: tuple[ServerKind, ...] = ("infill", "completions", "plain")
 PATHS: dict[ServerKind, str] = {"infill": "/infill", "completions": "/v1/completions", "plain": "/v1/completions"}
 CANNOT = {400, 404, 405, 422, 500, 501}
 """With these servers refuse a way of asking that they do not have."""
+MODEL_CANNOT = 501
+"""llama.cpp's answer to `/infill` where the model fills no gaps; a `suffix` it would take, and leave unread."""
 KEY_VARIABLE = "SMELTER_API_KEY"
 TIMEOUT_SECONDS = 300.0
 """Of one answer: the first may have to load a model."""
@@ -107,20 +109,22 @@ class _Connection:
 
     async def choose_kind(self, kinds: Sequence[ServerKind]) -> ServerKind:
         """The first way of asking that gets an answer; it also has the server load its model. Raises UserError."""
-        for kind in kinds:
+        left = list(kinds)
+        while True:
+            kind = left.pop(0)
             status, answer, _ = await self._call(PATHS[kind], self._body("def add(a, b):\n    ret", "\n", kind))
             if status == 200:
                 _read(answer, kind, self._server.url)
                 return kind
-            if kind == kinds[-1] or status not in CANNOT:
+            if not left or status not in CANNOT:
                 raise self._refused(PATHS[kind], status, answer)
-            then = "with suffix" if kind == "infill" else "without suffix"
+            if kind == "infill" and status == MODEL_CANNOT:
+                left = left[-1:]
             print(
                 f"evaluate: {self._server.url} answers {status} to {_way(kind)} ({_message(answer)}): "
-                f"asking /v1/completions {then}",
+                f"asking {_way(left[0])}",
                 file=sys.stderr,
             )
-        raise AssertionError("no way of asking was given")
 
     async def suggestion(self, place: Place, kind: ServerKind, characters: int) -> Suggestion:
         """What comes for one place; where that is too much for the server's context, less is shown."""
@@ -173,7 +177,7 @@ class _Connection:
 
 
 def _way(kind: ServerKind) -> str:
-    return f"{PATHS[kind]} with suffix" if kind == "completions" else PATHS[kind]
+    return PATHS[kind] + {"infill": "", "completions": " with suffix", "plain": " without suffix"}[kind]
 
 
 def _message(answer: Any) -> str:

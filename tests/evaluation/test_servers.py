@@ -69,14 +69,18 @@ def test_a_server_is_asked_in_the_first_way_that_it_has(capsys: pytest.CaptureFi
         return (400, {"error": {"message": "Unsupported param: suffix"}}) if "suffix" in body else (200, completion)
 
     unable = (501, {"error": {"message": "Infill is not supported by this model"}})
-    with stub({"/infill": unable, "/v1/completions": no_suffix}) as (server, asked):
+    with stub({"/v1/completions": no_suffix}) as (server, asked):
         used, (made,) = ask_server(server, [PLACE], characters=400)
         assert (used, made.text, made.ended) == ("plain", "rst", False)
         assert "suffix" not in asked[-1][1]
         assert asked[-1][1]["prompt"] == "def one(first):\n    return fi"
         said = capsys.readouterr().err
-        assert "answers 501 to /infill (Infill is not supported by this model): asking /v1/completions with" in said
+        assert "answers 404 to /infill (none such): asking /v1/completions with suffix\n" in said
         assert "answers 400 to /v1/completions with suffix (Unsupported param: suffix): asking" in said
+    with stub({"/infill": unable, "/v1/completions": (200, completion)}) as (server, asked):
+        assert ask_server(server, [PLACE], characters=400)[0] == "plain"
+        assert not any("suffix" in body for _, body, _ in asked), "it would not be read"
+        assert "asking /v1/completions without suffix\n" in capsys.readouterr().err
         assert "answers 501 (Infill is not" in one_line(server, "infill")
     with stub({"/v1/completions": (200, completion)}) as (server, asked):
         assert ask_server(server, [PLACE], characters=400)[0] == "completions"
