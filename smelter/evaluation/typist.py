@@ -47,4 +47,4 @@ def type_lines(lines: Sequence[Place], offers: Mapping[Place, Sequence[Offer]]) 
         here = {stop.at - line.at: offers.get(stop, ()) for stop in stops_of(line)}
         characters += len(line.missing) + 1
         keys += fewest_keys(len(line.missing), here)
-    return Typed(characters, keys, len(lines))
+    return Typed(100 * (1 - keys / characters), characters, keys, len(lines))

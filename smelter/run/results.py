@@ -76,16 +76,12 @@ class AtCursor:
 
 @dataclass(frozen=True)
 class Typed:
-    """Lines typed with suggestions: characters (line breaks included, indentation not) and the keys they took."""
+    """Lines typed with suggestions: keystrokes saved per 100, characters (with line breaks, no indentation), keys."""
 
+    saved: float
     characters: int
     keys: int
     lines: int
-
-    @property
-    def saved(self) -> float:
-        """Keystrokes saved per 100."""
-        return 100 * (1 - self.keys / self.characters)
 
 
 @dataclass(frozen=True)
