@@ -15,6 +15,7 @@ from smelter import __version__
 from smelter.base import megabytes
 from smelter.config import config_to_toml
 from smelter.export.check import Source, infill_prompt
+from smelter.export.cursor import objection
 from smelter.run import Checkpoint, Results
 from smelter.tokens import Tokenizer
 
@@ -45,7 +46,8 @@ Prefix, suffix, middle, each after its own token; the model then writes the midd
 {prompt}
 ```
 
-As token ids: `{ids}`. llama-server's `/infill` and the template in the `Modelfile` make this prompt themselves.
+As token ids: `{ids}`. llama-server's `/infill` and the template in the `Modelfile` make this prompt
+themselves.{warning}
 
 ## Data
 
@@ -219,6 +221,9 @@ def _results(results: Results | None) -> str:
         "lines filled in exactly": results.infill_exact_match,
         "lines filled in exactly, prefix first": results.infill_exact_match_psm,
     }
+    for way, row in (results.editor.rows if results.editor else {}).items():
+        if "in_word" in row.places:
+            measures[f"inside words, the word right, {way}"] = row.places["in_word"].word
     rows = [f"| {name} | {value:.3f} |" for name, value in measures.items() if value is not None]
     return "\n".join(["| measure | value |\n|---|---|", *rows, f"| lines asked for | {results.infill_cases:,} |"])
 
@@ -249,6 +254,17 @@ def check_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         how = {"hf": "KL without 8-bit activations", "gguf": "KL with llama.cpp's rounding", "packed": "KL, read again"}
         yield how[part], _kl(report, "as_trained")
     yield "measured on", f"{report['probe_tokens']:,} tokens of {report['probe']}"
+    if "cursor_places" in report:
+        bits = (report[f"cursor_bpb_{asked}"] for asked in ("psm", "spm", "plain"))
+        figures = "prefix first {:.3f}, suffix first {:.3f}, no suffix {:.3f}".format(*bits)
+        yield f"bits per byte at {report['cursor_places']} cursors", figures
+    if "llama_server_places" in report:
+        for kind, where in (("line_start", "at line starts"), ("in_word", "inside words")):
+            right = (f"{report[f'llama_server_{kind}_{what}']:.0%}" for what in ("character", "word"))
+            figures = "first character right {}, first word {}".format(*right)
+            yield f"llama-server, {report['llama_server_places']} places {where}", figures
+    elif part == "gguf":
+        yield "llama-server", "not asked: none on the PATH or in $LLAMA_CPP_DIR/bin"
 
 
 def _beside_cap(value: float, cap: float) -> str:
@@ -276,6 +292,7 @@ def model_card(source: Source, reports: dict[str, dict[str, Any]], here: dict[st
         eos=source.tokenizer.special.eos,
         prompt=prompt["text"],
         ids=" ".join(map(str, prompt["ids"])),
+        warning=f"\n\n**Warning**: {warning}." if (warning := objection(source.cursor)) else "",
         data=data_section(source.shards, config.distillation.teachers),
         training=_training(checkpoint, source.results),
         recipe=config_to_toml(config),

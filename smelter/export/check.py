@@ -88,6 +88,8 @@ class Source:
     probe: str
     windows: list[Tensor]
     caps: CapReport
+    cursor: dict[str, Any]
+    """What is missing at a cursor, in bits per byte (`export.cursor`)."""
 
     @property
     def context(self) -> int:

@@ -32,6 +32,7 @@ from smelter.export.check import (
     probe_texts,
     probe_windows,
 )
+from smelter.export.cursor import check_cursor, check_llama_server, objection
 from smelter.export.gguf import check_gguf, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, check_expressible, compare_trits, read_hf, write_hf
 from smelter.run import RESULTS_FILE, load_model, read_results, run_folder, write_packed
@@ -91,7 +92,10 @@ def _source(options: ExportOptions) -> Source:
     texts, probe = probe_texts(shards, tokenizer, must_exist=options.shards is not None)
     windows = probe_windows(texts, tokenizer, model.config.max_seq_len)
     caps = measure_caps(model, windows)
-    return Source(run.name, options.license, model, tokenizer, checkpoint, results, shards, texts, probe, windows, caps)
+    cursor = check_cursor(model, tokenizer, texts)
+    return Source(
+        run.name, options.license, model, tokenizer, checkpoint, results, shards, texts, probe, windows, caps, cursor
+    )
 
 
 def _write_part(part: str, folder: Path, source: Source, options: ExportOptions) -> dict[str, Any]:
@@ -109,6 +113,7 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         read = read_gguf(file, model.config.num_layers)
         checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
         checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)
+        checks |= check_llama_server(server_command(file, source.context), source.texts)
         write_text(folder / "Modelfile", modelfile(source.name, file.name, tokenizer, source.context))
     else:
         write_packed(folder, model, tokenizer, source.checkpoint.config, source.checkpoint.step)
@@ -135,6 +140,7 @@ def _report(part: str, folder: Path, source: Source, options: ExportOptions, che
         "probe_tokens": sum(window.numel() for window in source.windows),
         **asdict(source.caps),
         **checks,
+        **source.cursor,
         "infill_prompt": infill_prompt(source.tokenizer),
     }
 
@@ -205,6 +211,9 @@ def main(argv: list[str]) -> int:
     print(f"infilling prompt: {prompt['text']!r}\n  as token ids: {' '.join(map(str, prompt['ids']))}")
     if any(report["forced"] for report in reports.values()):
         print("warning: exported with --force although the soft-caps matter: the export is another model")
+    warning = objection(next(iter(reports.values())))
+    if warning:
+        print(f"warning: {warning}")
     print(f"written to {options.out}")
     if "gguf" in reports:
         path = options.out / options.parts["gguf"] / gguf_file(reports["gguf"])

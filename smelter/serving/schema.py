@@ -212,6 +212,8 @@ class ChatRequest(TemplateRequest, Sampling):
 
 
 class LlamaSampling(Sampling):
+    """What llama.cpp's /infill and /completion share."""
+
     temperature: Temperature = 0.0
     top_k: TopK = 40
     top_p: Share = 0.95

@@ -19,7 +19,7 @@ TEXT = (
 @settings(max_examples=300)
 def test_a_gap_lies_in_the_text(text: str, seed: int) -> None:
     for line in ("any", "near the end"):
-        first, second = at_cursor(text, np.random.default_rng(seed), line)  # type: ignore[arg-type]
+        first, second = at_cursor(text, np.random.default_rng(seed), line)
         assert 0 <= first <= second <= len(text)
         if text.strip():
             assert second - first <= max(BLOCK_CHARACTERS, SHORT_CHARACTERS)
