@@ -212,6 +212,8 @@ class ChatRequest(TemplateRequest, Sampling):
 
 
 class LlamaSampling(Sampling):
+    """The same with the defaults of llama.cpp's server, but for the temperature, and its names."""
+
     temperature: Temperature = 0.0
     top_k: TopK = 40
     top_p: Share = 0.95
