@@ -30,10 +30,11 @@ test: lint ## style, types and all tests but those that need outside programs
 check: lint ## style, types and the quick tests, in about a minute and a half
 	$(PYTEST) -m "not slow and not real" -n $(JOBS) --dist worksteal
 
-test-real: setup ## the quickstart, then the tests with outside programs (a browser, OpenCode, llama.cpp ...) and of what it left
+test-real: setup ## the quickstart, then the tests with outside programs (a browser, OpenCode, llama.cpp, clients ...) and of what it left
 	@scripts/install_test_programs.sh
 	@scripts/build_llama_cpp.sh >/dev/null
 	@scripts/install_lm_eval.sh >/dev/null
+	@scripts/install_clients.sh >/dev/null
 	$(MAKE) quickstart
 	$(PYTEST) -m real
 	$(PYTEST) tests/base/test_sandbox.py

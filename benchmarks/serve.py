@@ -32,7 +32,7 @@ from smelter.export.gguf import write_gguf
 from smelter.export.hf import qwen3_config
 from smelter.model import Model
 from smelter.run.checkpoint import load_checkpoint, save_checkpoint
-from smelter.serving.proxy import start_llama_server
+from smelter.serving.llama_server import start_llama_server
 from smelter.tokens.tokenizer import Tokenizer
 
 CONCURRENCY = (1, 8, 64)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Programs that `make test-real` needs besides Python: a browser that looks at the pages, bubblewrap for the sandbox, npm
-# which brings the OpenCode server, a compiler for llama.cpp. Installs Debian's packages of what is missing, as root or in
-# CI (CI=1) only; otherwise says what to do.
+# which brings the OpenCode server and clients of ours, curl which editors ask with, a compiler for llama.cpp. Installs
+# Debian's packages of what is missing, as root or in CI (CI=1) only; otherwise says what to do.
 set -euo pipefail
 
 missing=()
@@ -15,6 +15,7 @@ need() { # PACKAGE PROGRAM...: any of the programs will do
 need chromium chromium chromium-browser google-chrome
 need bubblewrap bwrap
 need npm npm
+need curl curl
 need g++ c++ g++ clang++
 ((${#missing[@]})) || exit 0
 

@@ -130,6 +130,18 @@ class DataConfig:
     """Share of documents rearranged for fill-in-the-middle."""
     fim_spm_rate: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Of those, the share in suffix-prefix-middle order; the rest is prefix-suffix-middle."""
+    fim_split_rate: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Of those in suffix-prefix-middle order, the share whose prefix and middle are encoded each on its own."""
+    fim_cursor_rate: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Of the rearranged, the share cut where a cursor stands, up to a line's or block's end; the rest anywhere."""
+    fim_piece_tokens: Annotated[int, Ge(0)] = 0
+    """Mean length of the pieces that documents are cut into before they are rearranged; 0: what a row has room for."""
+    fim_peek_tokens: Annotated[int, Ge(0)] = 0
+    """Mean distance of peeks, text shown ahead of its place, in what is not rearranged; 0: none."""
+    fim_bridge: bool = False
+    """Before the suffix and at its token, predict what the middle begins with, and not the suffix."""
+    fim_middle_weight: Annotated[float, Gt(0), "must be positive"] = 1.0
+    """Multiplies the loss weight of middles in prefix-suffix-middle order."""
     fim_prefix_token: str = "<|fim_prefix|>"
     """Token before the prefix."""
     fim_middle_token: str = "<|fim_middle|>"

@@ -4,7 +4,8 @@ Packing: the documents of an epoch, in an order drawn from (seed, epoch), form o
 Rows are windows of it that overlap by one token, so that each token is a target once an epoch; they are drawn in
 random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`tokens.fim`) happens to the piece of
 a document that a row holds and lengthens it by a few tokens: what no longer fits at the end of a row is left out
-*before* rearranging, and a few positions may stay empty.
+*before* rearranging, and a few positions may stay empty. With `fim_piece_tokens` the pieces are shorter, for more gaps,
+and with `fim_peek_tokens` what is not rearranged has `tokens.peeks`.
 
 Conversations (`tokens.chat`) are never rearranged. Their prompts are no targets, wherever a row cuts them; answers
 and the tokens that end them are, so a model learns to stop. They come as they lie among the other documents, or,
@@ -34,7 +35,7 @@ from torch import Tensor
 from smelter.base import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.losses import ChunkBatch, SparseTeacher
-from smelter.tokens import IGNORED, Split, Tokenizer, alignment, fit_fim
+from smelter.tokens import IGNORED, Shares, Split, Tokenizer, alignment, fit_fim, with_peeks
 
 
 class RowTeacher(Protocol):
@@ -201,9 +202,9 @@ class BatchStream:
         self.rows_per_step = rows_per_step
         self.cached = tuple(cached)
         self.chunk_teachers = tuple(chunk_teachers)
-        if config.fim_rate > 0:
+        if config.fim_rate > 0 or config.fim_peek_tokens:
             _check_fim_tokens(config, tokenizer)
-        self._weights = _document_weights(split, config.instruct_weight)
+        self._weights = _document_weights(split, config)
         self._share, kinds = _kinds(split, config.instruct_share)
         self._kinds = [_Documents(split, docs, seq_len, seed, number) for number, docs in enumerate(kinds)]
 
@@ -223,7 +224,7 @@ class BatchStream:
         rows = [self._row(index) for index in indices]
         tokens = np.stack([row.tokens for row in rows])
         inputs = np.ascontiguousarray(tokens[:, :-1])
-        targets = np.stack([np.where(row.is_target, row.tokens, IGNORED)[1:] for row in rows])
+        targets = np.stack([self._targets(row) for row in rows])
         doc_ids = weights = None
         if self.config.use_document_mask:
             doc_ids = torch.from_numpy(np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32))
@@ -262,7 +263,7 @@ class BatchStream:
         )
         prompts = self.split.num_prompt
         filled = 0
-        for place, (doc, begin, ids) in enumerate(documents.pieces(epoch, number)):
+        for place, (doc, begin, ids) in enumerate(self._shortened(documents.pieces(epoch, number), epoch, number)):
             if filled == size:
                 break
             num_prompt = 0 if prompts is None else int(prompts[doc])
@@ -274,11 +275,54 @@ class BatchStream:
             if self._weights is not None:
                 row.weights[filled:answer] = 0
                 row.weights[answer:end] = self._weights[doc]
+                row.weights[filled + self._middle_in_psm(piece) : end] *= self.config.fim_middle_weight
             for chunks, teacher in zip(row.chunks, self.chunk_teachers, strict=True):
                 shift, num_read = alignment.read_as_written(ids, piece, self.tokenizer)
                 chunks.put(filled + shift, teacher.chunks(doc, begin, num_read))
             filled = end
         return row
+
+    def _targets(self, row: _Row) -> NDArray[np.int64]:
+        """[seq_len]: the next token of each but the last; with `fim_bridge` what a middle begins with, said earlier.
+
+        The token before [fim_suffix] and [fim_suffix] itself are followed by what nobody will ask for. What the middle
+        begins with is taught there instead, where it is near: [fim_middle] has then only to fetch it.
+        """
+        tokens = row.tokens
+        targets = np.where(row.is_target, tokens, IGNORED)[1:]
+        if self.config.fim_bridge:
+            suffixes = np.flatnonzero(tokens == self.tokenizer.fim_suffix_id)
+            middles = np.flatnonzero(tokens[:-1] == self.tokenizer.fim_middle_id)
+            after = np.searchsorted(middles, suffixes)
+            for suffix, number in zip(suffixes.tolist(), after.tolist(), strict=True):
+                if number < len(middles) and suffix > 0 and tokens[suffix - 1] != self.tokenizer.fim_prefix_id:
+                    targets[suffix - 1 : suffix + 1] = tokens[middles[number] + 1]
+        return targets
+
+    def _middle_in_psm(self, piece: "alignment.Ids | list[int]") -> int:
+        """Where the middle begins in a piece in prefix-suffix-middle order, at the end of any other."""
+        is_fim = len(piece) > 1 and piece[0] == self.tokenizer.fim_prefix_id
+        if not is_fim or piece[1] == self.tokenizer.fim_suffix_id:
+            return len(piece)
+        return list(piece).index(self.tokenizer.fim_middle_id) + 1
+
+    def _shortened(
+        self, pieces: Iterator[tuple[int, int, alignment.Ids]], epoch: int, number: int
+    ) -> Iterator[tuple[int, int, alignment.Ids]]:
+        """The pieces of a window, those of plain documents cut into some of `fim_piece_tokens` on average.
+
+        Lengths are uniform between half and one and a half of that; what would remain of less than a quarter stays.
+        """
+        mean, prompts = self.config.fim_piece_tokens, self.split.num_prompt
+        rng = philox(self.seed, "lengths", epoch, number)
+        for doc, begin, ids in pieces:
+            while mean and (prompts is None or not prompts[doc]) and len(ids) > mean // 2:
+                size = max(1, int(rng.integers(mean // 2, mean + mean // 2 + 1)))
+                if len(ids) - size < mean // 4:
+                    break
+                yield doc, begin, ids[:size]
+                begin, ids = begin + size, ids[size:]
+            yield doc, begin, ids
 
     def _allotted(self, index: int) -> tuple[int, int]:
         """Kind of documents in row `index`, and how many rows of that kind come before it.
@@ -291,13 +335,17 @@ class BatchStream:
         return (1, before) if after > before else (0, index - before)
 
     def _arranged(self, ids: alignment.Ids, room: int, key: tuple[int, int, int]) -> "alignment.Ids | list[int]":
-        """A piece, rearranged or as it is, in at most `room` tokens."""
-        if self.config.fim_rate > 0:
+        """A piece, rearranged, with peeks, or as it is, in at most `room` tokens."""
+        data = self.config
+        if data.fim_rate > 0:
             rng = philox(self.seed, "fim", *key)
-            if rng.random() < self.config.fim_rate:
-                rearranged = fit_fim(self.tokenizer, ids, room, rng, self.config.fim_spm_rate)
+            if rng.random() < data.fim_rate:
+                shares = Shares(data.fim_spm_rate, data.fim_split_rate, data.fim_cursor_rate)
+                rearranged = fit_fim(self.tokenizer, ids, room, rng, shares)
                 if rearranged is not None:
                     return rearranged
+        if data.fim_peek_tokens:
+            return with_peeks(self.tokenizer, ids, room, philox(self.seed, "peeks", *key), data.fim_peek_tokens)
         return ids[:room]
 
 
@@ -309,12 +357,14 @@ def chunk_batch(rows: Sequence[alignment.Chunks]) -> ChunkBatch:
     )
 
 
-def _document_weights(split: Split, instruct_weight: float) -> NDArray[np.float32] | None:
-    """[num_docs] loss weights; None if all are 1."""
-    if split.num_prompt is None or instruct_weight == 1:
-        return split.weights
+def _document_weights(split: Split, config: DataConfig) -> NDArray[np.float32] | None:
+    """[num_docs] loss weights; None if all are 1 and no part of a document has another."""
+    is_chat = np.zeros(split.num_docs, dtype=np.bool_) if split.num_prompt is None else split.num_prompt > 0
+    chats_differ = config.instruct_weight != 1 and is_chat.any()
+    if split.weights is None and not chats_differ and config.fim_middle_weight == 1:
+        return None
     weights = np.ones(split.num_docs, dtype=np.float32) if split.weights is None else split.weights
-    return np.where(split.num_prompt > 0, weights * np.float32(instruct_weight), weights)
+    return np.where(is_chat, weights * np.float32(config.instruct_weight), weights)
 
 
 def _kinds(split: Split, share: float) -> tuple[Fraction, list[NDArray[np.int64]]]:
@@ -347,7 +397,7 @@ def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
-_STREAMS = ("documents", "rows", "offset", "fim", "teacher")
+_STREAMS = ("documents", "rows", "offset", "fim", "teacher", "lengths", "peeks")
 
 
 def philox(seed: int, purpose: str, *counter: int) -> np.random.Generator:

@@ -16,6 +16,7 @@ import uvicorn
 from smelter.decoding.engine import Engine
 from smelter.serving.app import make_app
 from smelter.serving.bridge import Service
+from smelter.serving.connections import Connection
 from smelter.serving.gate import Rules
 from smelter.serving.serve import listen
 from smelter.serving.stats import Stats
@@ -34,7 +35,8 @@ def running(
     count = sum(parameter.numel() for parameter in made.parameters())
     service = Service(engine, tokenizer, "tiny", 1_700_000_000, count, Stats(engine))
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(service, rules or Rules()), log_level="error", ws="none", lifespan="off")
+    app = make_app(service, rules or Rules())
+    config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off", http=Connection)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     engine.start()

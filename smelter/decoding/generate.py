@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +116,21 @@ def complete_many(
             stop_ids=[tokenizer.eos_id],
         )
         requests.append(request)
+    texts: list[str] = []
+    for row in generate_in_batches(model, tokenizer, requests, progress):
+        texts.append(row.text.close())
+        if on_text is not None:
+            on_text(len(texts) - 1, texts[-1])
+    return texts
+
+
+def generate_in_batches(
+    model: Model, tokenizer: Tokenizer, requests: Sequence[Request], progress: Callable[[int], None] | None = None
+) -> Iterator[Row]:
+    """`generate` for any number of requests; `progress` is called with the number that is done after each batch."""
     longest = max((len(request.ids) for request in requests), default=1)
     batch_size = max(1, min(MAX_BATCH_SIZE, SCORES_AT_ONCE // longest**2))
-    texts: list[str] = []
     for start in range(0, len(requests), batch_size):
-        for row in generate(model, tokenizer, requests[start : start + batch_size]):
-            texts.append(row.text.close())
-            if on_text is not None:
-                on_text(len(texts) - 1, texts[-1])
+        yield from generate(model, tokenizer, requests[start : start + batch_size])
         if progress is not None:
-            progress(len(texts))
-    return texts
+            progress(min(start + batch_size, len(requests)))

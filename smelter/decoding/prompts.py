@@ -59,11 +59,13 @@ def make_prompt(
     max_tokens: int,
     order: FimOrder = "spm",
     extra: tuple[str, ...] = (),
+    heal: bool = True,
 ) -> EncodedPrompt:
     """How to ask for what follows `prompt`, or where a suffix (even "") is given, for what stands between the two.
 
     A context longer than the model's `context` is cut to what is nearest to the place of writing; `extra`, texts of
-    other files, gets what is left (see `fit_extra`). The cursor may stand inside a word (see `healing`).
+    other files, gets what is left (see `fit_extra`). The cursor may stand inside a word (see `healing`),
+    unless `heal` is false: so do others ask.
     """
     budget = prompt_budget(context, max_tokens)
     if suffix is None:
@@ -76,7 +78,7 @@ def make_prompt(
     num_dropped = len(whole) - len(used) + len(others)
     others = fit_extra(others, budget - len(used), context)
     used = [*others, *used]
-    ids, pending = take_back(tokenizer, used)
+    ids, pending = take_back(tokenizer, used) if heal else (used, b"")
     # Nothing: as at the beginning of a document.
     return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), num_dropped - len(others))
 

@@ -67,6 +67,15 @@ class Arrangement:
     """Rows from the beginning of the stream."""
     instruct_share: float = -1.0
     """Share of the rows that are conversations; negative: as they come."""
+    fim_split_rate: float = 0.0
+    fim_cursor_rate: float = 0.0
+    fim_piece_tokens: int = 0
+    fim_peek_tokens: int = 0
+
+
+FIM_KEYS = ("fim_spm_rate", "fim_split_rate", "fim_cursor_rate")
+DATA_KEYS = ("fim_rate", *FIM_KEYS, "fim_piece_tokens", "fim_peek_tokens", "use_document_mask", "instruct_share")
+"""Those that are keys of [data], too; `FIM_KEYS` mean nothing where nothing is rearranged."""
 
 
 @dataclass(frozen=True)
@@ -245,20 +254,18 @@ def open_caches(config: Config, shards: ShardSet) -> list[TeacherCache]:
 
 def _check(cache: TeacherCache, config: Config, shards: ShardSet, first: TeacherCache) -> None:
     stored, data = cache.arrangement, config.data
+    values = {key: getattr(data, key) for key in DATA_KEYS}
+    if not (data.fim_rate and stored.fim_rate):
+        values |= {key: getattr(stored, key) for key in FIM_KEYS}
     needed = Arrangement(
         shards=shards.hash,
         tokenizer=shards.tokenizer.hash,
         seq_len=config.model.max_seq_len,
-        fim_rate=data.fim_rate,
-        fim_spm_rate=data.fim_spm_rate if data.fim_rate and stored.fim_rate else stored.fim_spm_rate,
-        use_document_mask=data.use_document_mask,
         seed=first.arrangement.seed,
         num_rows=first.num_rows,
-        instruct_share=data.instruct_share,
+        **values,
     )
-    keys = {"seq_len": "model.max_seq_len"} | {
-        key: f"data.{key}" for key in ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
-    }
+    keys = {"seq_len": "model.max_seq_len"} | {key: f"data.{key}" for key in DATA_KEYS}
     # The tokenizer first: with another one the shards differ as well, and it says more.
     for key in ("tokenizer", *(item.name for item in fields(Arrangement) if item.name != "tokenizer")):
         was, now = getattr(stored, key), getattr(needed, key)

@@ -24,7 +24,7 @@ from smelter.base import ConfigError, DataError, Progress, free_bytes, megabytes
 from smelter.config import Config, DataConfig, load_config
 from smelter.data import Batch, BatchStream, philox, prefetch
 from smelter.distillation import teach_chunks
-from smelter.distillation.cache import FORMAT, VERSION, Arrangement, Method, row_format
+from smelter.distillation.cache import DATA_KEYS, FORMAT, VERSION, Arrangement, Method, row_format
 from smelter.distillation.cache_writer import CacheWriter, Resume, begin
 from smelter.distillation.sparse import Entries, count_draws, draw, entropy, likeliest
 from smelter.distillation.teacher import TeacherModel, is_hf_folder, load_teacher, teacher_name, weights_hash
@@ -58,6 +58,14 @@ class TeachOptions:
     """The student's data.fim_rate."""
     fim_spm_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
     """The student's data.fim_spm_rate."""
+    fim_split_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
+    """The student's data.fim_split_rate."""
+    fim_cursor_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
+    """The student's data.fim_cursor_rate."""
+    fim_piece_tokens: Annotated[int | None, Ge(0)] = None
+    """The student's data.fim_piece_tokens."""
+    fim_peek_tokens: Annotated[int | None, Ge(0)] = None
+    """The student's data.fim_peek_tokens."""
     use_document_mask: bool | None = None
     """The student's data.use_document_mask."""
     instruct_share: Annotated[float | None, Le(1)] = None
@@ -112,9 +120,8 @@ def plan(options: TeachOptions, shards: ShardSet) -> Plan:
         student = load_checkpoint(options.teacher, with_state=False).config
     config = student or Config()
     seq_len = options.seq_len or config.model.max_seq_len
-    names = ("fim_rate", "fim_spm_rate", "use_document_mask", "instruct_share")
-    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    values = {name: getattr(config.data, name) for name in names} | changes
+    changes = {key: getattr(options, key) for key in DATA_KEYS if getattr(options, key) is not None}
+    values = {key: getattr(config.data, key) for key in DATA_KEYS} | changes
     special = shards.tokenizer.special
     data = DataConfig(
         shards=str(shards.path),

@@ -14,7 +14,7 @@ from typing import TypeVar
 from smelter.base import table
 from smelter.evaluation.intervals import bootstrap, paired_share_difference, share_difference
 from smelter.evaluation.pass_at_k import estimate
-from smelter.evaluation.tables import KINDS
+from smelter.evaluation.tables import KINDS, PLACES
 from smelter.run import Case, DocumentCase, GapCase, ProblemCase, Results, read_cases, read_results
 
 C = TypeVar("C", DocumentCase, GapCase, ProblemCase)
@@ -131,9 +131,23 @@ def _solved(first: Measured, second: Measured) -> Iterator[Row]:
                 yield Row(f"{name}, pass@{k}", a.pass_at[k], b.pass_at[k], limits, basis, is_share=True)
 
 
+def _at_cursor(first: Measured, second: Measured) -> Iterator[Row]:
+    ones, others = (side.results.editor.rows if side.results.editor else {} for side in (first, second))
+    for name in [name for name in ones if name in others]:
+        a, b = ones[name], others[name]
+        basis = f"{a.typed.lines:,} and {b.typed.lines:,} lines"
+        yield Row(f"{name}: keys saved", a.typed.saved / 100, b.typed.saved / 100, None, basis, is_share=True)
+        for kind, title in PLACES.items():
+            if kind in a.places and kind in b.places:
+                x, y = a.places[kind], b.places[kind]
+                limits = share_difference(x.word, x.places, y.word, y.places)
+                basis = f"{x.places:,} and {y.places:,} places"
+                yield Row(f"  word right {title}", x.word, y.word, limits, basis, is_share=True)
+
+
 def rows(first: Measured, second: Measured) -> list[Row]:
     """Every figure that both have."""
-    return [*_bits(first, second), *_gaps(first, second), *_solved(first, second)]
+    return [*_bits(first, second), *_gaps(first, second), *_solved(first, second), *_at_cursor(first, second)]
 
 
 def comparison(first: Measured, second: Measured) -> str:

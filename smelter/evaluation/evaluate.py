@@ -1,6 +1,6 @@
 """How good a model is on code it has not seen: bits per byte, gaps filled in, problems solved.
 
-Everything that is measured on held-out files needs no code to be run (`bpb`, `gaps`); problems with
+Everything that is measured on held-out files needs no code to be run (`bpb`, `gaps`, `editor`); problems with
 tests are run in the sandbox (`problems`, `pass_at_k`). What costs minutes is off unless asked for.
 docs/evaluate.md explains each figure.
 """
@@ -9,26 +9,31 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 from annotated_types import Ge
 
-from smelter.base import CheckpointError, Progress, UserError, parse
+from smelter.base import CheckpointError, Progress, UserError, parse, table
 from smelter.decoding import FimOrder
 from smelter.evaluation.bpb import bits_of, by_language, compressor_baselines, document_cases, document_nats
 from smelter.evaluation.compare import Measured, comparison
+from smelter.evaluation.editor import choose_questions, model_rows, server_rows, word_rows
 from smelter.evaluation.gaps import InfillKind, choose_cases, exact_match, fill_in, filled, judged, sample_of
+from smelter.evaluation.held_out import HeldOut
 from smelter.evaluation.pass_at_k import attempt, problem_cases, solved
+from smelter.evaluation.places import CONTEXT_CHARACTERS
 from smelter.evaluation.problems import OWN_PROBLEMS, Problem, line_variants, load_problems
-from smelter.evaluation.tables import summary
+from smelter.evaluation.servers import Server, ServerKind
+from smelter.evaluation.tables import EDITOR_NOTE, editor_table, summary
 from smelter.model import Model
 from smelter.run import (
     RESULTS_FILE,
     Checkpoint,
     DocumentCase,
+    Editor,
     GapCase,
     GapsFilled,
     ProblemCase,
@@ -40,9 +45,10 @@ from smelter.run import (
     read_results,
     run_folder,
     trit_counts,
+    write_editor,
     write_results,
 )
-from smelter.tokens import Split, Tokenizer, open_shards
+from smelter.tokens import Tokenizer
 
 OWN, OWN_LINES = "smelter_problems", "smelter_lines"
 FULL_GAPS = 1_000
@@ -80,6 +86,18 @@ class EvaluateOptions:
     """File of problems with tests, as HumanEval or MBPP have them, to solve in the sandbox; repeat for more."""
     infill_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """File of gaps to fill in, as HumanEval-Infilling or SAFIM have them; repeat for more."""
+    editor: bool = False
+    """What arrives at the cursor while held-out code is typed, and how many keystrokes it saves."""
+    url: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """[NAME=]http://HOST:PORT[#MODEL] of a server to ask in --editor, too; repeat for more. It needs no checkpoint."""
+    url_kind: ServerKind | Literal["auto"] = "auto"
+    """How servers are asked: /infill, /v1/completions with suffix, or without; auto takes the first that they have."""
+    editor_places: Annotated[int, Ge(1)] = 200
+    """Most places of each kind: at a line's start, at a word's, inside a word."""
+    editor_lines: Annotated[int, Ge(1)] = 40
+    """Most lines to type."""
+    editor_characters: Annotated[int, Ge(100)] = CONTEXT_CHARACTERS
+    """Characters around the cursor that are shown, three quarters of them before it."""
     num_completions: Annotated[int, Ge(1)] = 1
     """Completions of every problem."""
     k: str = "1"
@@ -104,11 +122,23 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.compare is not None and self.checkpoint is not None:
             raise UserError(f"{self.checkpoint}: --compare takes two and nothing beside them")
-        if self.compare is None and self.checkpoint is None:
+        if self.compare is None and self.checkpoint is None and not self.url:
             raise UserError("give a run or a checkpoint, or --compare with two of them")
+        if self.url and not self.editor:
+            raise UserError("--url: a server is asked at the cursor alone: add --editor")
+        if self.url and self.checkpoint is None and self.shards is None:
+            raise UserError("--url without a run: give --shards, whose held-out files are typed")
+        names = [server.name for server in self.servers]
+        if len(set(names)) < len(names):
+            raise UserError(f"--url: two servers are called {max(names, key=names.count)}: give names, as in one=URL")
         if self.num_completions > 1 and self.temperature == 0:
             raise UserError("--temperature 0 writes the same completion each time: give a temperature above 0")
         _ = self.ks
+
+    @property
+    def servers(self) -> list[Server]:
+        """Of --url. Raises UserError."""
+        return [Server.parse(url) for url in self.url]
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -146,8 +176,7 @@ class Subject:
     model: Model
     tokenizer: Tokenizer
     checkpoint: Checkpoint
-    split: Split
-    documents: list[bytes]
+    held_out: HeldOut
     stride: int
 
 
@@ -158,15 +187,13 @@ def open_subject(path: Path, options: EvaluateOptions) -> Subject:
     stride = options.stride or max(1, context // 2)
     if not 1 <= stride <= context:
         raise UserError(f"--stride {options.stride}: must lie between 1 and the model's context of {context}")
-    split = open_shards(options.shards or Path(checkpoint.config.data.shards), tokenizer).split("val")
-    written = enumerate(zip(*split.written, strict=True))
-    documents = [tokenizer.decode_bytes(split.doc(i)[begin:end]) for i, (begin, end) in written]
-    return Subject(model, tokenizer, checkpoint, split, documents, stride)
+    held_out = HeldOut.open(options.shards or Path(checkpoint.config.data.shards), tokenizer)
+    return Subject(model, tokenizer, checkpoint, held_out, stride)
 
 
 def measure_bits(subject: Subject, batch_size: int) -> list[DocumentCase]:
     """How much each document surprises the model. Raises CheckpointError where that is not finite."""
-    split = subject.split
+    split = subject.held_out.split
     say = Progress("evaluate: bits per byte", "tokens", split.num_tokens)
     nats = document_nats(subject.model, split, stride=subject.stride, batch_size=batch_size, progress=say)
     if not np.isfinite(nats).all():
@@ -199,10 +226,7 @@ def fill_gaps(subject: Subject, names: list[str], options: EvaluateOptions) -> G
         "random_span": num_spans,
     }
 
-    def text_of(doc: int) -> str:  # conversations have no gaps: the model never saw one rearranged
-        return "" if subject.split.is_chat(doc) else subject.documents[doc].decode(errors="replace")
-
-    gaps = {kind: choose_cases(len(names), text_of, most[kind], options.seed, kind) for kind in most}
+    gaps = {kind: choose_cases(len(names), subject.held_out.code, most[kind], options.seed, kind) for kind in most}
 
     def fill(model: Model, kind: InfillKind, what: str, order: FimOrder = "spm") -> list[str]:
         say = Progress(f"evaluate: {what}", "gaps", len(gaps[kind]))
@@ -219,6 +243,23 @@ def fill_gaps(subject: Subject, names: list[str], options: EvaluateOptions) -> G
     }
     samples = tuple(islice(map(sample_of, lines, written["single_line"]), options.num_samples))
     return Gaps(options.seed, cases, exact_match(psm, lines), exact_match(by_fresh, lines), samples)
+
+
+def at_cursor(options: EvaluateOptions, held_out: HeldOut, subject: Subject | None) -> Editor:
+    """Servers, the model if there is one, and the buffer's words. Raises UserError."""
+    questions = choose_questions(
+        len(held_out.documents),
+        held_out.code,
+        options.editor_places,
+        options.editor_lines,
+        characters=options.editor_characters,
+        seed=options.seed,
+    )
+    rows = server_rows(options.servers, options.url_kind, questions)  # first: what they refuse is known at once
+    if subject is not None:
+        fresh = untrained(subject.model, subject.checkpoint.config.training.seed)
+        rows = model_rows(subject.model, subject.tokenizer, questions, fresh) | rows
+    return Editor(rows | word_rows(questions), options.seed, options.editor_characters)
 
 
 def solve(
@@ -251,10 +292,11 @@ def collect(
     gaps: Gaps,
     solutions: dict[str, Solved],
     answers: dict[str, Solved],
+    editor: Editor | None,
 ) -> Results:
     """All that was measured, as the result file has it; `solutions` are of problems, `answers` of gaps with tests."""
     model, checkpoint, state = subject.model, subject.checkpoint, subject.checkpoint.state or {}
-    bits, compressed = bits_of(documents), compressor_baselines(subject.documents)
+    bits, compressed = bits_of(documents), compressor_baselines(subject.held_out.documents)
     infill: dict[str, GapsFilled] = {kind: filled(kind, cases) for kind, cases in gaps.cases.items() if cases}
     lines = infill.get("single_line")
     return Results(
@@ -283,6 +325,7 @@ def collect(
         samples=gaps.samples,
         pass_at_k=solutions,
         infill_files=answers,
+        editor=editor,
     )
 
 
@@ -292,12 +335,13 @@ def evaluate(path: Path, options: EvaluateOptions) -> tuple[Results, Path]:
         options = replace(options, pass_at_k=True, max_infill=FULL_GAPS, max_spans=FULL_GAPS)
     problems, gap_files = problem_sets(options)
     subject = open_subject(path, options)
+    editor = at_cursor(options, subject.held_out, subject) if options.editor else None
     documents = measure_bits(subject, options.batch_size)
     gaps = fill_gaps(subject, [document.case for document in documents], options)
     solutions, solution_cases = solve(subject, "pass_at_k", problems, options)
     likeliest = replace(options, num_completions=1, k="1", temperature=0.0)
     answers, answer_cases = solve(subject, "infill_files", gap_files, likeliest)
-    results = collect(subject, documents, gaps, solutions, answers)
+    results = collect(subject, documents, gaps, solutions, answers, editor)
     out = options.out or run_folder(subject.checkpoint.path) / RESULTS_FILE
     write_results(out, results, [*documents, *chain(*gaps.cases.values()), *solution_cases, *answer_cases])
     return results, out
@@ -331,4 +375,10 @@ def main(argv: list[str]) -> int:
         results, out = evaluate(options.checkpoint, options)
         print(summary(results))
         print(f"written to {out}")
+    elif options.shards is not None:
+        editor = at_cursor(options, HeldOut.open(options.shards, Tokenizer.load(options.shards)), None)
+        print(f"{table(editor_table(editor))}\n\n{EDITOR_NOTE}")
+        if options.out is not None:
+            write_editor(options.out, editor)
+            print(f"written to {options.out}")
     return 0

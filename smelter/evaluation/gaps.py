@@ -12,7 +12,7 @@ much of an answer would have to be typed anew.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rapidfuzz.distance import Levenshtein
 
@@ -21,6 +21,7 @@ from smelter.model import Model
 from smelter.run import GapCase, GapsFilled, Sample
 from smelter.tokens import Tokenizer
 
+T = TypeVar("T")
 InfillKind = Literal["single_line", "multi_line", "random_span"]
 
 GAP_TOKENS: dict[InfillKind, int] = {"single_line": 64, "multi_line": 128, "random_span": 48}
@@ -110,32 +111,39 @@ def _candidates(text: str, kind: InfillKind, seed: int, doc: int) -> list[tuple[
     return spans
 
 
-def choose_cases(
-    num_docs: int, text: Callable[[int], str], num_cases: int, seed: int = 0, kind: InfillKind = "single_line"
-) -> list[InfillCase]:
-    """Up to `num_cases` gaps, one per document in shuffled order, then a second one of each, and so on.
+def spread(num_docs: int, num: int, seed: int, candidates: Callable[[int], list[T]]) -> list[T]:
+    """Up to `num` candidates, one per document in shuffled order, then a second one of each, and so on.
 
-    `text(i)` is document i; only the documents that are needed are read. Fewer cases come back where the
-    documents have no more candidates.
+    `candidates(i)` are document i's, taken from the end; only the documents that are needed are asked. Fewer come back
+    where there are no more.
     """
     order = list(range(num_docs))
     random.Random(seed).shuffle(order)
-    texts: dict[int, str] = {}
-    spans: dict[int, list[tuple[int, int]]] = {}
-    cases: list[InfillCase] = []
-    while order and len(cases) < num_cases:
+    left: dict[int, list[T]] = {}
+    chosen: list[T] = []
+    while order and len(chosen) < num:
         for doc in order:
-            if len(cases) == num_cases:
+            if len(chosen) == num:
                 break
-            if doc not in texts:
-                texts[doc] = text(doc)
-                spans[doc] = _candidates(texts[doc], kind, seed, doc)
-            if spans[doc]:
-                start, end = spans[doc].pop()
-                whole = texts[doc]
-                cases.append(InfillCase(doc, whole[:start], whole[start:end], whole[end:]))
-        order = [doc for doc in order if doc not in spans or spans[doc]]
-    return cases
+            if doc not in left:
+                left[doc] = candidates(doc)
+            if left[doc]:
+                chosen.append(left[doc].pop())
+        order = [doc for doc in order if doc not in left or left[doc]]
+    return chosen
+
+
+def choose_cases(
+    num_docs: int, text: Callable[[int], str], num_cases: int, seed: int = 0, kind: InfillKind = "single_line"
+) -> list[InfillCase]:
+    """Up to `num_cases` gaps, spread over the documents; `text(i)` is document i."""
+
+    def cases_of(doc: int) -> list[InfillCase]:
+        whole = text(doc)
+        spans = _candidates(whole, kind, seed, doc)
+        return [InfillCase(doc, whole[:start], whole[start:end], whole[end:]) for start, end in spans]
+
+    return spread(num_docs, num_cases, seed, cases_of)
 
 
 def is_exact(written: str, expected: str) -> bool:

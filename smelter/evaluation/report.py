@@ -20,9 +20,10 @@ from smelter import __version__
 from smelter.base import ConfigError, DataError, parse, short_duration, short_number, write_text
 from smelter.config import load_config
 from smelter.evaluation.charts import Row, in_layer_order, make_charts
+from smelter.evaluation.editor import HEALED
 from smelter.evaluation.intervals import wilson
-from smelter.evaluation.tables import tables
-from smelter.run import METRICS_FILE, RESULTS_FILE, SAMPLES_FILE, read_metrics, read_results
+from smelter.evaluation.tables import EDITOR_NOTE, tables
+from smelter.run import METRICS_FILE, RESULTS_FILE, SAMPLES_FILE, Editor, read_metrics, read_results
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def gather(run_dir: Path) -> dict[str, Any]:
             "untrained": results.infill_exact_match_untrained,
         }
         num_params, tokens, seconds = results.num_params, results.train_tokens, results.train_seconds
+    rows_at_cursor = results.editor.rows if results and results.editor else {}
+    saved: dict[str, float | None] = {name: row.typed.saved for name, row in rows_at_cursor.items()}
     exact, cases = infill.get("trained"), results.infill_cases if results else 0
     export = run_dir / "export"
     charts = make_charts(rows)
@@ -135,6 +138,8 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "tokens": tokens or latest.get("tokens"),
         "seconds": seconds or latest.get("elapsed_seconds"),
         "infill": bars(infill, "trained"),
+        "saved": bars(saved, HEALED),
+        "editor_note": EDITOR_NOTE,
         "exact": exact,
         "cases": cases,
         "interval": None if exact is None else wilson(exact, cases),
@@ -144,7 +149,9 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "chart_data": {chart.id: chart.data() for chart in charts},
         "held_out_samples": [asdict(sample) for sample in results.samples] if results else [],
         "samples": [(step, [s for s in samples if s["step"] == step]) for step in sorted({s["step"] for s in samples})],
-        "results": {k: v for k, v in vars(results).items() if not isinstance(v, (dict, tuple))} if results else {},
+        "results": {k: v for k, v in vars(results).items() if not isinstance(v, (dict, tuple, Editor))}
+        if results
+        else {},
         "files": [(p.relative_to(run_dir), p.stat().st_size) for p in sorted(export.rglob("*")) if p.is_file()],
         "exports": {path.parent.name: read_json(path) for path in sorted(export.rglob("export.json"))},
     }

@@ -2,9 +2,14 @@
 
 from smelter.base import percent, table
 from smelter.evaluation.intervals import wilson
-from smelter.run import Results
+from smelter.run import Editor, Results
 
 KINDS = {"single_line": "a line", "multi_line": "2 to 8 lines", "random_span": "a span of characters"}
+PLACES = {"line_start": "at a line's start", "word_start": "at a word's start", "in_word": "inside a word"}
+EDITOR = "At the cursor"
+EDITOR_NOTE = (
+    "At the cursor: keystrokes saved, and how often first character / word / line / line and end are right, in %"
+)
 TRITS = {-1: "-1", 0: "0", 1: "+1"}
 
 
@@ -22,7 +27,8 @@ def summary(results: Results) -> str:
         everything = sum(totals.values())
         shares = ", ".join(f"{totals[trit] / everything:.1%} {name}" for trit, name in TRITS.items())
         rows.append(("weights", f"{everything:,} ternary: {shares}"))
-    return "\n\n".join([table(rows), *map(table, tables(results).values())])
+    notes = [EDITOR_NOTE] if results.editor else []
+    return "\n\n".join([table(rows), *map(table, tables(results).values()), *notes])
 
 
 def tables(results: Results) -> dict[str, list[list[str]]]:
@@ -34,6 +40,7 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
         "Bits per byte by language": _languages(results),
         "Gaps filled in": _gaps(results),
         "Problems solved": _solved(results),
+        EDITOR: editor_table(results.editor) if results.editor else [],
     }
     return {title: rows for title, rows in parts.items() if len(rows) > 1}
 
@@ -74,4 +81,20 @@ def _solved(results: Results) -> list[list[str]]:
         rows.append([name, *passed(solved.pass_at), exact, similar, f"{solved.num_problems:,}{times}"])
         for difficulty, level in solved.by_difficulty.items():
             rows.append([f"  difficulty {difficulty}", *passed(level.pass_at), "", "", f"{level.num_problems:,}"])
+    return rows
+
+
+def editor_table(editor: Editor) -> list[list[str]]:
+    """A row for each who suggests; `EDITOR_NOTE` explains the cells."""
+    rows = [["suggested by", "saved per 100", *PLACES.values(), "median ms", "95% ms", "of"]]
+    for name, row in editor.rows.items():
+        cells, most = [], 0
+        for kind in PLACES:
+            right = row.places.get(kind)
+            shares = [] if right is None else [right.first_character, right.word, right.line, right.end]
+            cells.append(" / ".join(f"{100 * share:.0f}" for share in shares))
+            most = max(most, 0 if right is None else right.places)
+        times = ["", ""] if row.latency is None else [f"{row.latency.median_ms:.0f}", f"{row.latency.p95_ms:.0f}"]
+        asked = f"{most:,} places, {row.typed.lines:,} lines" if most else f"{row.typed.lines:,} lines"
+        rows.append([name, f"{row.typed.saved:.1f}", *cells, *times, asked])
     return rows

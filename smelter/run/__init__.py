@@ -27,17 +27,23 @@ from smelter.run.packed import write_packed
 from smelter.run.plan import plan
 from smelter.run.results import (
     RESULTS_FILE,
+    AtCursor,
     Case,
     DocumentCase,
+    Editor,
     GapCase,
     GapsFilled,
     LanguageBits,
+    Latency,
     LevelSolved,
     ProblemCase,
     Results,
     Solved,
+    Suggester,
+    Typed,
     read_cases,
     read_results,
+    write_editor,
     write_results,
 )
 from smelter.run.schedule import RunLength, final_cap, kl_weight, set_rates

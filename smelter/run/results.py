@@ -60,6 +60,59 @@ class Solved(LevelSolved):
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class AtCursor:
+    """Suggestions at places of one kind: the shares of which the first character, the first word, the line is right.
+
+    `end`: nothing followed the right line; it ended by itself or with a line break.
+    """
+
+    first_character: float
+    word: float
+    line: float
+    end: float
+    places: int
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Lines typed with suggestions: keystrokes saved per 100, characters (with line breaks, no indentation), keys."""
+
+    saved: float
+    characters: int
+    keys: int
+    lines: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds from asking to the end of the first line, one request at a time."""
+
+    median_ms: float
+    p95_ms: float
+    requests: int
+
+
+@dataclass(frozen=True)
+class Suggester:
+    """How one who suggests did at the cursor."""
+
+    places: dict[str, AtCursor]
+    """By kind of place: line_start, word_start, in_word."""
+    typed: Typed
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True)
+class Editor:
+    """What arrived at the cursor while somebody typed held-out code, from each who suggests."""
+
+    rows: dict[str, Suggester]
+    seed: int
+    characters: int
+    """Shown around the cursor, at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """All figures of one evaluation. What could not be known or was not asked for is None."""
@@ -91,6 +144,7 @@ class Results:
     samples: tuple[Sample, ...]
     pass_at_k: dict[str, Solved] = field(default_factory=dict)
     infill_files: dict[str, Solved] = field(default_factory=dict)
+    editor: Editor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +201,11 @@ def write_results(path: Path, results: Results, cases: Iterable[Case]) -> None:
     """The figures, and the cases beside them."""
     write_text(cases_path(path), "".join(f"{_json(case)}\n" for case in cases))
     write_text(path, f"{_json(results, indent=2)}\n")
+
+
+def write_editor(path: Path, editor: Editor) -> None:
+    """The one part that can be measured without a checkpoint, under its key."""
+    write_text(path, f"{_json({'editor': editor}, indent=2)}\n")
 
 
 def read_results(path: Path) -> Results:

@@ -10,7 +10,8 @@ from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from smelter.decoding import Answer, End, Engine, EngineBusy, EngineStopped, Piece, Request, Token
+from smelter.decoding import Answer, End, EngineBusy, EngineStopped, Piece, Request, Token
+from smelter.serving.engines import AnyEngine
 from smelter.serving.errors import ApiError
 from smelter.serving.stats import Stats
 from smelter.tokens import Tokenizer
@@ -24,7 +25,7 @@ CLIENT_GONE = 499
 class Service:
     """What the routes share."""
 
-    engine: Engine
+    engine: AnyEngine
     tokenizer: Tokenizer
     name: str
     created: int

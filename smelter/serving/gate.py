@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,6 +78,8 @@ class Gate:
                 await Response(status_code=204, headers=allowed)(scope, receive, marked)
             else:
                 await self.app(scope, _replayed(body or b"", receive), marked)
+        except ClientDisconnect:
+            pass  # nobody is there to be answered
         finally:
             route = scope.get("route")
             self.stats.note_request(getattr(route, "path", "other"), status, time.monotonic() - started)
@@ -102,14 +105,19 @@ class Gate:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, or None where it is larger than allowed, whatever its headers say."""
+    """The whole body, or None where it is larger than allowed, whatever its headers say.
+
+    Raises ClientDisconnect where it does not come: half a body is no request.
+    """
     body: bytes = b""
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
             return None
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+        if not message.get("more_body", False):
             return body
 
 

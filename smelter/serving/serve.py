@@ -6,6 +6,7 @@ The parts are in `smelter.serving`; they need the packages of the extra `serve`.
 import importlib.util
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -41,8 +42,9 @@ class ServeOptions:
     """Address to listen at. Any but a loopback address lets other machines ask: set a key then."""
     port: int = 8080
     """Port to listen at; 0 takes a free one."""
-    api_key: str | None = None
-    """Key that clients must send (Authorization: Bearer KEY); by default what SMELTER_API_KEY holds, if anything."""
+    api_key_file: Path | None = None
+    """File with the key that clients must send (Authorization: Bearer KEY); by default what SMELTER_API_KEY holds, if
+    anything. Not an option of its own: command lines are everybody's to read."""
     allow_origin: tuple[str, ...] = ()
     """Web sites whose pages may ask, such as http://localhost:3000 (CORS). By default only the server's own page."""
     name: str | None = None
@@ -99,14 +101,25 @@ def rules_of(options: ServeOptions) -> "Rules":
     """Who may ask, by the options."""
     from smelter.serving.gate import LOOPBACK_NAMES, Rules
 
-    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    key = os.environ.get(KEY_VARIABLE) if options.api_key_file is None else _read_key(options.api_key_file)
     hosts = LOOPBACK_NAMES | {options.host} if is_loopback(options.host) else None
-    return Rules(key, hosts, options.allow_origin)
+    return Rules(key or None, hosts, options.allow_origin)
+
+
+def _read_key(file: Path) -> str:
+    """The key in a file of one line. Raises UserError where there is none."""
+    try:
+        (key,) = file.read_text(encoding="utf-8").split()
+    except ValueError:  # UnicodeDecodeError is one
+        raise UserError(f"{file}: must hold the key and nothing else, on one line") from None
+    return key
 
 
 def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is in flight. A second signal ends at once."""
     import uvicorn
+
+    from smelter.serving.connections import Connection
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -126,7 +139,7 @@ def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> N
         ws="none",
         lifespan="off",
         server_header=False,
-        timeout_keep_alive=30,
+        http=Connection,
     )
     # Set here too: a signal may come before uvicorn listens for it.
     server = Server(config)
@@ -139,12 +152,13 @@ def main(argv: list[str]) -> int:
     """`smelter serve`."""
     options = parse(ServeOptions, argv, "smelter serve")
     check_extra()
+    rules = rules_of(options)
     with listen(options.host, options.port) as listener:
-        (_serve_llama_cpp if options.engine == "llama.cpp" else _serve_smelter)(options, listener)
+        (_serve_llama_cpp if options.engine == "llama.cpp" else _serve_smelter)(options, rules, listener)
     return 0
 
 
-def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
+def _serve_smelter(options: ServeOptions, rules: "Rules", listener: socket.socket) -> None:
     import torch
 
     from smelter.decoding import Engine
@@ -163,26 +177,38 @@ def _serve_smelter(options: ServeOptions, listener: socket.socket) -> None:
     engine.start()
     try:
         about = f"{name} ({num_params:,} parameters, context {engine.context:,})"
-        run(make_app(service, rules_of(options)), listener, lambda: _announce(options, listener, about))
+        run(make_app(service, rules), listener, lambda: _announce(options, rules, listener, about))
     finally:
         engine.stop()
 
 
-def _serve_llama_cpp(options: ServeOptions, listener: socket.socket) -> None:
+def _serve_llama_cpp(options: ServeOptions, rules: "Rules", listener: socket.socket) -> None:
     from smelter.run import load_checkpoint
-    from smelter.serving.proxy import find_llama_server, make_proxy_app, start_llama_server
+    from smelter.serving.app import make_app
+    from smelter.serving.bridge import Service
+    from smelter.serving.llama_engine import LlamaEngine
+    from smelter.serving.llama_server import find_llama_server, start_llama_server
+    from smelter.serving.stats import Stats
+    from smelter.tokens import Tokenizer
 
     checkpoint = load_checkpoint(options.checkpoint, with_state=False)
     name, context = _name(options, checkpoint), checkpoint.config.model.max_seq_len
+    tokenizer, num_params = Tokenizer.load(checkpoint.tokenizer_file), checkpoint.config.model.num_params_estimate
     files = sorted((options.checkpoint / "export" / "gguf").glob("*.gguf"))
     gguf = options.gguf or (files[0] if files else options.checkpoint / "export" / "gguf" / "model.gguf")
     server = start_llama_server(
         find_llama_server(options.llama_server), gguf, context=context, num_slots=options.slots, threads=options.threads
     )
     try:
-        app = make_proxy_app(server, name, rules_of(options), options.queue)
+        words = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+        # Special tokens too: they stand behind all others, so their ids tell of another size.
+        probe = "".join(word for word in words if re.fullmatch("[ A-Za-z_]+", word)) + "".join(tokenizer.special.names)
+        if server.tokenize(probe) != tokenizer.parse(probe):
+            raise UserError(f"{gguf}: has another tokenizer than {checkpoint.path}: export it anew, with --force")
+        engine = LlamaEngine(server, tokenizer, context=context, max_queue=options.queue)
+        service = Service(engine, tokenizer, name, int(time.time()), num_params, Stats(engine))
         about = f"{name} (llama.cpp, {gguf.name}, context {context:,})"
-        run(app, listener, lambda: _announce(options, listener, about))
+        run(make_app(service, rules), listener, lambda: _announce(options, rules, listener, about))
     finally:
         server.stop()
 
@@ -191,11 +217,10 @@ def _name(options: ServeOptions, checkpoint: "Checkpoint") -> str:
     return options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
 
 
-def _announce(options: ServeOptions, listener: socket.socket, about: str) -> None:
+def _announce(options: ServeOptions, rules: "Rules", listener: socket.socket, about: str) -> None:
     """Say where it is, on stdout, once it can be asked."""
     host, port = listener.getsockname()[:2]
-    rules = rules_of(options)
     if rules.hosts is None and rules.api_key is None:
-        warning = f"anyone who reaches {options.host} may ask: set --api-key or {KEY_VARIABLE}"
+        warning = f"anyone who reaches {options.host} may ask: set --api-key-file or {KEY_VARIABLE}"
         print(f"smelter serve: {warning}", file=sys.stderr)
     print(f"{about} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

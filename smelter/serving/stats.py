@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from smelter.decoding import End, Engine
+from smelter.decoding import End
+from smelter.serving.engines import AnyEngine
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -14,7 +15,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 class _EngineCollector(Collector):
     """Reads the engine's own counts when they are asked for."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -39,7 +40,7 @@ class _EngineCollector(Collector):
 class Stats:
     """The figures of one server."""
 
-    def __init__(self, engine: Engine | None = None) -> None:
+    def __init__(self, engine: AnyEngine | None = None) -> None:
         self._registry = CollectorRegistry()
         if engine is not None:
             self._registry.register(_EngineCollector(engine))

@@ -176,12 +176,12 @@ def read_as_written(ids: Ids, arranged: "Ids | list[int]", tokenizer: Tokenizer)
     """(shift, size): the first `size` of a document's `ids` stand in the arranged piece `arranged` from `shift` on.
 
     A teacher has read the text from left to right. Of a piece that is rearranged for fill-in-the-middle only the
-    prefix of prefix-suffix-middle order is read like that: there the student knows no more than the teacher did.
+    prefix of prefix-suffix-middle order is read like that, of one with peeks what comes before the first: there the
+    student knows no more than the teacher did.
     """
-    if len(arranged) == 0 or arranged[0] != tokenizer.fim_prefix_id:
-        return 0, len(arranged)
-    if arranged[1] == tokenizer.fim_suffix_id:
+    shift = int(len(arranged) > 0 and arranged[0] == tokenizer.fim_prefix_id)
+    if shift and arranged[1] == tokenizer.fim_suffix_id:
         return 0, 0
-    size = min(len(ids), len(arranged) - 1)
-    differs = np.flatnonzero(np.asarray(arranged[1 : size + 1]) != ids[:size])
-    return 1, int(differs[0]) if len(differs) else size
+    size = min(len(ids), len(arranged) - shift)
+    differs = np.flatnonzero(np.asarray(arranged[shift : size + shift]) != ids[:size])
+    return shift, int(differs[0]) if len(differs) else size

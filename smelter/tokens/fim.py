@@ -1,12 +1,13 @@
 """Fill-in-the-middle: a piece of a document rearranged, so that the model learns to write what is missing.
 
-As in Bavarian et al. (arXiv 2207.14255), a piece is cut at two uniformly random *characters* before tokenisation,
-so that a cursor inside a word is nothing new to the model, and rearranged as
+As in Bavarian et al. (arXiv 2207.14255), a piece is cut at two *characters* before tokenisation, anywhere or where a
+cursor stands (`cuts`), so that a cursor inside a word is nothing new to the model, and rearranged as
 
     PSM: [fim_prefix] prefix [fim_suffix] suffix [fim_middle] middle [eos]
     SPM: [fim_prefix][fim_suffix] suffix [fim_middle] prefix middle [eos]        (the paper's SPM variant 2)
 
-In SPM the prefix and the middle are one text and encoded as one; else the parts are encoded separately. This
+In SPM the prefix and the middle are one text and encoded as one, or, for prompts that are not healed, a share of them
+each on its own; else the parts are encoded separately. This
 happens to the piece of a document that a row holds ("context level"), so no middle is ever cut off.
 
 Each part gets the ids of encoding it whole, but only the words at its ends are encoded: between two *seams* the
@@ -24,11 +25,13 @@ So ids between two seams depend on nothing outside, neither in the document nor 
 for that pattern alone. Other tokenizers encode every part whole: the same ids, several times slower.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smelter.tokens.cuts import anywhere, at_cursor
 from smelter.tokens.tokenizer import QWEN2_SPLIT_PATTERN, Tokenizer
 
 MIN_FIM_CHARACTERS = 8
@@ -101,19 +104,37 @@ class Piece:
         return len(self.text[:character].encode("utf-8", "surrogateescape"))
 
 
-def apply_fim(tokenizer: Tokenizer, piece: Piece, rng: np.random.Generator, spm_rate: float) -> list[int]:
-    """`piece` cut at two characters drawn uniformly (the ends included) and rearranged, with sentinels and eos."""
+@dataclass(frozen=True)
+class Shares:
+    """Of the rearranged pieces: how many are in SPM order, and of those in two parts; how many are cut at a cursor."""
+
+    spm: float = 0.5
+    split: float = 0.0
+    """Of those in SPM order, the share whose prefix and middle are encoded each on its own."""
+    cursor: float = 0.0
+
+
+def _happens(share: float, rng: np.random.Generator) -> bool:
+    """True in that share of cases; nothing is drawn where it never happens."""
+    return share > 0 and rng.random() < share
+
+
+def apply_fim(tokenizer: Tokenizer, piece: Piece, rng: np.random.Generator, shares: Shares) -> list[int]:
+    """`piece` cut at two characters and rearranged, with sentinels and eos."""
     size = len(piece.text)
-    first, second = sorted(rng.integers(0, size + 1, size=2).tolist())
-    if rng.random() < spm_rate:
-        ids = tokenizer.join_fim_prompt(piece.encode(0, second), piece.encode(second, size), use_spm=True)
+    is_at_cursor = _happens(shares.cursor, rng)
+    first, second = at_cursor(piece.text, rng, "near the end") if is_at_cursor else anywhere(piece.text, rng)
+    suffix = piece.encode(second, size)
+    if rng.random() >= shares.spm:
+        ids = tokenizer.join_fim_prompt(piece.encode(0, first), suffix) + piece.encode(first, second)
+    elif _happens(shares.split, rng):
+        ids = tokenizer.join_fim_prompt(piece.encode(0, first), suffix, use_spm=True) + piece.encode(first, second)
     else:
-        ids = tokenizer.join_fim_prompt(piece.encode(0, first), piece.encode(second, size))
-        ids += piece.encode(first, second)
+        ids = tokenizer.join_fim_prompt(piece.encode(0, second), suffix, use_spm=True)
     return [*ids, tokenizer.eos_id]
 
 
-def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator, spm_rate: float) -> list[int] | None:
+def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator, shares: Shares) -> list[int] | None:
     """A piece rearranged into at most `room` tokens, None if there is too little text to cut.
 
     `ids` are consecutive ids of an encoded document and may end in eos. Tokens that would not fit are taken from the
@@ -127,7 +148,7 @@ def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator,
         piece = Piece(tokenizer, body)
         if len(piece.text) < MIN_FIM_CHARACTERS:
             return None
-        arranged = apply_fim(tokenizer, piece, rng, spm_rate)
+        arranged = apply_fim(tokenizer, piece, rng, shares)
         excess = len(arranged) - room
         if excess <= 0:
             return arranged

@@ -50,4 +50,4 @@ def test_what_the_page_says_of_our_problems() -> None:
     assert f"{len(problems)} small Python problems" in page
     for level in range(1, 5):
         assert f"| {level} | {sum(problem.difficulty == level for problem in problems)} |" in page
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7

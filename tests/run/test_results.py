@@ -11,15 +11,20 @@ from smelter.__main__ import main
 from smelter.base.errors import DataError
 from smelter.run.metrics import Sample
 from smelter.run.results import (
+    AtCursor,
     Case,
     DocumentCase,
+    Editor,
     GapCase,
     GapsFilled,
     LanguageBits,
+    Latency,
     LevelSolved,
     ProblemCase,
     Results,
     Solved,
+    Suggester,
+    Typed,
     cases_path,
     read_cases,
     read_results,
@@ -43,6 +48,16 @@ WHOLE = tiny.results(
     samples=(Sample("é\n", "", "x", "y"),),
     pass_at_k={"own": PROBLEMS},
     infill_files={"gaps": replace(PROBLEMS, pass_at={1: 0.5}, exact_match=0.0, edit_similarity=0.5, by_difficulty={})},
+    editor=Editor(
+        {
+            "a server": Suggester(
+                {"in_word": AtCursor(0.5, 0.25, 0.0, 0.0, 4)}, Typed(20.0, 10, 8, 1), Latency(5, 9.5, 4)
+            ),
+            "a menu": Suggester({}, Typed(0.0, 10, 10, 1)),
+        },
+        seed=0,
+        characters=1_000,
+    ),
 )
 CASES: list[Case] = [
     DocumentCase("bits_per_byte", "0/a\u2028b", "c++", 12.5, 7),
@@ -72,6 +87,8 @@ def test_the_file_for_other_programs(tmp_path: Path) -> None:
     ]
     assert values["pass_at_k"]["own"]["by_difficulty"]["4"] == {"pass@1": 0.0, "pass@10": 1.0, "num_problems": 1}
     assert values["infill_files"]["gaps"]["exact_match"] == 0.0
+    assert values["editor"]["rows"]["a server"]["typed"] == {"saved": 20.0, "characters": 10, "keys": 8, "lines": 1}
+    assert "latency" not in values["editor"]["rows"]["a menu"]
     lines = [json.loads(line) for line in cases_path(tmp_path / "x.json").read_text().split("\n")[:-1]]
     assert lines[2] == {
         "measure": "pass_at_k/own",

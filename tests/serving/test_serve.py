@@ -67,12 +67,20 @@ def test_a_second_signal_ends_at_once(run: Path, second: signal.Signals) -> None
 
 
 @pytest.mark.slow
-def test_what_it_says_and_the_key_from_the_environment(run: Path) -> None:
-    with command(run, "--name", "mine", environment={"SMELTER_API_KEY": "secret"}) as (process, url):
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_what_it_says_and_the_key(run: Path, tmp_path: Path, place: str) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    options = ["--api-key-file", str(file)] if place == "file" else []
+    environment = {"SMELTER_API_KEY": "secret"} if place == "environment" else {}
+    with command(run, "--name", "mine", *options, environment=environment) as (process, url):
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
         assert httpx.get(f"{url}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer secret"}
         assert httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"] == "mine"
+        if (line := Path(f"/proc/{process.pid}/cmdline")).exists():
+            assert b"smelter" in line.read_bytes()
+            assert b"secret" not in line.read_bytes()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
 
@@ -163,9 +171,26 @@ def environment_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("environment_key")
-def test_a_key_on_the_command_line_goes_first() -> None:
+def test_a_file_with_the_key_goes_first(tmp_path: Path) -> None:
     assert rules_of(ServeOptions(Path())).api_key == "from the environment"
-    assert rules_of(ServeOptions(Path(), api_key="given")).api_key == "given"
+    file = tmp_path / "key"
+    file.write_text(" from-the-file \r\n")
+    assert rules_of(ServeOptions(Path(), api_key_file=file)).api_key == "from-the-file"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"one\ntwo\n", b"\xff"])
+def test_a_file_without_a_key(run: Path, tmp_path: Path, capsys: Any, content: bytes) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    assert main(["serve", str(run), "--port", "0", "--api-key-file", str(file)]) == 2
+    assert f"{file}: must hold the key and nothing else, on one line" in one_line(capsys)
+
+
+def test_no_file_and_no_key_on_the_command_line(run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["serve", str(run), "--port", "0", "--api-key-file", str(tmp_path / "none")]) == 2
+    assert "none: No such file or directory" in one_line(capsys)
+    assert main(["serve", str(run), "--port", "0", "--api-key", "secret"]) == 2
+    assert "did you mean --api-key-file?" in one_line(capsys)
 
 
 def test_ipv6() -> None:

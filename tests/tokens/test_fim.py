@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from smelter.tokens.cuts import at_cursor
 from smelter.tokens.fim import (
     FIM_SLACK,
     MIN_FIM_CHARACTERS,
@@ -20,6 +21,7 @@ from smelter.tokens.fim import (
     Ids,
     Piece,
     Seams,
+    Shares,
     apply_fim,
     fit_fim,
 )
@@ -218,7 +220,7 @@ def test_rearranging_equals_the_plain_way(
     tokens = tokenizer(name)
     ids = np.append(data.draw(windows(name)), [tokens.eos_id] * has_eos).astype(np.int64)
     fast, plain = rng(seed), rng(seed)
-    assert fit_fim(tokens, ids, room, fast, spm_rate) == plain_fit(tokens, ids, room, plain, spm_rate)
+    assert fit_fim(tokens, ids, room, fast, Shares(spm_rate)) == plain_fit(tokens, ids, room, plain, spm_rate)
     assert fast.random() == plain.random()  # what follows is drawn alike
 
 
@@ -230,7 +232,7 @@ def test_windows_of_code_equal_the_plain_way(name: str) -> None:
     for seed in range(40):
         begin = int(rng(seed).integers(len(ids) - 700))
         window = ids[begin : begin + 700]
-        assert fit_fim(tokens, window, 705, rng(seed), 0.5) == plain_fit(tokens, window, 705, rng(seed), 0.5)
+        assert fit_fim(tokens, window, 705, rng(seed), Shares()) == plain_fit(tokens, window, 705, rng(seed), 0.5)
 
 
 @given(
@@ -259,7 +261,7 @@ def test_only_words_that_a_cut_touches_are_encoded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Tokenizer, "encode", counted)
     for seed in range(20):
         encoded.clear()
-        assert undo_fim(apply_fim(TOKENS, piece, rng(seed), 0.5)) == piece.text.encode()
+        assert undo_fim(apply_fim(TOKENS, piece, rng(seed), Shares())) == piece.text.encode()
         assert sum(map(len, encoded)) < 600
 
 
@@ -282,7 +284,7 @@ def test_which_tokenizers_have_seams() -> None:
 @given(text=text_strategy, seed=st.integers(0, 2**32), spm_rate=st.sampled_from([0.0, 0.5, 1.0]))
 @settings(max_examples=200)
 def test_undoing_fim_gives_every_byte_back(text: str, seed: int, spm_rate: float) -> None:
-    ids = apply_fim(TOKENS, piece_of(text), rng(seed), spm_rate)
+    ids = apply_fim(TOKENS, piece_of(text), rng(seed), Shares(spm_rate))
     assert undo_fim(ids) == text.encode()
     assert Counter(ids)[EOS] == 1
     assert ids[-1] == EOS
@@ -290,7 +292,7 @@ def test_undoing_fim_gives_every_byte_back(text: str, seed: int, spm_rate: float
 
 @given(text=text_strategy, seed=st.integers(0, 2**32))
 def test_both_orders_cut_at_the_same_characters(text: str, seed: int) -> None:
-    psm, spm = (apply_fim(TOKENS, piece_of(text), rng(seed), rate) for rate in (0.0, 1.0))
+    psm, spm = (apply_fim(TOKENS, piece_of(text), rng(seed), Shares(rate)) for rate in (0.0, 1.0))
     first, second = sorted(rng(seed).integers(0, len(text) + 1, size=2).tolist())
     prefix, middle, suffix = text[:first], text[first:second], text[second:]
     assert psm == [*TOKENS.fim_prompt(prefix, suffix), *TOKENS.encode(middle), EOS]
@@ -300,11 +302,35 @@ def test_both_orders_cut_at_the_same_characters(text: str, seed: int) -> None:
     assert spm[at + 1 : -1] == TOKENS.encode(prefix + middle)
 
 
+def test_split_pieces_are_encoded_in_parts_and_cursors_are_where_they_stand() -> None:
+    text, orders = tiny.CODE[:2_000], Counter[str]()
+    for seed in range(400):
+        ids = apply_fim(TOKENS, piece_of(text), rng(seed), Shares(0.5, split=0.5, cursor=1.0))
+        assert undo_fim(ids) == text.encode()
+        generator = rng(seed)
+        assert generator.random() < 1.0  # the draw of `cursor`
+        first, second = at_cursor(text, generator, "near the end")
+        prefix, middle, suffix = (TOKENS.encode(part) for part in (text[:first], text[first:second], text[second:]))
+        whole = TOKENS.encode(text[:second])
+        spm = [*TOKENS.join_fim_prompt([], suffix, use_spm=True)]
+        forms = {
+            "psm": [*TOKENS.join_fim_prompt(prefix, suffix), *middle, EOS],
+            "split": [*spm, *prefix, *middle, EOS],
+            "spm": [*spm, *whole, EOS],
+        }
+        names = [name for name, form in forms.items() if form == ids]
+        assert names
+        orders[names[0] if len(names) == 1 else "alike"] += 1
+    assert orders["psm"] / 400 == pytest.approx(0.5, abs=0.08)
+    assert orders["split"] > 40  # half of SPM's, but for cuts where both ways give the same ids
+    assert orders["spm"] > 40
+
+
 def test_cuts_are_uniform_over_characters_and_reach_the_ends() -> None:
     piece, generator = piece_of("abcdefghij"), rng(0)
     lengths = Counter[int]()
     for _ in range(3_000):
-        ids = apply_fim(TOKENS, piece, generator, 0.0)
+        ids = apply_fim(TOKENS, piece, generator, Shares(0.0))
         lengths[len(TOKENS.decode(ids[: ids.index(SENTINELS[1])]))] += 1
     assert set(lengths) == set(range(11))
     # The smaller of two uniform positions among 11 is k with chance (2 * (10 - k) + 1) / 121.
@@ -323,7 +349,7 @@ def test_cuts_are_uniform_over_characters_and_reach_the_ends() -> None:
 def test_what_fits_is_whole(text: str, seed: int, room: int, begin: int, has_eos: bool) -> None:
     """Also for pieces that begin and end inside a character: a prefix of the piece's bytes, in at most `room` ids."""
     ids = np.array(TOKENS.encode(text)[begin:] + [EOS] * has_eos, dtype=np.int64)
-    arranged = fit_fim(TOKENS, ids, room, rng(seed), 0.5)
+    arranged = fit_fim(TOKENS, ids, room, rng(seed), Shares())
     raw = TOKENS.decode_bytes(ids)
     if arranged is None:
         assert len(raw.decode("utf-8", "surrogateescape")) < 8 or room < 4 + 3 + len(ids)
