@@ -212,7 +212,7 @@ class ChatRequest(TemplateRequest, Sampling):
 
 
 class LlamaSampling(Sampling):
-    """What llama.cpp's /infill and /completion share."""
+    """The same with the defaults of llama.cpp's server, but for the temperature, and its names."""
 
     temperature: Temperature = 0.0
     top_k: TopK = 40

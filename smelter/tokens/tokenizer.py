@@ -220,14 +220,9 @@ class Tokenizer:
         return self._encode_escaped(text)
 
     def parse(self, text: str) -> list[int]:
-        """Ids of `text` in which the name of a special token is that token, as llama.cpp's server reads a prompt.
-
-        For who lays out a prompt in text; what others have written goes through `encode`.
-        """
-        ids: list[int] = []
-        for i, part in enumerate(self._special_pattern.split(text)):
-            ids += [self._special_ids[part]] if i % 2 else self.encode(part) if part else []
-        return ids
+        """Ids of a prompt that somebody lays out: the name of a special token is that token, as llama.cpp reads it."""
+        parts = enumerate(self._special_pattern.split(text))  # every second part is a name
+        return [index for i, part in parts for index in ([_id(self._backend, part)] if i % 2 else self.encode(part))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores."""
@@ -285,13 +280,10 @@ class Tokenizer:
         return len(self._token_bytes)
 
     @cached_property
-    def _special_ids(self) -> dict[str, int]:
-        return {name.decode(): index for index, name in self._special_names.items()}
-
-    @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        """Finds their names; of two that begin alike the longer."""
-        return re.compile(f"({'|'.join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))})")
+        """Finds the names of special tokens; of two that begin alike the longer."""
+        names = sorted((name.decode() for name in self._special_names.values()), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
 
     @cached_property
     def hash(self) -> str:

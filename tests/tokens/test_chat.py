@@ -110,8 +110,8 @@ def test_a_document_begins_with_the_prompt_of_inference(answer: str) -> None:
 
 
 def test_unknown_roles_and_tokenizers_without_conversations_are_refused() -> None:
-    with pytest.raises(DataError, match=r"role 'tool'.*system, user, assistant"):
-        CHAT.render([{"role": "tool", "content": "x"}])
+    with pytest.raises(DataError, match=r"role 'narrator'.*system, user, assistant, tool"):
+        CHAT.render([{"role": "narrator", "content": "x"}])
     old = Tokenizer.train([tiny.CODE], 300, SpecialTokens(im_start="", im_end=""))
     assert stop_ids(old) == [old.eos_id]
     assert stop_ids(TOKENS) == [TOKENS.eos_id, TOKENS.im_end_id]
