@@ -283,10 +283,10 @@ class BatchStream:
         return row
 
     def _targets(self, row: _Row) -> NDArray[np.int64]:
-        """[seq_len]: the next token of each but the last; with `fim_bridge` what a middle begins with, said earlier.
+        """[seq_len]: the next token of each but the last.
 
-        The token before [fim_suffix] and [fim_suffix] itself are followed by what nobody will ask for. What the middle
-        begins with is taught there instead, where it is near: [fim_middle] has then only to fetch it.
+        With `fim_bridge` [fim_suffix] and the token before it, which nobody asks for what follows, say what the middle
+        begins with, near what it goes on from: [fim_middle] has only to fetch it.
         """
         tokens = row.tokens
         targets = np.where(row.is_target, tokens, IGNORED)[1:]
@@ -301,18 +301,14 @@ class BatchStream:
 
     def _middle_in_psm(self, piece: "alignment.Ids | list[int]") -> int:
         """Where the middle begins in a piece in prefix-suffix-middle order, at the end of any other."""
-        is_fim = len(piece) > 1 and piece[0] == self.tokenizer.fim_prefix_id
-        if not is_fim or piece[1] == self.tokenizer.fim_suffix_id:
+        if len(piece) < 2 or piece[0] != self.tokenizer.fim_prefix_id or piece[1] == self.tokenizer.fim_suffix_id:
             return len(piece)
         return list(piece).index(self.tokenizer.fim_middle_id) + 1
 
     def _shortened(
         self, pieces: Iterator[tuple[int, int, alignment.Ids]], epoch: int, number: int
     ) -> Iterator[tuple[int, int, alignment.Ids]]:
-        """The pieces of a window, those of plain documents cut into some of `fim_piece_tokens` on average.
-
-        Lengths are uniform between half and one and a half of that; what would remain of less than a quarter stays.
-        """
+        """The pieces of a window, plain documents' cut into lengths from half to one and a half `fim_piece_tokens`."""
         mean, prompts = self.config.fim_piece_tokens, self.split.num_prompt
         rng = philox(self.seed, "lengths", epoch, number)
         for doc, begin, ids in pieces:
