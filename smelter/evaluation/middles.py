@@ -23,7 +23,7 @@ MAX_TOKENS = 64
 
 @torch.inference_mode()
 def middle_bpb(model: Model, tokenizer: Tokenizer, places: Sequence[Place], asked: Asked) -> float:
-    """Bits per byte of what is missing at the places, the first 64 tokens of each; what ends a line is not counted.
+    """Bits per byte of what is missing at the places, up to 64 tokens of each; what ends a line is not counted.
 
     Raises ValueError where nothing is missing.
     """
@@ -39,7 +39,8 @@ def middle_bpb(model: Model, tokenizer: Tokenizer, places: Sequence[Place], aske
             max_tokens=MAX_TOKENS,
             order="psm" if asked == "psm" else "spm",
         )
-        middle = tokenizer.encode_bytes(prompt.pending + place.missing.encode("utf-8", "surrogateescape"))[:MAX_TOKENS]
+        room = min(MAX_TOKENS, model.config.max_seq_len - len(prompt.ids) + 1)
+        middle = tokenizer.encode_bytes(prompt.pending + place.missing.encode("utf-8", "surrogateescape"))[:room]
         if not middle:
             continue
         tokens = torch.tensor([[*prompt.ids, *middle[:-1]]], device=device)

@@ -162,7 +162,7 @@ class Sampling(_Unsupported):
 class CompletionRequest(Sampling):
     """POST /v1/completions. With `suffix` (even an empty one) the text between prompt and suffix is written."""
 
-    prompt: Prompt = Field(description="Text or token ids, or a list of those.")
+    prompt: Prompt = Field(description="Text or token ids.")
     suffix: Text | None = None
     logprobs: NumTop | bool | None = None
     echo: bool = False
