@@ -37,8 +37,9 @@ step tokenize smelter tokenize $data/corpus.jsonl --vocab-size 4096 --out $data/
 # 3. Shards -> a model whose weights are -1, 0 and +1. The recipe says how large and for how long.
 step train smelter train recipes/quickstart.toml
 
-# 4. Bits per byte on the held-out files, beside gzip and xz; infilling of lines cut out of them.
-step evaluate smelter evaluate $run
+# 4. Bits per byte on the held-out files, beside gzip and xz; infilling of lines cut out of them; what arrives at the
+#    cursor of an editor while they are typed.
+step evaluate smelter evaluate $run --editor --editor-places 100 --editor-lines 20
 
 # 5. What it writes: the end of a function, then the middle of one.
 step complete smelter complete $run --max-tokens 48 \
