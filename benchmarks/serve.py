@@ -113,18 +113,12 @@ def llama_server(run: Path, program: str, context: int, threads: int) -> Iterato
         server.stop()
 
 
-def over_http(url: str, key: str | None) -> Callable[[Prompts, int], int]:
+def over_http(url: str, key: str | None, **options: Any) -> Callable[[Prompts, int], int]:
     """A function that writes `length` tokens after each prompt, all at once, and returns how many were written."""
 
     def write(prompts: Prompts, length: int) -> int:
         def one(prompt: list[int]) -> int:
-            body = {
-                "prompt": prompt,
-                "n_predict": length,
-                "temperature": 0.0,
-                "ignore_eos": True,
-                "cache_prompt": False,
-            }
+            body = {"prompt": prompt, "n_predict": length, "temperature": 0.0, "cache_prompt": False, **options}
             return int(post(f"{url}/completion", body, key)["tokens_predicted"])
 
         with ThreadPoolExecutor(len(prompts)) as pool:
@@ -188,9 +182,8 @@ def main() -> None:
         program = find_llama_server()
         if program is not None:
             with llama_server(run, program, context, threads) as (url, key):
-                found["llama-server TQ2_0"] = {
-                    n: measure(over_http(url, key), n, prompt_tokens, tokens) for n in CONCURRENCY
-                }
+                write = over_http(url, key, ignore_eos=True)
+                found["llama-server TQ2_0"] = {n: measure(write, n, prompt_tokens, tokens) for n in CONCURRENCY}
         write = with_transformers(run)
         found["Transformers fp32"] = {n: measure(write, n, prompt_tokens, tokens) for n in CONCURRENCY}
     print(f"{name}, {threads} threads: tokens/s of all together; each reads {prompt_tokens}, writes {tokens}")
