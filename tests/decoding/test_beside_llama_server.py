@@ -117,4 +117,4 @@ def test_the_infill_sampler_ends_answers_as_early(
         print(f"\nmean tokens of an answer: ours {means[0]:.1f}, llama-server's {means[1]:.1f}, standard error of the")
         print(f"  difference {error:.2f}; llama-server's without the infill sampler {means[2]:.1f}")
     assert abs(means[0] - means[1]) < 4 * error
-    assert means[1] < 0.7 * means[2]
+    assert means[1] < means[2] - 4 * error  # how much shorter depends on the model
