@@ -141,12 +141,12 @@ def server_command(file: Path, context: int) -> str:
     """The line that starts llama-server.
 
     /infill fills a batch with the code around the cursor, three parts before it to one after it, and what is left but
-    for `-n` tokens with other files: with a batch of half the context the answer has a quarter. Four slots, as
-    llama.vscode asks for three answers at once, that share their memory, so that each has the whole context.
-    Attention in float32, as flash attention computes in f16, which int8 activations amplify.
+    for twice `-n` tokens with other files: with a batch of half the context these and the answer have a quarter each.
+    Four slots, as llama.vscode asks for three answers at once, that share their memory, so that each has the whole
+    context. Attention in float32, as flash attention computes in f16, which int8 activations amplify.
     """
     batch, exact = max(1, context // 2), "-fa off -ctk f32 -ctv f32"
-    slots = f"-c {4 * context} -np 4 -kvu -n {max(1, context // 4)}"
+    slots = f"-c {4 * context} -np 4 -kvu -n {max(1, context // 8)}"
     return f"llama-server -m {shlex.quote(str(file))} {slots} -b {batch} -ub {batch} {exact} --port 8012"
 
 

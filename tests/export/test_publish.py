@@ -66,7 +66,7 @@ def test_all_writes_every_folder_and_one_card(published: Path, capsys: pytest.Ca
         assert {*report["files"], "export.json"} == {path.name for path in (out / name).iterdir()}
     assert run_export(published / "run", out, "--format", "all", "--license", "mit") == 0, "safe to repeat"
     said = capsys.readouterr().out
-    line = f"llama-server -m {out}/gguf/run-TQ2_0.gguf -c 384 -np 4 -kvu -n 24 -b 48 -ub 48 -fa off -ctk f32 -ctv f32"
+    line = f"llama-server -m {out}/gguf/run-TQ2_0.gguf -c 384 -np 4 -kvu -n 12 -b 48 -ub 48 -fa off -ctk f32 -ctv f32"
     assert f"to serve it: {line}" in said
     assert run_export(published / "run", published / "other", "--format", "hf", "--packed") == 2
     assert "--format all" in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_the_modelfile_has_our_order_and_stops(published: Path) -> None:
 
 def test_the_server_line_leaves_half_of_the_context(tmp_path: Path) -> None:
     command = server_command(Path("my models/a.gguf"), 2_048)
-    options = "-c 8192 -np 4 -kvu -n 512 -b 1024 -ub 1024 -fa off -ctk f32 -ctv f32 --port 8012"
+    options = "-c 8192 -np 4 -kvu -n 256 -b 1024 -ub 1024 -fa off -ctk f32 -ctv f32 --port 8012"
     assert command == f"llama-server -m 'my models/a.gguf' {options}"
 
 
