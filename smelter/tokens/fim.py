@@ -7,8 +7,8 @@ cursor stands (`cuts`), so that a cursor inside a word is nothing new to the mod
     SPM: [fim_prefix][fim_suffix] suffix [fim_middle] prefix middle [eos]        (the paper's SPM variant 2)
 
 In SPM the prefix and the middle are one text and encoded as one, or, for prompts that are not healed, a share of them
-each on its own; else the parts are encoded separately. This
-happens to the piece of a document that a row holds ("context level"), so no middle is ever cut off.
+each on its own; else the parts are encoded separately. This happens to the piece of a document that a row holds
+("context level"), so no middle is ever cut off.
 
 Each part gets the ids of encoding it whole, but only the words at its ends are encoded: between two *seams* the
 piece's own ids are copied. A seam is where an ASCII letter stands before an ASCII sign, that is, before any
