@@ -138,6 +138,10 @@ class DataConfig:
     """Mean length of the pieces that documents are cut into before they are rearranged; 0: what a row has room for."""
     fim_peek_tokens: Annotated[int, Ge(0)] = 0
     """Mean distance of peeks, text shown ahead of its place, in what is not rearranged; 0: none."""
+    fim_cut_rate: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Words cut in two for each token, the parts encoded each on its own, as prompts are that end inside a word."""
+    fim_position_skip: Annotated[int, Ge(0)] = 0
+    """At the token before a middle, positions skip up to so many: distances of suffixes that cost no tokens."""
     fim_bridge: bool = False
     """Before the suffix and at its token, predict what the middle begins with, and not the suffix."""
     fim_middle_weight: Annotated[float, Gt(0), "must be positive"] = 1.0
@@ -396,9 +400,7 @@ PRESETS: dict[str, Config] = {
         ),
         training=TrainingConfig(total_batch_size=4_096, num_steps=2_000, eval_every=500, muon_schedule="wsd"),
     ),
-    "50m": Config(
-        model=ModelConfig(hidden_size=512, num_heads=8, num_kv_heads=4, intermediate_size=1_280),
-    ),
+    "50m": Config(model=ModelConfig(hidden_size=512, num_heads=8, num_kv_heads=4, intermediate_size=1_280)),
     "100m": Config(),
     "125m": Config(model=ModelConfig(num_layers=16)),
     "300m": Config(model=ModelConfig(hidden_size=1_024, num_layers=24, num_heads=16, intermediate_size=2_816)),

@@ -2,10 +2,9 @@
 
 Packing: the documents of an epoch, in an order drawn from (seed, epoch), form one endless stream separated by eos.
 Rows are windows of it that overlap by one token, so that each token is a target once an epoch; they are drawn in
-random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`tokens.fim`) happens to the piece of
+random order, and the stream begins elsewhere each epoch. Fill-in-the-middle (`tokens.arrange`) happens to the piece of
 a document that a row holds and lengthens it by a few tokens: what no longer fits at the end of a row is left out
-*before* rearranging, and a few positions may stay empty. With `fim_piece_tokens` the pieces are shorter, for more gaps,
-and with `fim_peek_tokens` what is not rearranged has `tokens.peeks`.
+*before* rearranging, and a few positions may stay empty.
 
 Conversations (`tokens.chat`) are never rearranged. Their prompts are no targets, wherever a row cuts them; answers
 and the tokens that end them are, so a model learns to stop. They come as they lie among the other documents, or,
@@ -24,7 +23,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,7 +34,7 @@ from torch import Tensor
 from smelter.base import ConfigError, DataError
 from smelter.config import DataConfig
 from smelter.losses import ChunkBatch, SparseTeacher
-from smelter.tokens import IGNORED, Shares, Split, Tokenizer, alignment, fit_fim, with_peeks
+from smelter.tokens import IGNORED, Arranger, Split, Tokenizer, alignment
 
 
 class RowTeacher(Protocol):
@@ -75,6 +74,8 @@ class Batch:
     """What each stored teacher says about the B * T tokens."""
     chunks: tuple[ChunkBatch, ...] = ()
     """What each teacher with another tokenizer says about the targets."""
+    positions: Tensor | None = None
+    """[B, T] int64: where the student takes each token to stand; None for 0 .. T - 1. Teachers read without skips."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -202,8 +203,7 @@ class BatchStream:
         self.rows_per_step = rows_per_step
         self.cached = tuple(cached)
         self.chunk_teachers = tuple(chunk_teachers)
-        if config.fim_rate > 0 or config.fim_peek_tokens:
-            _check_fim_tokens(config, tokenizer)
+        self._arranger = Arranger(tokenizer, config, partial(philox, seed))
         self._weights = _document_weights(split, config)
         self._share, kinds = _kinds(split, config.instruct_share)
         self._kinds = [_Documents(split, docs, seq_len, seed, number) for number, docs in enumerate(kinds)]
@@ -230,6 +230,8 @@ class BatchStream:
             doc_ids = torch.from_numpy(np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32))
         if self._weights is not None:
             weights = torch.from_numpy(np.stack([row.weights[1:] for row in rows]))
+        skipping = [self._arranger.positions(*each) for each in zip(inputs, indices, strict=True)]
+        positions = [row for row in skipping if row is not None]
         return Batch(
             inputs=torch.from_numpy(inputs),
             targets=torch.from_numpy(targets),
@@ -237,6 +239,7 @@ class BatchStream:
             weights=weights,
             teachers=tuple(teacher.rows(indices) for teacher in self.cached),
             chunks=tuple(chunk_batch(of_rows) for of_rows in zip(*(row.chunks for row in rows), strict=True)),
+            positions=torch.from_numpy(np.stack(positions)) if positions else None,
         )
 
     def step(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -267,7 +270,8 @@ class BatchStream:
             if filled == size:
                 break
             num_prompt = 0 if prompts is None else int(prompts[doc])
-            piece = ids[: size - filled] if num_prompt else self._arranged(ids, size - filled, (epoch, number, place))
+            room, key = size - filled, (epoch, number, place)
+            piece = ids[:room] if num_prompt else self._arranger.arrange(ids, room, key)
             end = filled + len(piece)
             answer = min(end, filled + max(0, num_prompt - begin))
             row.tokens[filled:end] = piece
@@ -275,7 +279,7 @@ class BatchStream:
             if self._weights is not None:
                 row.weights[filled:answer] = 0
                 row.weights[answer:end] = self._weights[doc]
-                row.weights[filled + self._middle_in_psm(piece) : end] *= self.config.fim_middle_weight
+                row.weights[filled + self._arranger.middle_in_psm(piece) : end] *= self.config.fim_middle_weight
             for chunks, teacher in zip(row.chunks, self.chunk_teachers, strict=True):
                 shift, num_read = alignment.read_as_written(ids, piece, self.tokenizer)
                 chunks.put(filled + shift, teacher.chunks(doc, begin, num_read))
@@ -283,42 +287,24 @@ class BatchStream:
         return row
 
     def _targets(self, row: _Row) -> NDArray[np.int64]:
-        """[seq_len]: the next token of each but the last.
-
-        With `fim_bridge` [fim_suffix] and the token before it, which nobody asks for what follows, say what the middle
-        begins with, near what it goes on from: [fim_middle] has only to fetch it.
-        """
-        tokens = row.tokens
-        targets = np.where(row.is_target, tokens, IGNORED)[1:]
-        if self.config.fim_bridge:
-            suffixes = np.flatnonzero(tokens == self.tokenizer.fim_suffix_id)
-            middles = np.flatnonzero(tokens[:-1] == self.tokenizer.fim_middle_id)
-            after = np.searchsorted(middles, suffixes)
-            for suffix, number in zip(suffixes.tolist(), after.tolist(), strict=True):
-                if number < len(middles) and suffix > 0 and tokens[suffix - 1] != self.tokenizer.fim_prefix_id:
-                    targets[suffix - 1 : suffix + 1] = tokens[middles[number] + 1]
+        """[seq_len]: the next token of each but the last."""
+        targets = np.where(row.is_target, row.tokens, IGNORED)[1:]
+        self._arranger.bridge(row.tokens, targets)
         return targets
-
-    def _middle_in_psm(self, piece: "alignment.Ids | list[int]") -> int:
-        """Where the middle begins in a piece in prefix-suffix-middle order, at the end of any other."""
-        if len(piece) < 2 or piece[0] != self.tokenizer.fim_prefix_id or piece[1] == self.tokenizer.fim_suffix_id:
-            return len(piece)
-        return list(piece).index(self.tokenizer.fim_middle_id) + 1
 
     def _shortened(
         self, pieces: Iterator[tuple[int, int, alignment.Ids]], epoch: int, number: int
     ) -> Iterator[tuple[int, int, alignment.Ids]]:
-        """The pieces of a window, plain documents' cut into lengths from half to one and a half `fim_piece_tokens`."""
-        mean, prompts = self.config.fim_piece_tokens, self.split.num_prompt
+        """The pieces of a window, plain documents' cut into lengths (`Arranger.lengths`)."""
+        prompts = self.split.num_prompt
         rng = philox(self.seed, "lengths", epoch, number)
         for doc, begin, ids in pieces:
-            while mean and (prompts is None or not prompts[doc]) and len(ids) > mean // 2:
-                size = max(1, int(rng.integers(mean // 2, mean + mean // 2 + 1)))
-                if len(ids) - size < mean // 4:
-                    break
+            if prompts is not None and prompts[doc]:
+                yield doc, begin, ids
+                continue
+            for size in self._arranger.lengths(len(ids), rng):
                 yield doc, begin, ids[:size]
                 begin, ids = begin + size, ids[size:]
-            yield doc, begin, ids
 
     def _allotted(self, index: int) -> tuple[int, int]:
         """Kind of documents in row `index`, and how many rows of that kind come before it.
@@ -329,20 +315,6 @@ class BatchStream:
             return 0, index
         before, after = (math.floor(n * self._share) for n in (index, index + 1))
         return (1, before) if after > before else (0, index - before)
-
-    def _arranged(self, ids: alignment.Ids, room: int, key: tuple[int, int, int]) -> "alignment.Ids | list[int]":
-        """A piece, rearranged, with peeks, or as it is, in at most `room` tokens."""
-        data = self.config
-        if data.fim_rate > 0:
-            rng = philox(self.seed, "fim", *key)
-            if rng.random() < data.fim_rate:
-                shares = Shares(data.fim_spm_rate, data.fim_split_rate, data.fim_cursor_rate)
-                rearranged = fit_fim(self.tokenizer, ids, room, rng, shares)
-                if rearranged is not None:
-                    return rearranged
-        if data.fim_peek_tokens:
-            return with_peeks(self.tokenizer, ids, room, philox(self.seed, "peeks", *key), data.fim_peek_tokens)
-        return ids[:room]
 
 
 def chunk_batch(rows: Sequence[alignment.Chunks]) -> ChunkBatch:
@@ -383,17 +355,7 @@ def _kinds(split: Split, share: float) -> tuple[Fraction, list[NDArray[np.int64]
     return Fraction(share).limit_denominator(1_000_000), [plain, chats]
 
 
-def _check_fim_tokens(config: DataConfig, tokenizer: Tokenizer) -> None:
-    for role in ("prefix", "middle", "suffix"):
-        token, own = getattr(config, f"fim_{role}_token"), getattr(tokenizer.special, f"fim_{role}")
-        if token != own:
-            raise DataError(
-                f"data.fim_{role}_token = {token!r}, but the shards' tokenizer has {own!r}: set it to that, or "
-                f"tokenize again with --fim-{role}-token"
-            )
-
-
-_STREAMS = ("documents", "rows", "offset", "fim", "teacher", "lengths", "peeks")
+_STREAMS = ("documents", "rows", "offset", "fim", "teacher", "lengths", "peeks", "skips")
 
 
 def philox(seed: int, purpose: str, *counter: int) -> np.random.Generator:

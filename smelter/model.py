@@ -163,6 +163,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Token ids in, normalised hidden states out; `logits` applies the head."""
 
+    inverse: Tensor
     cos: Tensor
     sin: Tensor
 
@@ -182,9 +183,10 @@ class Model(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         inverse = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-        angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), inverse).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # [max_seq_len, D]
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("inverse", inverse, persistent=False)  # [D / 2]
+        cos, sin = self.rotation(torch.arange(config.max_seq_len))
+        self.register_buffer("cos", cos, persistent=False)  # [max_seq_len, D]
+        self.register_buffer("sin", sin, persistent=False)
         if self.embed_tokens.weight.device.type != "meta":
             self.reset_parameters()
 
@@ -256,6 +258,12 @@ class Model(nn.Module):
         """Output head [vocab_size, C]: the embedding itself when tied."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [..., D] of RoPE's angles at any positions [...], float32."""
+        angles = positions.unsqueeze(-1).float() * self.inverse
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
     def forward(
         self,
         tokens: Tensor,
@@ -267,9 +275,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """Hidden states [B, T, C] of tokens [B, T].
 
-        doc_ids [B, T] keeps attention inside each packed document. A decoder passes its `cache`, the tokens'
-        `positions` [B, T] and the `mask` [B, 1, T, S] of keys each may see; without it attention is causal.
-        ValueError for more tokens than max_seq_len.
+        doc_ids [B, T] keeps attention inside each packed document. Training may pass `positions` [B, T] of any size;
+        a decoder passes its `cache`, the tokens' `positions` in it and the `mask` [B, 1, T, S] of keys each may see.
+        Without a mask attention is causal. ValueError for more tokens than max_seq_len without positions.
         """
         if positions is None and tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens: the model's context is {self.config.max_seq_len}")
@@ -278,8 +286,10 @@ class Model(nn.Module):
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         if positions is None:
             cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]  # [T, D]
+        elif cache is None:
+            cos, sin = (part.unsqueeze(1) for part in self.rotation(positions))  # [B, 1, T, D]
         else:
-            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # [B, 1, T, D]
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         docs = documents(doc_ids, tokens.shape[1], tokens.device) if mask is None else None
         for block in self.layers:
             if self.use_gradient_checkpointing and torch.is_grad_enabled():

@@ -69,62 +69,6 @@ def test_shares_of_orders_and_of_fim_are_as_asked(shards: ShardSet) -> None:
     assert abs(counts["spm"] / counts["fim"] - 0.25) < 0.05
 
 
-def test_short_pieces_are_the_same_text_with_more_gaps(shards: ShardSet) -> None:
-    def starts(fim_piece_tokens: int) -> tuple[int, int]:
-        rows = stream(shards, DataConfig(fim_rate=1.0, fim_piece_tokens=fim_piece_tokens), seq_len=512)
-        ids = np.concatenate([rows.row(index) for index in range(40)])
-        return int((ids == SENTINELS[0]).sum()), int((ids != TOKENS.pad_id).sum())
-
-    (few, tokens), (many, more_tokens) = starts(0), starts(40)
-    assert many > 2 * few
-    assert more_tokens > 0.97 * tokens  # no room is lost
-    plain = stream(shards, DataConfig(fim_rate=0.0, fim_piece_tokens=40), seq_len=512)
-    assert all((plain.row(index) == stream(shards, seq_len=512).row(index)).all() for index in range(12))
-
-
-def test_peeks_stand_in_what_is_not_rearranged(shards: ShardSet) -> None:
-    rows = stream(shards, DataConfig(fim_rate=0.0, fim_peek_tokens=8), seq_len=512)
-    ids = np.concatenate([rows.row(index) for index in range(20)])
-    assert (ids == SENTINELS[0]).sum() == 0
-    assert (ids == SENTINELS[2]).sum() > 40
-    with pytest.raises(DataError, match="fim_middle_token"):
-        stream(shards, DataConfig(fim_rate=0.0, fim_peek_tokens=8, fim_middle_token="<MID>"))
-
-
-def test_the_bridge_says_early_what_the_middle_begins_with(shards: ShardSet) -> None:
-    plain, bridged = (
-        DataConfig(fim_rate=0.9, fim_spm_rate=0.3),
-        DataConfig(fim_rate=0.9, fim_spm_rate=0.3, fim_bridge=True),
-    )
-    num_changed = 0
-    for step in range(12):
-        batch, other = (stream(shards, data).batch(step, 0, 0, 1) for data in (plain, bridged))
-        assert torch.equal(batch.inputs, other.inputs)
-        for inputs, targets, changed in zip(batch.inputs, batch.targets, other.targets, strict=True):
-            expected = targets.clone()
-            for at in torch.nonzero(inputs == SENTINELS[1]).flatten().tolist():
-                middles = torch.nonzero(inputs[at:] == SENTINELS[2]).flatten().tolist()
-                if middles and at and inputs[at - 1] != SENTINELS[0]:
-                    expected[at - 1] = expected[at] = targets[at + middles[0]]
-            assert torch.equal(changed, expected)
-            num_changed += int((changed != targets).sum())
-    assert num_changed > 20
-
-
-def test_middles_in_prefix_first_order_weigh_more(shards: ShardSet) -> None:
-    rows = stream(shards, DataConfig(fim_rate=0.9, fim_spm_rate=0.4, fim_middle_weight=3.0))
-    for step in range(6):
-        batch = rows.batch(step, 0, 0, 1)
-        assert batch.weights is not None
-        for inputs, weights in zip(batch.inputs.tolist(), batch.weights.tolist(), strict=True):
-            is_psm = in_middle = False
-            for at, token in enumerate(inputs):
-                if token == SENTINELS[0]:
-                    is_psm = at + 1 < len(inputs) and inputs[at + 1] != SENTINELS[1]
-                in_middle = (in_middle or token == SENTINELS[2]) and token != EOS
-                assert weights[at] == (3.0 if is_psm and in_middle else 1.0)
-
-
 def test_names_must_be_the_tokenizers(shards: ShardSet) -> None:
     with pytest.raises(DataError, match=r"data\.fim_middle_token = '<MID>'.*'<\|fim_middle\|>'"):
         stream(shards, DataConfig(fim_middle_token="<MID>"))

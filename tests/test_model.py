@@ -239,6 +239,15 @@ def test_positions_default_to_the_place_in_the_row() -> None:
     assert_near(model(TOKENS, positions=positions), model(TOKENS))
 
 
+@torch.no_grad()
+def test_positions_may_lie_beyond_the_context_and_only_distances_count() -> None:
+    model = tiny.model(activation_quant="none")  # where a hair may round a value to the next step
+    positions = torch.arange(40).expand(2, -1)
+    assert_near(model(TOKENS, positions=positions + 1_000), model(TOKENS), 1e-3)
+    positions = positions + 200 * (positions >= 20)
+    assert (model(TOKENS, positions=positions) - model(TOKENS))[:, 20:].abs().max() > 1e-2
+
+
 def test_a_meta_model_takes_no_memory_and_has_every_name() -> None:
     with torch.device("meta"):
         meta = Model(tiny.TINY)

@@ -142,7 +142,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, normalizer: Tensor) -> Loss:
         """The loss of a micro-batch, divided by `normalizer`."""
-        hidden = self.model(batch.inputs, batch.doc_ids).flatten(0, 1)
+        hidden = self.model(batch.inputs, batch.doc_ids, positions=batch.positions).flatten(0, 1)
         head, soft_cap = self.model.head, self.model.config.final_logit_soft_cap
         # A cap on its way out is another number each step, which would be compiled anew each step.
         use_compile = self.use_compile and soft_cap == self.soft_cap

@@ -66,6 +66,8 @@ class TeachOptions:
     """The student's data.fim_piece_tokens."""
     fim_peek_tokens: Annotated[int | None, Ge(0)] = None
     """The student's data.fim_peek_tokens."""
+    fim_cut_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
+    """The student's data.fim_cut_rate."""
     use_document_mask: bool | None = None
     """The student's data.use_document_mask."""
     instruct_share: Annotated[float | None, Le(1)] = None

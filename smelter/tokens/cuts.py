@@ -17,6 +17,10 @@ LINE = re.compile(r"[^\s][^\n]*")
 WORD = re.compile(r"\w+")
 TYPED = 3
 """Characters of a word that have been typed at most where the cursor stands inside one."""
+MIN_WORD_CHARACTERS = 4
+"""Of a word that is cut in two."""
+EARLY = 0.6
+"""Share of words that are cut after one or two characters; the others anywhere."""
 BLOCK_LINES = 8
 BLOCK_CHARACTERS = 400
 SHORT_CHARACTERS = 64
@@ -52,6 +56,15 @@ def at_cursor(text: str, rng: np.random.Generator, line: Literal["any", "near th
     if kind < 0.85:
         return first, max(first, _block_end(text, lines[number : number + int(rng.integers(2, BLOCK_LINES + 1))]))
     return first, int(rng.integers(first, min(len(text), first + SHORT_CHARACTERS) + 1))
+
+
+def in_words(text: str, num: int, rng: np.random.Generator) -> list[int]:
+    """Up to `num` characters, ascending, inside words of at least 4, most of them after one or two of a word's."""
+    words = [match.span() for match in WORD.finditer(text) if match.end() - match.start() >= MIN_WORD_CHARACTERS]
+    if not words:
+        return []
+    chosen = [words[i] for i in rng.integers(len(words), size=num).tolist()]
+    return sorted({begin + int(rng.integers(1, 3 if rng.random() < EARLY else end - begin)) for begin, end in chosen})
 
 
 def log_uniform(most: int, rng: np.random.Generator) -> int:

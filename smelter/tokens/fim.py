@@ -25,13 +25,14 @@ So ids between two seams depend on nothing outside, neither in the document nor 
 for that pattern alone. Other tokenizers encode every part whole: the same ids, several times slower.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.tokens.cuts import anywhere, at_cursor
+from smelter.tokens.cuts import anywhere, at_cursor, in_words
 from smelter.tokens.tokenizer import QWEN2_SPLIT_PATTERN, Tokenizer
 
 MIN_FIM_CHARACTERS = 8
@@ -76,6 +77,8 @@ class Piece:
 
     def __init__(self, tokenizer: Tokenizer, ids: Ids) -> None:
         """`ids` must be a slice of what `tokenizer` made of a text: for ids of other origin parts may keep those."""
+        self.cuts: list[int] = []
+        """Characters, ascending, where a token ends in every part."""
         self._tokenizer = tokenizer
         self._ids = ids
         self._raw = tokenizer.decode_bytes(ids)
@@ -84,8 +87,25 @@ class Piece:
         self._seams = _seams(tokenizer).find(ids, self.text)
         self._seam_bytes = np.cumsum(tokenizer.token_num_bytes[ids])[self._seams - 1]
 
+    def cut_words(self, rate: float, rng: np.random.Generator) -> None:
+        """Cut words in two (`cuts.in_words`), about `rate` of them for each token; nothing is drawn for 0.
+
+        Prompts that are not healed end inside words. What comes after a part of a word is other tokens than the whole
+        word, and a model must have met them.
+        """
+        if rate > 0:
+            self.cuts = in_words(self.text, int(rng.poisson(rate * len(self._ids))), rng)
+
     def encode(self, first: int, second: int) -> list[int]:
-        """Exactly `tokenizer.encode(text[first:second])`."""
+        """Exactly `tokenizer.encode(text[first:second])`, or between two cuts, of each part."""
+        ends = self.cuts[bisect_right(self.cuts, first) : bisect_left(self.cuts, second)]
+        ids: list[int] = []
+        for end in ends:
+            ids += self._encode(first, end)
+            first = end
+        return [*ids, *self._encode(first, second)] if ids else self._encode(first, second)
+
+    def _encode(self, first: int, second: int) -> list[int]:
         begin, end = self._byte(first), self._byte(second)
         i = int(np.searchsorted(self._seam_bytes, begin, side="left"))
         j = int(np.searchsorted(self._seam_bytes, end, side="right")) - 1
@@ -106,12 +126,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shares:
-    """Of the rearranged pieces: how many are in SPM order, and of those in two parts; how many are cut at a cursor."""
+    """Of the rearranged pieces: how many are in SPM order, and of those in two parts; how many gaps are at a cursor."""
 
     spm: float = 0.5
     split: float = 0.0
     """Of those in SPM order, the share whose prefix and middle are encoded each on its own."""
     cursor: float = 0.0
+    cut: float = 0.0
+    """Words cut in two, for each token."""
 
 
 def _happens(share: float, rng: np.random.Generator) -> bool:
@@ -148,6 +170,7 @@ def fit_fim(tokenizer: Tokenizer, ids: Ids, room: int, rng: np.random.Generator,
         piece = Piece(tokenizer, body)
         if len(piece.text) < MIN_FIM_CHARACTERS:
             return None
+        piece.cut_words(shares.cut, rng)
         arranged = apply_fim(tokenizer, piece, rng, shares)
         excess = len(arranged) - room
         if excess <= 0:

@@ -1,5 +1,7 @@
 """Peeks: the text is all there in its order, and what is shown ahead really comes later."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,8 +65,37 @@ def test_how_many_there_are_and_how_much_they_show() -> None:
         _, peeks = parts(with_peeks(TOKENS, ids, 100_000, np.random.default_rng(seed), 20))
         shown += [len(TOKENS.decode_bytes(later)) for _, later in peeks]
     assert len(shown) / 40 == pytest.approx(len(ids) / 20, rel=0.15)
-    assert 8 <= np.median(shown) <= 22
+    assert np.mean([size == 0 for size in shown]) == pytest.approx(0.35, abs=0.1)  # those at the end show nothing, too
+    assert 8 <= np.median([size for size in shown if size]) <= 22
     assert max(shown) > 200
+
+
+def test_half_of_them_stand_inside_words_after_what_has_been_typed() -> None:
+    text = tiny.CODE[:6_000]
+    raw = text.encode()
+    ids = np.array(TOKENS.encode(text), dtype=np.int64)
+    kinds = {"inside": 0, "after 1 or 2": 0, "all": 0}
+    for seed in range(20):
+        _, peeks = parts(with_peeks(TOKENS, ids, 100_000, np.random.default_rng(seed), 20))
+        for before, _ in peeks:
+            typed = re.search(rb"\w*$", raw[:before])
+            assert typed
+            kinds["all"] += 1
+            if typed[0] and re.match(rb"\w", raw[before:]):
+                kinds["inside"] += 1
+                kinds["after 1 or 2"] += len(typed[0]) <= 2
+    assert 0.5 < kinds["inside"] / kinds["all"] < 0.9
+    assert kinds["after 1 or 2"] / kinds["inside"] > 0.4
+
+
+def test_words_are_cut_without_a_peek() -> None:
+    text = tiny.CODE[:4_000]
+    ids = np.array(TOKENS.encode(text), dtype=np.int64)
+    cut = with_peeks(TOKENS, ids, 100_000, np.random.default_rng(1), 0, 0.125)
+    assert SUFFIX not in cut
+    assert TOKENS.decode(cut) == text
+    assert 0.06 * len(ids) < len(cut) - len(ids) < 0.25 * len(ids)
+    assert with_peeks(TOKENS, ids, 100_000, np.random.default_rng(1), 0) == ids.tolist()
 
 
 @given(room=st.integers(0, 60), seed=st.integers(0, 2**32))
