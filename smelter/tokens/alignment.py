@@ -18,6 +18,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from smelter.base import DataError
+from smelter.tokens.reversible import SPACE_MARK
 from smelter.tokens.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -50,8 +51,9 @@ class TeacherTokenizer:
         self._bytes = [own.decode_bytes([index]) for index in range(own.vocab_size)]
         added: dict[int, Any] = self._backend.get_added_tokens_decoder()
         for index, token in added.items():
-            if token.special:
-                self._bytes[index] = b""  # text that spells a special token's name is not what the token means
+            # Text that spells a special token's name is not what the token means; others stand for their name.
+            if token.special or SPACE_MARK not in token.content:
+                self._bytes[index] = b"" if token.special else token.content.encode()
         with_special, without = (self._backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
         first = with_special[: len(with_special) - len(without)]
         self.first_id: int | None = first[0] if first and with_special[len(first) :] == without else None

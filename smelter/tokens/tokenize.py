@@ -37,8 +37,9 @@ from smelter.base import (
 )
 from smelter.tokens.chat import ChatFormat, head
 from smelter.tokens.documents import Document, Records, parse_teacher_weights
+from smelter.tokens.roles import SpecialTokens
 from smelter.tokens.shards import DOCUMENT_TABLE, FORMAT, SPLITS, VERSION, file_entries
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 32_000
 

@@ -15,7 +15,8 @@ from smelter.decoding import make_prompt
 from smelter.serving.bridge import Service
 from smelter.serving.gate import MAX_BODY_BYTES, Rules
 from smelter.tokens.chat import ChatFormat, stop_ids
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.roles import SpecialTokens
+from smelter.tokens.tokenizer import Tokenizer
 from tests import tiny
 from tests.servers import raw_request, running, wait_until
 
