@@ -50,7 +50,7 @@ class Row:
         self.pending = request.pending
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.text = Text(request.stops, len(request.pending), request.n_indent)
+        self.text = Text(request.stops, len(request.pending), request.n_indent, request.line_end)
         self.prompt: list[Token] = []
         """With log-probabilities, where they were asked for."""
         self.finish: Finish | None = None

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from smelter.decoding.batch import Batch, Row
+from smelter.decoding.line_ends import LineEnds
 from smelter.decoding.request import End, Finish, Piece, Request, Token, Top
 from smelter.model import Model
 from smelter.tokens import Tokenizer
@@ -48,6 +49,7 @@ class Answer(Row):
         self.is_cancelled = False
         self.num_counted = 0
         self._held: list[tuple[Token, int]] = []  # with their beginnings in the text's bytes
+        self._line_ends = LineEnds(request.line_end)
 
     def take(self, token: int, raw: bytes, logprob: float | None = None, top: Top = ()) -> None:
         """See `Row`; the token is kept until all of it may be shown."""
@@ -85,7 +87,7 @@ class Answer(Row):
         if self._held and self.text.has_ended:
             token, start = self._held[0]
             shown += [replace(token, raw=token.raw[: end - start])] if start < end else []
-        return tuple(shown)
+        return tuple(replace(token, raw=self._line_ends.give(token.raw)) for token in shown)
 
 
 @dataclass

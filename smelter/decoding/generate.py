@@ -114,6 +114,7 @@ def complete_many(
             seed=seed + index,
             stops=prompt.stops,
             stop_ids=[tokenizer.eos_id],
+            line_end=encoded.line_end,
         )
         requests.append(request)
     texts: list[str] = []

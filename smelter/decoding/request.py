@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from smelter.decoding.line_ends import LF
 from smelter.decoding.text import Stop
 
 Finish = Literal["stop", "length", "time", "cancelled", "error"]
@@ -39,6 +40,8 @@ class Request:
     """End before a line, the first apart, that is indented by fewer blanks (see `text`); 0 never does."""
     infill_sampler: bool = False
     """End where the model is not sure how to go on; see `infill`."""
+    line_end: str = LF
+    """How the file's lines end, and so those of the answer; see `line_ends`."""
 
 
 @dataclass(frozen=True)

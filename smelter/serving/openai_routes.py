@@ -55,7 +55,12 @@ def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
             item = prepare_prompt(prompt, tokenizer, context, limit, exact=prompt_logprobs)
         elif isinstance(prompt, str):
             encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=room_for(limit, context))
-            item = Prepared(Request(encoded.ids, encoded.pending), prompt, encoded.num_tokens, encoded.num_dropped)
+            item = Prepared(
+                Request(encoded.ids, encoded.pending, line_end=encoded.line_end),
+                prompt,
+                encoded.num_tokens,
+                encoded.num_dropped,
+            )
         else:
             raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
         prepared.append(complete_request(item, body, limit, context, **others))

@@ -108,7 +108,7 @@ def prepare_prompt(
     """A prompt to continue: a text is cut to the context and healed, unless `exact`; of ids neither is done."""
     if isinstance(prompt, str) and not exact:
         encoded = read_prompt(tokenizer, context, prompt, max_tokens=room_for(limit, context))
-        request = Request(encoded.ids, encoded.pending)
+        request = Request(encoded.ids, encoded.pending, line_end=encoded.line_end)
         return Prepared(request, prompt, encoded.num_tokens, encoded.num_dropped)
     ids = exact_ids(prompt, tokenizer, context, limit)
     text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)

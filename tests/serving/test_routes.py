@@ -191,6 +191,37 @@ def test_infill(http: httpx.Client) -> None:
     assert all(len(each["top_logprobs"]) == 2 for each in told)
 
 
+CRLF_ROUTES: dict[str, dict[str, Any]] = {
+    "/infill": {"input_prefix": "class A:\n", "prompt": "    def g(self):\n        ", "input_suffix": "\n", "seed": 1},
+    "/completion": {"prompt": "import os\n", "seed": 2},
+    "/v1/completions": {"prompt": "import os\n", "seed": 2},
+}
+
+
+@pytest.mark.parametrize("path", CRLF_ROUTES)
+def test_a_file_with_crlf_gets_crlf(http: httpx.Client, path: str) -> None:
+    """The model is asked what it is asked for the file with LF; streamed and with log-probabilities, too."""
+    others = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_predict": 40}
+    body = CRLF_ROUTES[path] | others
+    windows = {name: value.replace("\n", "\r\n") if type(value) is str else value for name, value in body.items()}
+
+    def text_of(message: dict[str, Any]) -> str:
+        return str(message["content"] if "content" in message else message["choices"][0]["text"])
+
+    expected = text_of(http.post(path, json=body).json())
+    assert "\n" in expected
+    found = http.post(path, json=windows | {"logprobs": 1}).json()
+    assert text_of(found) == expected.replace("\n", "\r\n")
+    told = found.get("completion_probabilities")
+    if told:
+        assert b"".join(bytes(token["bytes"]) for token in told).decode("utf-8", "replace") == text_of(found)
+    streamed = events(http.post(path, json=windows | {"stream": True}).text)
+    assert "".join(map(text_of, streamed)) == text_of(found)
+    stopped = http.post(path, json=windows | {"stop": ["\r\n"]}).json()
+    assert text_of(stopped) == expected.partition("\n")[0]
+    assert stopped.get("stopping_word", "\r\n") == "\r\n"
+
+
 def test_infill_with_other_files_and_chosen_fields(http: httpx.Client) -> None:
     body = {"input_prefix": "x", "input_suffix": "", "input_extra": [{"filename": "a.py", "text": "import os"}]}
     fields = ["content", "timings/prompt_n", "nothing"]
