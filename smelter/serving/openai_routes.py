@@ -88,22 +88,38 @@ def finish_reason(end: End) -> str:
 
 def _logprobs(tokens: Sequence[Token], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
     """The older form, of /v1/completions; `offset` characters stand before the first of the tokens."""
-    texts = [token_text(token) for token in tokens]
     offsets, raw = [], b""
     for token in tokens:
         offsets.append(offset + len(raw.decode("utf-8", "ignore")))
         raw += token.raw
     return {
-        "tokens": texts,
+        "tokens": [_name(token.raw) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            {tokenizer.decode([i], skip_special_tokens=False): value for i, value in reversed(token.top)}
-            if token.logprob is not None
-            else None
-            for token in tokens
-        ],
+        "top_logprobs": [None if token.logprob is None else _likeliest(token, tokenizer) for token in tokens],
         "text_offset": offsets,
     }
+
+
+def _name(raw: bytes) -> str:
+    """What a token is called in the older form, as by OpenAI: its text, or a part of a character as its bytes."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return _bytes_name(raw)
+
+
+def _bytes_name(raw: bytes) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _likeliest(token: Token, tokenizer: Tokenizer) -> dict[str, float]:
+    """The likeliest tokens by their names: one for each, where two spell the same the less likely one's bytes."""
+    told: dict[str, float] = {}
+    for index, value in token.top:
+        raw = tokenizer.decode_bytes([index])
+        name = _name(raw) if raw else tokenizer.decode([index], skip_special_tokens=False)
+        told[_bytes_name(raw) if name in told else name] = value
+    return told
 
 
 def _chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:

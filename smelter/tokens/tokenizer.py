@@ -141,7 +141,7 @@ class Tokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: check the path") from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -99,39 +99,6 @@ def test_stop_strings_and_echo(client: openai.OpenAI) -> None:
     assert found.choices[0].finish_reason == "stop"
 
 
-def test_logprobs(client: openai.OpenAI) -> None:
-    prompt = tiny.tokenizer().encode("import os\n")
-    found = client.completions.create(model="tiny", prompt=prompt, max_tokens=9, temperature=0, logprobs=3, echo=True)
-    told = found.choices[0].logprobs
-    assert told is not None
-    assert told.tokens is not None
-    assert told.top_logprobs is not None
-    assert told.token_logprobs is not None
-    assert told.text_offset is not None
-    assert "".join(told.tokens[: len(prompt)]) == "import os\n"
-    assert told.token_logprobs[0] is None
-    for token, logprob, top in list(zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True))[
-        len(prompt) :
-    ]:
-        assert logprob == max(top.values()) == pytest.approx(top[token])
-    assert told.text_offset == sorted(told.text_offset)
-
-
-def test_streamed_logprobs_have_offsets_that_go_on(client: openai.OpenAI) -> None:
-    stream = client.completions.create(
-        model="tiny", prompt="import ", max_tokens=12, temperature=0, logprobs=1, stream=True
-    )
-    text, offsets = "", []
-    for chunk in stream:
-        choice = chunk.choices[0]
-        if choice.logprobs and choice.logprobs.text_offset:
-            offsets += choice.logprobs.text_offset
-        text += choice.text
-    assert offsets == sorted(offsets)
-    assert len(offsets) > 8
-    assert offsets[-1] < len(text)
-
-
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").object == "model"
@@ -189,37 +156,6 @@ def test_infill(http: httpx.Client) -> None:
     told = [token for each in streamed for token in each["completion_probabilities"]]
     assert b"".join(bytes(each["bytes"]) for each in told).decode("utf-8", "replace") == found["content"]
     assert all(len(each["top_logprobs"]) == 2 for each in told)
-
-
-CRLF_ROUTES: dict[str, dict[str, Any]] = {
-    "/infill": {"input_prefix": "class A:\n", "prompt": "    def g(self):\n        ", "input_suffix": "\n", "seed": 1},
-    "/completion": {"prompt": "import os\n", "seed": 2},
-    "/v1/completions": {"prompt": "import os\n", "seed": 2},
-}
-
-
-@pytest.mark.parametrize("path", CRLF_ROUTES)
-def test_a_file_with_crlf_gets_crlf(http: httpx.Client, path: str) -> None:
-    """The model is asked what it is asked for the file with LF; streamed and with log-probabilities, too."""
-    others = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_predict": 40}
-    body = CRLF_ROUTES[path] | others
-    windows = {name: value.replace("\n", "\r\n") if type(value) is str else value for name, value in body.items()}
-
-    def text_of(message: dict[str, Any]) -> str:
-        return str(message["content"] if "content" in message else message["choices"][0]["text"])
-
-    expected = text_of(http.post(path, json=body).json())
-    assert "\n" in expected
-    found = http.post(path, json=windows | {"logprobs": 1}).json()
-    assert text_of(found) == expected.replace("\n", "\r\n")
-    told = found.get("completion_probabilities")
-    if told:
-        assert b"".join(bytes(token["bytes"]) for token in told).decode("utf-8", "replace") == text_of(found)
-    streamed = events(http.post(path, json=windows | {"stream": True}).text)
-    assert "".join(map(text_of, streamed)) == text_of(found)
-    stopped = http.post(path, json=windows | {"stop": ["\r\n"]}).json()
-    assert text_of(stopped) == expected.partition("\n")[0]
-    assert stopped.get("stopping_word", "\r\n") == "\r\n"
 
 
 def test_infill_with_other_files_and_chosen_fields(http: httpx.Client) -> None:

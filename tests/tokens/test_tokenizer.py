@@ -232,6 +232,8 @@ def test_training_is_deterministic_and_reproduced_by_its_file(tmp_path: Path) ->
     loaded = Tokenizer.load(tmp_path)
     assert loaded.hash == OURS.hash
     assert loaded.notices == ()
+    (tmp_path / "marked.json").write_text((tmp_path / "tokenizer.json").read_text("utf-8"), encoding="utf-8-sig")
+    assert Tokenizer.load(tmp_path / "marked.json").hash == OURS.hash
     assert loaded.special == OURS.special
     assert Tokenizer.train([CODE], 699).hash != OURS.hash
     assert Tokenizer.train([CODE], 700, SpecialTokens(eos="<eos>")).hash != OURS.hash
