@@ -171,6 +171,18 @@ def test_packed_layers_without_a_single_weight_come_back(tmp_path: Path) -> None
         assert torch.equal(layer.scale, other.scale)
 
 
+def test_widths_that_four_does_not_divide_are_packed_too(tmp_path: Path) -> None:
+    """The last byte of a row then holds fewer than four trits."""
+    model = calm_model(hidden_size=66, num_heads=3, num_kv_heads=1, head_dim=22, intermediate_size=91)
+    run = tiny.checkpoint(tmp_path / "run", model)
+    options = ["--gguf-type", "F16", "--gguf-embedding", "F16"]
+    assert run_export(run, tmp_path / "out", "--format", "all", "--packed", *options) == 0
+    trained, again = (load_model(path)[0] for path in (run, tmp_path / "out" / "packed"))
+    for (name, ours), (_, theirs) in zip(bit_linears(trained), bit_linears(again), strict=True):
+        assert torch.equal(ours.trits, theirs.trits), name
+        assert torch.equal(ours.scale, theirs.scale), name
+
+
 def test_damaged_packed_folders_are_named(published: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(published / "out" / "packed", tmp_path / "packed")
     (folder / "model.safetensors").write_bytes(b"nonsense")
