@@ -220,13 +220,7 @@ class Trainer:
                 f"loss or gradient not finite {MAX_SKIPPED} steps in a row, at step {self.step}: lower the "
                 f"learning rates; last good checkpoint: {latest_checkpoint(self.run_dir) or 'none yet'}"
             )
-        metrics = {
-            "loss": loss.total,
-            "ce_loss": loss.ce,
-            "z_loss": loss.z,
-            "grad_norm": norm,
-            "loss_scale": loss_scale,
-        }
+        metrics = {"loss": loss.total, "ce_loss": loss.ce, "z_loss": loss.z, "grad_norm": norm}
         if self.config.distillation.num_teachers:
             metrics["kl_loss"] = loss.kl
         if self.chunk_teachers:

@@ -31,7 +31,8 @@ class Request:
     stop_ids: Sequence[int] = ()
     num_top: int | None = None
     """With each token its log-probability is told and this many likeliest tokens; None tells neither: quicker."""
-    prompt_logprobs: bool = False
+    scored_ids: Sequence[int] = ()
+    """The prompt as its text is encoded, whose log-probabilities are told first; `ids` may be others, to be healed."""
     max_seconds: float | None = None
     """Time to write, from the first token on, for who is served; when it is over the next line break is the end."""
     min_p: float = 0.0

@@ -42,17 +42,16 @@ def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
     limit = DEFAULT_MAX_TOKENS if body.limit is None else body.limit
     prompts = prompts_of(body.prompt)
     num_top = None if body.logprobs is None or body.logprobs is False else int(body.logprobs)
-    prompt_logprobs = body.echo and num_top is not None
     check_num_answers(len(prompts), body.num_choices)
     if body.best_of not in (None, body.num_choices):
         raise ApiError(400, "best_of: is not supported: ask for n answers and choose", param="best_of")
     if body.echo and body.suffix is not None:
         raise ApiError(400, "echo: makes no sense together with suffix", param="echo")
-    others = {"stop_ids": [tokenizer.eos_id], "num_top": num_top, "prompt_logprobs": prompt_logprobs}
+    others = {"stop_ids": [tokenizer.eos_id], "num_top": num_top}
     prepared = []
     for prompt in prompts:
         if body.suffix is None:
-            item = prepare_prompt(prompt, tokenizer, context, limit, exact=prompt_logprobs)
+            item = prepare_prompt(prompt, tokenizer, context, limit, scored=body.echo and num_top is not None)
         elif isinstance(prompt, str):
             encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=room_for(limit, context))
             item = Prepared(
