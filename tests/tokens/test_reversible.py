@@ -202,3 +202,53 @@ def test_a_teacher_reads_names_in_text_as_its_own_file_does(tmp_path: Path) -> N
     assert spelling is not None
     assert spelling.ids.tolist()[-1] == FIRST
     assert spelling.ends.tolist()[-1] == len("a<tool_call>")
+
+
+def test_text_that_names_a_teachers_role_is_no_text_to_learn_from_it(tmp_path: Path) -> None:
+    """Also where its file does not call the token special: it reads it as what the token does."""
+    values = our_values()
+    for token in values["added_tokens"]:
+        token["special"] = False
+    load(tmp_path, values)
+    names = [token["content"].encode() for token in values["added_tokens"]]
+    assert TeacherTokenizer(tmp_path).spell([b"x = '%s'" % name for name in names]) == [None] * len(names)
+
+
+def without_byte(char: str) -> tuple[dict[str, Any], int]:
+    """Our values without a stand-in of a byte among the pieces, and the first free id."""
+    values = our_values()
+    model = values["model"]
+    model["merges"] = [pair for pair in model["merges"] if char not in "".join(pair)]
+    vocab = [piece for piece in model["vocab"] if char not in piece]
+    model["vocab"] = {piece: index for index, piece in enumerate(vocab)}
+    return values | {"added_tokens": [], "post_processor": None}, len(vocab)
+
+
+def test_a_teacher_whose_model_would_be_fed_other_ids_is_refused(tmp_path: Path) -> None:
+    """Ours takes an added stand-in of a byte among the pieces, whatever its id; the file as it is counts on."""
+    values, free = without_byte("ÿ")
+    values["added_tokens"] = [added("ÿ", free + 9)]
+    assert load(tmp_path, values).token_to_id("ÿ") == free + 9
+    with pytest.raises(DataError, match=f"'ÿ' has id {free + 9} in the file, but is loaded as {free} "):
+        TeacherTokenizer(tmp_path)
+
+
+def test_a_teacher_reads_letters_as_the_bytes_that_it_added(tmp_path: Path) -> None:
+    """What stands for a byte that UTF-8 never has is matched in text before all else, and so stands for the letter."""
+    values, free = without_byte("ÿ")
+    values["added_tokens"] = [added("ÿ", free)]
+    load(tmp_path, values)
+    (spelling,) = TeacherTokenizer(tmp_path).spell(["aÿ b".encode()])
+    assert spelling is not None
+    assert free in spelling.ids.tolist()
+
+
+def test_a_piece_that_is_also_added_is_read_as_a_piece(tmp_path: Path) -> None:
+    values = our_values()
+    piece = next(piece for piece in values["model"]["vocab"] if piece.startswith("Ġre"))
+    values["added_tokens"].append(added(piece, values["model"]["vocab"][piece]))
+    load(tmp_path, values)
+    text = piece.replace("Ġ", " ")
+    (spelling,) = TeacherTokenizer(tmp_path).spell([text.encode()])
+    assert spelling is not None
+    assert spelling.ends.tolist()[-1] == len(text)
