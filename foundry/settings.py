@@ -7,6 +7,7 @@ everywhere on the command line.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from smelter.base import check_ranges, from_table, nearest, read_toml, require
+from smelter.base import check_ranges, from_table, key_from_environment, nearest, read_toml, require
 
 Strategy = Literal["all", "round_robin", "weighted", "fallback", "cascade", "best_of"]
 Backend = Literal["openai", "opencode", "transformers", "local"]
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,10 @@ class TeacherSettings:
         require(self.backend == "local" or bool(self.model), f'model is missing: backend = "{self.backend}" needs it')
         if self.backend == "openai":
             require(
+                bool(_HEADER_NAME.fullmatch(self.key_header)),
+                f'key_header = {self.key_header!r}: must be the name of a header such as "Authorization" or "api-key"',
+            )
+            require(
                 self.base_url.startswith(("http://", "https://")),
                 f'base_url = {self.base_url!r}: must be a URL such as "http://127.0.0.1:8000/v1"',
             )
@@ -160,11 +166,13 @@ class TeacherSettings:
 
     def key(self) -> str:
         """The key from the environment, or "" where none is needed. Raises UserError where it is not set."""
-        return _from_environment(self.name, "key_env", self.key_env)
+        key = key_from_environment(self.key_env, f"teacher {self.name}: ") if self.key_env else ""
+        return _needed(key, self.name, "key_env", self.key_env)
 
     def password(self) -> str:
         """The OpenCode server's password from the environment. Raises UserError where it is not set."""
-        return _from_environment(self.name, "password_env", self.password_env)
+        password = os.environ.get(self.password_env, "").strip()
+        return _needed(password, self.name, "password_env", self.password_env)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +210,8 @@ def load_settings(path: Path | str) -> Settings:
     return from_table(Settings, read_toml(path, "settings"), str(path))
 
 
-def _from_environment(teacher: str, setting: str, variable: str) -> str:
-    if not variable:
-        return ""
-    value = os.environ.get(variable, "").strip()
-    require(bool(value), f'teacher {teacher}: {setting} = "{variable}" is not set in the environment: export it')
+def _needed(value: str, teacher: str, setting: str, variable: str) -> str:
+    """`value` of an environment variable, which must be set unless none is named. Raises ConfigError."""
+    is_set = bool(value or not variable)
+    require(is_set, f'teacher {teacher}: {setting} = "{variable}" is not set in the environment: export it')
     return value

@@ -138,14 +138,12 @@ def freeze(groups: Iterable[Sequence[BitLinear]], compute_dtype: torch.dtype) ->
 
 
 def pack_trits(trits: Tensor) -> Tensor:
-    """Four trits a byte, the first in the lowest two bits, stored as trit + 1.
+    """Four trits a byte, the first in the lowest two bits, stored as trit + 1; zeros fill the last byte up.
 
-    trits [..., K] of any dtype with values -1, 0, 1 and K a multiple of 4. Returns uint8 [..., K / 4].
-    Raises ValueError for other values or sizes.
+    trits [..., K] of any dtype with values -1, 0, 1. Returns uint8 [..., ceil(K / 4)]. Raises ValueError for other
+    values.
     """
-    if trits.shape[-1] % 4:
-        raise ValueError(f"pack_trits: last dimension {trits.shape[-1]} is not a multiple of 4")
-    codes = trits + 1
+    codes = F.pad(trits + 1, (0, -trits.shape[-1] % 4), value=1)
     if not bool(((codes == 0) | (codes == 1) | (codes == 2)).all()):
         raise ValueError("pack_trits: values other than -1, 0 and 1")
     codes = codes.to(torch.uint8).unflatten(-1, (-1, 4))
@@ -153,7 +151,7 @@ def pack_trits(trits: Tensor) -> Tensor:
     return packed
 
 
-def unpack_trits(packed: Tensor) -> Tensor:
-    """The inverse of `pack_trits`: uint8 [..., K / 4] -> int8 [..., K]."""
+def unpack_trits(packed: Tensor, size: int) -> Tensor:
+    """The inverse of `pack_trits`: uint8 [..., ceil(size / 4)] -> int8 [..., size]."""
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(-2).to(torch.int8) - 1
+    return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(-2)[..., :size].to(torch.int8) - 1

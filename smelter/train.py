@@ -171,7 +171,7 @@ class Trainer:
         return path
 
     def _begin_step(self) -> dict[str, float]:
-        """Make what a schedule decides that of the coming step; returns the rates by their metrics' names."""
+        """Make what a schedule decides that of the coming step; returns it by its metrics' names."""
         if self.config.at_step(self.step + 1).model.use_ternary and not self.model.config.use_ternary:
             # Weights and optimizer go on, compiled blocks are compiled once more.
             self.model.make_ternary()
@@ -183,10 +183,12 @@ class Trainer:
         self.objective.kl_weight = kl_weight(self.length.progress(self.step, self.elapsed), distillation)
         if distillation.kl_schedule != "constant":
             rates["kl_weight"] = self.objective.kl_weight
+        if self.training.final_cap_anneal_fraction:
+            rates["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
         return rates
 
     def _train_step(self, batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step; returns its losses and gradient norm."""
+        """One optimizer step; returns its losses, gradient norm and loss scale."""
         device, objective = self.machine.device, self.averaging_objective
         weight = torch.tensor(sum(batch.total_weight for batch in batches), dtype=torch.float64, device=device)
         normalizer = distributed.sum_over_ranks(weight).clamp_min(1e-8).float()
@@ -209,6 +211,7 @@ class Trainer:
             # A loss scale that is still too high overflows gradients, not the loss: it halves, and that is all.
             is_overflow = self.scaler.is_enabled() and is_finite and self.scaler.get_scale() > 1
             self.skipped_in_a_row += not is_overflow
+        loss_scale = self.scaler.get_scale()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.quantize_weights()
@@ -222,7 +225,7 @@ class Trainer:
             metrics["kl_loss"] = loss.kl
         if self.chunk_teachers:
             metrics["chunk_loss"] = loss.chunk
-        return {name: float(number) for name, number in metrics.items()}
+        return {name: float(number) for name, number in metrics.items()} | {"loss_scale": loss_scale}
 
     def _evaluate(self) -> dict[str, float]:
         self.model.eval()
@@ -310,14 +313,11 @@ class Trainer:
         line: dict[str, float] = {"tokens": self.tokens, **of_step, "tok_per_sec": tokens_per_second}
         peak_flops = machine.peak_flops * machine.world_size
         line["mfu"] = self.config.model.flops_per_token() * tokens_per_second / peak_flops
-        line["loss_scale"] = self.scaler.get_scale()
         line["peak_memory_mib"] = machine.peak_memory_mib()
         line["elapsed_seconds"] = self.elapsed
         line["skipped_steps"] = self.skipped
         if training.ternary_start_step:
             line["is_ternary"] = self.model.config.use_ternary
-        if training.final_cap_anneal_fraction:
-            line["final_logit_soft_cap"] = self.model.config.final_logit_soft_cap
         line |= self.trits.metrics()
         if self._due(training.eval_every) and distributed.is_main():
             line |= self._evaluate()

@@ -18,8 +18,9 @@ from smelter.config import DataConfig
 from smelter.data import BatchStream
 from smelter.evaluation.bpb import compressor_baselines, document_nats, nll_rows, validation_loss
 from smelter.tokens.chat import stop_ids
+from smelter.tokens.roles import SpecialTokens
 from smelter.tokens.shards import ShardSet, Split
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.tokenizer import Tokenizer
 from smelter.tokens.windows import IGNORED, eval_windows, spread_windows
 from tests import tiny
 from tests.evaluation.bits import bits_of_split

@@ -211,6 +211,17 @@ def test_too_high_a_loss_scale_is_no_divergence(shards: Path, tmp_path: Path, mo
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
 
 
+def test_a_line_of_metrics_tells_the_loss_scale_of_its_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the one that the scaler has made of it for the next."""
+    scaler = torch.amp.GradScaler
+    doubling = scaler("cpu", init_scale=2.0, growth_interval=1)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: doubling)
+    assert main(command(shards, tmp_path / "r", "--num-steps", "4")) == 0
+    assert [row["loss_scale"] for row in read_metrics(tmp_path / "r" / "metrics.jsonl")] == [2.0, 4.0, 8.0, 16.0]
+
+
 def test_ten_steps_that_are_not_finite_stop_the_run(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,12 +316,12 @@ def test_the_final_cap_is_annealed_away_and_checkpoints_say_so(shards: Path, tmp
     run, options = tmp_path / "r", ("--final-cap-anneal-fraction", "0.5", "--final-logit-soft-cap", "2.0")
     assert main(command(shards, run, *options, "--checkpoint-every", "9")) == 0
     rows = read_metrics(run / "metrics.jsonl")
-    caps = [row["final_logit_soft_cap"] for row in rows]  # after each step: the next one's
-    assert caps[:5] == [2.0] * 5
-    assert [1 / cap for cap in caps[5:10]] == pytest.approx(
+    caps = [row["final_logit_soft_cap"] for row in rows]  # the one that the step's loss was computed with
+    assert caps[:6] == [2.0] * 6
+    assert [1 / cap for cap in caps[6:11]] == pytest.approx(
         [share / 2 for share in (5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
     )
-    assert caps[10:] == [0.0, 0.0]
+    assert caps[11:] == [0.0]
     stored = {}
     for step in (9, 12):
         manifest = json.loads((run / "checkpoints" / f"step_{step:07d}" / "config.json").read_text())

@@ -25,6 +25,8 @@ def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Se
 
     `commands` are the module, whose `main(argv)` is called, and a line of help of each; `usage` has a place for them.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding need not have every name's letters
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
         try:
@@ -32,7 +34,7 @@ def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Se
         finally:
             sys.stdout.flush()  # here, where a closed pipe is expected
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = str(error)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # The reader (`| head`) has gone; what Python would still flush at exit goes nowhere.
@@ -43,7 +45,7 @@ def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Se
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    print(f"{prog} {name}: error: {message}", file=sys.stderr)
+    print(f"{prog} {name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -14,6 +14,9 @@ Whatever makes a `Record` is checked for what training needs. Foundry also count
 `check_provenance` looks at when a record is written and when Foundry reads it. `smelter tokenize` does not, so that
 records from elsewhere can be trained on whatever their ids are and however they count tokens and money.
 
+A byte-order mark at the beginning of a text belongs to how a file was stored. It is left out, so that code with it is
+the same code, which parses.
+
 Reading holds one line in memory, at most `MAX_LINE_BYTES`, however long the file's lines are.
 """
 
@@ -54,6 +57,8 @@ _CONTENT = {"text": "text", "prompt": "instruct", "responses": "instruct"}
 """The parts of the content, and the kind of record that has each."""
 _TYPE_NAMES = {str: "a string", float: "a number", dict: "an object", tuple: "a list of objects"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MARK = "\ufeff"
+"""The byte-order mark, with which some programs begin a UTF-8 file."""
 
 
 class RecordError(DataError):
@@ -88,6 +93,7 @@ class Response:
 
     def __post_init__(self) -> None:
         _check_types(self, _RESPONSE_TYPES)
+        _leave_out_mark(self, "text")
         if not 0 <= self.weight <= MAX_WEIGHT:
             raise _wrong(f'"weight" is {self.weight}: must lie between 0 and {MAX_WEIGHT:,}')
 
@@ -129,6 +135,7 @@ class Record:
 
     def __post_init__(self) -> None:
         _check_types(self, _RECORD_TYPES)
+        _leave_out_mark(self, "text", "prompt")
         if self.kind not in ("text", "instruct"):
             raise _wrong(f'"kind" is {_short(self.kind)}: must be "text" or "instruct"')
         if self.split not in ("", "train", "val"):
@@ -337,6 +344,13 @@ def _check_types(instance: Record | Response, types: dict[str, Any]) -> None:
             raise _wrong(f'"{name}" is {_short(value)}: must be {_TYPE_NAMES[wanted]}')
 
 
+def _leave_out_mark(instance: Record | Response, *names: str) -> None:
+    for name in names:
+        value: str = getattr(instance, name)
+        if value.startswith(_MARK):
+            object.__setattr__(instance, name, value.lstrip(_MARK))
+
+
 def _json(line: bytes) -> Any:
     """The JSON value of a line."""
     try:
@@ -350,7 +364,7 @@ def _json(line: bytes) -> Any:
         message = f"not JSON: {error.msg} at column {error.colno}: each line must be one whole object"
         if not text.strip():
             message = "an empty line: remove it"
-        elif text.startswith("\ufeff"):
+        elif text.startswith(_MARK):
             message = "not JSON: begins with a byte order mark: save the file as UTF-8 without it"
         raise RecordError("not JSON", message) from None
     except RecursionError:

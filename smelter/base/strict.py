@@ -34,7 +34,7 @@ TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", b
 def read_toml(path: Path | str, what: str) -> dict[str, Any]:
     """The tables of a file, a `what` in errors. Raises ConfigError that names the file and the line of bad syntax."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the {what}: {error.strerror}: check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

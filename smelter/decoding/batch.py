@@ -46,14 +46,21 @@ class Row:
         self.wants_likeliest = greedy and request.num_top is None
         """And no more: no chance, no log-probabilities."""
         self.slot = -1
+        self.to_read = request.scored_ids or request.ids
+        """Of which `num_read` are read."""
         self.num_read = self.num_cached = 0
         self.pending = request.pending
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.text = Text(request.stops, len(request.pending), request.n_indent)
+        self.text = Text(request.stops, len(request.pending), request.n_indent, request.line_end)
         self.prompt: list[Token] = []
         """With log-probabilities, where they were asked for."""
         self.finish: Finish | None = None
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether something else is read for the prompt's log-probabilities than what is gone on from."""
+        return self.limit > 0 and self.to_read is not self.request.ids and list(self.to_read) != list(self.request.ids)
 
     def take(self, token: int, raw: bytes, logprob: float | None = None, top: Top = ()) -> None:
         """The model chose `token`, which stands for `raw`, where the likeliest were `top`."""
@@ -93,6 +100,8 @@ class Batch(Generic[R]):
         self.reading: list[R] = []  # in slots side by side
         self.slots = [Slot() for _ in range(num_slots)]
         self.num_steps = 0
+        self.num_prompt_tokens = 0
+        """Read so far."""
         self._device = model.embed_tokens.weight.device
         self._cache = KVCache(model.config, num_slots, max_len, model.compute_dtype, self._device)
         self._healing = Healing(tokenizer)
@@ -145,22 +154,28 @@ class Batch(Generic[R]):
     def read(self, num_tokens: int) -> list[R]:
         """Read up to `num_tokens` more of each prompt; returns the rows whose prompts end: they write from now on.
 
-        Those have their first token. Either all prompts end or none; a single one may be read in pieces.
+        Those have their first token. All prompts end together; a single one may be read in pieces, or twice.
         """
         rows = self.reading
         starts = [row.num_read for row in rows]
-        pieces = [list(row.request.ids[start : start + num_tokens]) for row, start in zip(rows, starts, strict=True)]
+        pieces = [list(row.to_read[start : start + num_tokens]) for row, start in zip(rows, starts, strict=True)]
         width = max(map(len, pieces))
         # What pads a shorter piece is overwritten before anybody sees it.
         tokens = [piece + [0] * (width - len(piece)) for piece in pieces]
         positions = torch.tensor(starts, device=self._device)[:, None] + torch.arange(width, device=self._device)
         hidden = self._hidden(tokens, positions, max(starts) + width, first=rows[0].slot)  # [B, T, C]
         for row, piece, states in zip(rows, pieces, hidden, strict=True):
-            self.slots[row.slot].ids += piece
-            if row.request.prompt_logprobs:
+            slot = self.slots[row.slot]
+            slot.ids += piece
+            self.num_prompt_tokens += len(piece)
+            if len(row.prompt) < len(row.request.scored_ids):
                 self._note_prompt(row, states[: len(piece)])
             row.num_read += len(piece)
-        if any(row.num_read < len(row.request.ids) for row in rows):
+            if row.reads_twice and row.num_read == len(row.to_read):
+                row.to_read, row.num_read = row.request.ids, num_shared(slot.ids, row.request.ids)
+                del slot.ids[row.num_read :]
+                return []
+        if any(row.num_read < len(row.to_read) for row in rows):
             return []
         joining = list(rows)
         for row in joining:
@@ -244,13 +259,19 @@ class Batch(Generic[R]):
 
     def _note_prompt(self, row: R, hidden: Tensor) -> None:
         """Log-probabilities of a prompt's tokens: hidden [T, C] of the next to be read tell those that follow each."""
-        ids, start = row.request.ids, row.num_read
+        ids, start = row.to_read, row.num_read
         logprobs = self._logits(hidden).log_softmax(dim=-1)
         if start == 0:
             row.prompt.append(Token(ids[0], self._bytes_of[ids[0]], None))
         for token, of_next in zip(ids[start + 1 : start + 1 + len(hidden)], logprobs, strict=False):
             top = _likeliest(of_next, row.request)
             row.prompt.append(Token(token, self._bytes_of[token], float(of_next[token]), top))
+
+
+def num_shared(stored: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens of a prompt a slot holds from the beginning on; the last must be read to know what follows."""
+    most = min(len(stored), len(ids) - 1)
+    return next((index for index in range(most) if stored[index] != ids[index]), most)
 
 
 def _likeliest(logprobs: Tensor, request: Request) -> Top:

@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
         top_p=options.top_p,
         seed=options.seed,
         stop_ids=[tokenizer.eos_id] if options.chat is None else stop_ids(tokenizer),
+        line_end=prompt.line_end,
     )
     (row,) = generate(model, tokenizer, [request])
     if prompt.num_dropped:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from smelter.decoding.batch import Batch, Row
+from smelter.decoding.batch import Batch, Row, num_shared
+from smelter.decoding.line_ends import LineEnds
 from smelter.decoding.request import End, Finish, Piece, Request, Token, Top
 from smelter.model import Model
 from smelter.tokens import Tokenizer
@@ -48,6 +49,7 @@ class Answer(Row):
         self.is_cancelled = False
         self.num_counted = 0
         self._held: list[tuple[Token, int]] = []  # with their beginnings in the text's bytes
+        self._line_ends = LineEnds(request.line_end)
 
     def take(self, token: int, raw: bytes, logprob: float | None = None, top: Top = ()) -> None:
         """See `Row`; the token is kept until all of it may be shown."""
@@ -85,7 +87,7 @@ class Answer(Row):
         if self._held and self.text.has_ended:
             token, start = self._held[0]
             shown += [replace(token, raw=token.raw[: end - start])] if start < end else []
-        return tuple(shown)
+        return tuple(replace(token, raw=self._line_ends.give(token.raw)) for token in shown)
 
 
 @dataclass
@@ -200,27 +202,29 @@ class Engine:
                 self._waiting.remove(answer)
                 self._finish(answer, "cancelled")
             if not self._batch.reading:
-                while self._waiting and self.num_active < self.num_slots and self._fits(self._waiting[0].request.ids):
+                while self._waiting and self.num_active < self.num_slots and self._fits(self._waiting[0]):
                     self._place(self._waiting.popleft())
             return not self._stopping
 
-    def _fits(self, ids: Sequence[int]) -> bool:
+    def _fits(self, answer: Answer) -> bool:
         """Whether a prompt can be read with those chosen: padded to the longest, in one piece, inside the context.
 
         One that begins like one of them waits for it, and need not read that again.
         """
-        chosen = [answer.request.ids for answer in self._batch.reading]
+        reading = self._batch.reading
+        ids, chosen = answer.to_read, [other.to_read for other in reading]
         longest = max(map(len, [ids, *chosen]))
         return not chosen or (
             longest * (len(chosen) + 1) <= PREFILL_TOKENS
             and 2 * longest <= self.context
-            and all(_num_shared(other, ids) < MIN_SHARED_TOKENS for other in chosen)
+            and not any(other.reads_twice for other in [answer, *reading])
+            and all(num_shared(other, ids) < MIN_SHARED_TOKENS for other in chosen)
         )
 
     def _place(self, answer: Answer) -> None:
         """Give a request its slot: one that holds the beginning of its prompt, or the one unused for longest."""
         slots, request = self._batch.slots, answer.request
-        shared = [0 if request.prompt_logprobs else _num_shared(slot.ids, request.ids) for slot in slots]
+        shared = [0 if request.scored_ids else num_shared(slot.ids, request.ids) for slot in slots]
         source = max(range(self.num_slots), key=shared.__getitem__)
         length = shared[source] if shared[source] >= MIN_SHARED_TOKENS else 0
         free = range(self.num_active, self.num_slots)
@@ -238,9 +242,9 @@ class Engine:
     def _read_prompts(self) -> None:
         """The next piece of the prompts; whose prompt has ended gets its first token and joins the others."""
         started, reading = time.monotonic(), list(self._batch.reading)
-        num_read = sum(answer.num_read for answer in reading)
+        num_read = self._batch.num_prompt_tokens
         joined = self._batch.read(PREFILL_TOKENS // len(reading))
-        self.counts.prompt_tokens += sum(answer.num_read for answer in reading) - num_read
+        self.counts.prompt_tokens += self._batch.num_prompt_tokens - num_read
         for answer in joined:
             answer.first = time.monotonic()
             if answer.prompt:
@@ -279,9 +283,3 @@ class Engine:
         if why == "cancelled":
             self.counts.cancelled += 1
         answer.deliver(answer.last_piece(why))
-
-
-def _num_shared(stored: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens of a prompt a slot holds from the beginning on; the last must be read to know what follows."""
-    most = min(len(stored), len(ids) - 1)
-    return next((index for index in range(most) if stored[index] != ids[index]), most)

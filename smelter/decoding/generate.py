@@ -55,6 +55,7 @@ def generate(model: Model, tokenizer: Tokenizer, requests: Sequence[Request]) ->
     if not requests:
         return []
     rows = [Row(request, context) for request in requests]
+    assert not any(row.reads_twice for row in rows), "the engine does that"
     max_len = max(len(row.request.ids) + row.limit for row in rows)
     batch = Batch[Row](model, tokenizer, len(rows), max_len)
     for slot, row in enumerate(rows):
@@ -114,6 +115,7 @@ def complete_many(
             seed=seed + index,
             stops=prompt.stops,
             stop_ids=[tokenizer.eos_id],
+            line_end=encoded.line_end,
         )
         requests.append(request)
     texts: list[str] = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smelter.decoding.healing import take_back
+from smelter.decoding.line_ends import LF, line_end_of, to_lf
 from smelter.tokens import Tokenizer
 
 FimOrder = Literal["spm", "psm"]
@@ -48,6 +49,8 @@ class EncodedPrompt:
     pending: bytes
     num_tokens: int
     num_dropped: int
+    line_end: str = LF
+    """How the lines of the text end: the model is shown LF."""
 
 
 def make_prompt(
@@ -68,19 +71,21 @@ def make_prompt(
     unless `heal` is false: so do others ask.
     """
     budget = prompt_budget(context, max_tokens)
+    line_end = line_end_of(prompt, suffix or "")
+    prompt, suffix = to_lf(prompt), None if suffix is None else to_lf(suffix)
     if suffix is None:
         whole = tokenizer.encode(prompt)
         used = whole[-budget:]
     else:
         whole = fim_prompt(tokenizer, prompt, suffix, order=order)
         used = fim_prompt(tokenizer, prompt, suffix, order=order, budget=budget) if len(whole) > budget else whole
-    others = [token for text in extra for token in (*tokenizer.encode(text), tokenizer.eos_id)]
+    others = [token for text in extra for token in (*tokenizer.encode(to_lf(text)), tokenizer.eos_id)]
     num_dropped = len(whole) - len(used) + len(others)
     others = fit_extra(others, budget - len(used), context)
     used = [*others, *used]
     ids, pending = take_back(tokenizer, used) if heal else (used, b"")
     # Nothing: as at the beginning of a document.
-    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), num_dropped - len(others))
+    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), num_dropped - len(others), line_end)
 
 
 def fit_extra(extra: list[int], room: int, context: int) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from smelter.decoding.line_ends import LF
 from smelter.decoding.text import Stop
 
 Finish = Literal["stop", "length", "time", "cancelled", "error"]
@@ -30,7 +31,8 @@ class Request:
     stop_ids: Sequence[int] = ()
     num_top: int | None = None
     """With each token its log-probability is told and this many likeliest tokens; None tells neither: quicker."""
-    prompt_logprobs: bool = False
+    scored_ids: Sequence[int] = ()
+    """The prompt as its text is encoded, whose log-probabilities are told first; `ids` may be others, to be healed."""
     max_seconds: float | None = None
     """Time to write, from the first token on, for who is served; when it is over the next line break is the end."""
     min_p: float = 0.0
@@ -39,6 +41,8 @@ class Request:
     """End before a line, the first apart, that is indented by fewer blanks (see `text`); 0 never does."""
     infill_sampler: bool = False
     """End where the model is not sure how to go on; see `infill`."""
+    line_end: str = LF
+    """How the file's lines end, and so those of the answer; see `line_ends`."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[
     most = logits.shape[-1]
     highest, ids = logits.topk(min(top_k or most, most))
     probs = _left(highest.double().softmax(dim=-1), top_p if top_p < 1 else math.inf, min_p)
-    probs = probs[probs > 0]
+    probs = probs[: max(1, int((probs > 0).sum()))]  # of logits that are no numbers one is left, too
     return ids[: len(probs)].tolist(), (probs / probs.sum()).tolist()
 
 
@@ -72,10 +72,13 @@ def _from_sorted(probs: Tensor, ids: Tensor, uniforms: Tensor, top_p: float, lea
 
 
 def _inverse(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """Where each row [B, K] of sums, divided by the last, exceeds its uniform number [B]: [B]."""
+    """Where each row [B, K] of sums, divided by the last, exceeds its uniform number [B]: [B].
+
+    That is in range also where the sums are no numbers: one broken row must not end its neighbours'.
+    """
     total = cumulative[:, -1:].contiguous()
     index = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
-    return index.minimum(torch.searchsorted(cumulative, total)).squeeze(-1)
+    return index.minimum(torch.searchsorted(cumulative, total)).clamp_max(cumulative.shape[-1] - 1).squeeze(-1)
 
 
 def uniforms_of(seed: int, count: int) -> Tensor:

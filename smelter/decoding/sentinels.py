@@ -6,16 +6,17 @@ them goes first. Cut at its left, such a prompt would lose the prefix's sentinel
 """
 
 from smelter.decoding.healing import take_back
+from smelter.decoding.line_ends import line_end_of, to_lf
 from smelter.decoding.prompts import EncodedPrompt, fit_context, prompt_budget
 from smelter.tokens import Tokenizer
 
 
 def read_prompt(tokenizer: Tokenizer, context: int, prompt: str, *, max_tokens: int) -> EncodedPrompt:
     """A prompt as who asks laid it out, names of special tokens being these; without any it is `make_prompt`'s."""
-    whole = tokenizer.parse(prompt)
+    whole = tokenizer.parse(to_lf(prompt))
     used = fit_prompt(tokenizer, whole, prompt_budget(context, max_tokens))
     ids, pending = take_back(tokenizer, used)
-    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), len(whole) - len(used))
+    return EncodedPrompt(ids or [tokenizer.eos_id], pending, len(used), len(whole) - len(used), line_end_of(prompt))
 
 
 def fit_prompt(tokenizer: Tokenizer, ids: list[int], budget: int) -> list[int]:

@@ -6,11 +6,15 @@ before it is sure that it does not; stops are therefore looked for in the bytes,
 A text may also end where a line begins that is indented less than asked for. As in llama.cpp's server the first line,
 which begins before the cursor, is not looked at, an empty line is one indented by nothing, and the line break and what
 blanks follow it stay. (That server looks a token later: with its last token it lets such a line pass.)
+
+Stops and lines are those of the model, whose lines end with LF; shown they end as the file's (see `line_ends`).
 """
 
 import codecs
 import re
 from collections.abc import Sequence
+
+from smelter.decoding.line_ends import CRLF, LF, LineEnds, to_lf
 
 Stop = str | re.Pattern[bytes]
 """Ends a text and is cut off. Before a pattern nothing can be shown: it may begin anywhere."""
@@ -25,12 +29,14 @@ class Text:
     It ends before a line that is indented by fewer than `n_indent` blanks.
     """
 
-    def __init__(self, stops: Sequence[Stop] = (), skip: int = 0, n_indent: int = 0) -> None:
-        self._strings = [stop.encode() for stop in stops if isinstance(stop, str) and stop]
+    def __init__(self, stops: Sequence[Stop] = (), skip: int = 0, n_indent: int = 0, line_end: str = LF) -> None:
+        to_own = to_lf if line_end == CRLF else str
+        self._strings = {to_own(stop).encode(): stop for stop in stops if isinstance(stop, str) and stop}
         self._patterns = [stop for stop in stops if not isinstance(stop, str)]
         most = min(n_indent, MAX_INDENT) - 1
         self._outdented = re.compile(rb"\n[ \t]{0,%d}[^ \t]" % most) if n_indent else None
         self._raw = bytearray()
+        self._line_ends = LineEnds(line_end)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.skip = skip
         self.num_shown = skip
@@ -59,7 +65,8 @@ class Text:
         if outdented and outdented.end() < end:
             start = outdented.end() - 1
         elif matches:
-            self.stop = self._raw[start:end].decode("utf-8", "replace")
+            stop = bytes(self._raw[start:end])
+            self.stop = self._strings.get(stop) or stop.decode("utf-8", "replace")
         self.has_ended = start >= 0
         if self.has_ended:
             del self._raw[start:]
@@ -85,6 +92,6 @@ class Text:
         return longest
 
     def _show(self, end: int, *, final: bool) -> str:
-        text = self._decoder.decode(bytes(self._raw[self.num_shown : end]), final)
+        text = self._decoder.decode(self._line_ends.give(bytes(self._raw[self.num_shown : end])), final)
         self.num_shown = max(self.num_shown, end)
         return text

@@ -7,7 +7,6 @@ before the cursor. Greedily, one request at a time, up to the line break: an ans
 
 import asyncio
 import json
-import os
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from smelter.base import UserError
+from smelter.base import UserError, key_from_environment
 from smelter.evaluation.places import Place
 from smelter.evaluation.suggestions import MAX_TOKENS, Suggestion
 
@@ -76,7 +75,7 @@ async def _ask(
     characters: int,
     progress: Callable[[int], None] | None,
 ) -> tuple[ServerKind, list[Suggestion]]:
-    key = os.environ.get(KEY_VARIABLE)
+    key = key_from_environment(KEY_VARIABLE, "--url: ")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS, sock_connect=10)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:

@@ -100,7 +100,14 @@ def request_at(
         order="spm" if order == "plain" else order,
         heal=heal,
     )
-    return Request(prompt.ids, prompt.pending, max_tokens=MAX_TOKENS, stops=["\n"], stop_ids=[tokenizer.eos_id])
+    return Request(
+        prompt.ids,
+        prompt.pending,
+        max_tokens=MAX_TOKENS,
+        stops=["\n"],
+        stop_ids=[tokenizer.eos_id],
+        line_end=prompt.line_end,
+    )
 
 
 def ask(

@@ -122,6 +122,7 @@ def write_hf(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.max_seq_len,
+            "padding_side": "left",  # what is generated stands at the right
             **({} if tokenizer.im_end_id is None else {"chat_template": TEMPLATE}),
         },
         "special_tokens_map.json": named,

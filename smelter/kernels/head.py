@@ -66,11 +66,14 @@ class ScreenedHead:
         rows, places = (~(largest < floor)).nonzero(as_tuple=True)
         inside, ids = (~(blocks[rows, places] < floor[rows])).nonzero(as_tuple=True)
         rows, ids = rows[inside], places[inside] * BLOCK + ids
+        # A row whose numbers are none has left in what fills the last block up, too.
+        rows, ids = rows[ids < count], ids[ids < count]
         if len(ids) > MAX_CANDIDATES * len(hidden):
             return self._argmax_of_all(hidden, count)
         logits = (self.weight[ids] * hidden[rows]).sum(dim=-1)
         best = logits.new_full((len(hidden),), -torch.inf).scatter_reduce(0, rows, logits, "amax")
-        winners = ids.masked_fill(logits < best[rows], count)
+        loses = (logits < best[rows]) | (best.isnan()[rows] & ~logits.isnan())  # as in argmax: what is none is largest
+        winners = ids.masked_fill(loses, count)
         first: Tensor = winners.new_full((len(hidden),), count).scatter_reduce(0, rows, winners, "amin")
         return first
 

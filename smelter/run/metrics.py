@@ -8,7 +8,8 @@ checkpoint, so that a killed run and its continuation read as one run.
 |---|---|
 | step, tokens, skipped_steps | counts since the start of the run |
 | loss, ce_loss, z_loss, kl_loss, chunk_loss | nats per token |
-| lr_muon, lr_adamw, lr_embedding, grad_norm, loss_scale | as they are |
+| lr_muon, lr_adamw, lr_embedding, grad_norm, loss_scale | as they were in this step |
+| final_logit_soft_cap | the same; only with training.final_cap_anneal_fraction |
 | tok_per_sec, peak_memory_mib, elapsed_seconds | tokens/s, MiB, seconds |
 | is_ternary | 0 or 1; only with training.ternary_start_step |
 | mfu, trit_flips, sparsity/LAYER_KIND | shares, 0 to 1 |

@@ -2,8 +2,8 @@
 
     config.json        {"format": "smelter-packed", "format_version": 1, "step": ..., "config": the resolved recipe}
     tokenizer.json
-    model.safetensors  ternary matrix [N, K]: NAME.weight uint8 [N, K / 4] (see `bitnet.pack_trits`) and NAME.scale,
-                       float32 []; embedding and head bfloat16; the rest float32
+    model.safetensors  ternary matrix [N, K]: NAME.weight uint8 [N, ceil(K / 4)] (see `bitnet.pack_trits`) and
+                       NAME.scale, float32 []; embedding and head bfloat16; the rest float32
 
 Loading makes latent weights that quantise to the stored trits and scale: `trit * scale / share of non-zero trits`,
 whose mean magnitude is the scale. So a packed model is a model like any other from there on: it completes, is
@@ -79,11 +79,13 @@ def load_packed(path: Path) -> Checkpoint:
         step = int(manifest["step"])
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: not readable ({error}): copy the folder again from its source") from None
+    with torch.device("meta"):
+        widths = {key: parameter.shape[-1] for key, parameter in Model(config.model).named_parameters()}
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         if tensor.dtype == torch.uint8:
             scale = stored[key.removesuffix("weight") + "scale"]
-            trits = unpack_trits(tensor).float()
+            trits = unpack_trits(tensor, widths.get(key, 4 * tensor.shape[-1])).float()
             tensors[key] = trits * (scale / trits.abs().mean(dtype=torch.float64).clamp_min(1e-9)).float()
         elif not key.endswith(".scale"):
             tensors[key] = tensor.float()

@@ -17,6 +17,7 @@ from smelter.serving.stats import Stats
 from smelter.tokens import Tokenizer
 
 RETRY_SECONDS = 1
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 CLIENT_GONE = 499
 """Nobody reads this status: it is for the log and the figures."""
 
@@ -172,8 +173,8 @@ class EventStream(Response):
 
 
 def to_json(value: Any) -> str:
-    """As compact as a stream wants it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """As compact as a stream wants it, on one line for whoever splits a stream at all that Unicode calls a line end."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_LINE_ENDS)
 
 
 def answer(value: Any) -> JSONResponse:

@@ -56,7 +56,7 @@ class LlamaEngine:
 
     def submit(self, requests: Sequence[Request], deliver: Sequence[Callable[[Piece], None]]) -> list[Answer]:
         """As `Engine.submit`, in the event loop. ApiError for log-probabilities of a prompt, which are not told."""
-        if any(request.prompt_logprobs for request in requests):
+        if any(request.scored_ids for request in requests):
             raise ApiError(400, "echo: has no logprobs with --engine llama.cpp: leave one of them out", param="echo")
         if self.failure is not None:
             raise EngineStopped(self.failure)

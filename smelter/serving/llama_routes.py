@@ -33,7 +33,7 @@ def _prepare(body: InfillRequest | LlamaCompletionRequest, service: Service) -> 
         extra = tuple(file.text for file in body.input_extra)
         room = room_for(limit, context)
         encoded = make_prompt(tokenizer, context, text, body.input_suffix, max_tokens=room, extra=extra)
-        request = Request(encoded.ids, encoded.pending)
+        request = Request(encoded.ids, encoded.pending, line_end=encoded.line_end)
         prepared = [Prepared(request, text, encoded.num_tokens, encoded.num_dropped)]
     else:
         prepared = [prepare_prompt(prompt, tokenizer, context, limit) for prompt in prompts_of(body.prompt)]

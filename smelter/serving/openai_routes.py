@@ -42,20 +42,24 @@ def _prepare(body: CompletionRequest, service: Service) -> list[Prepared]:
     limit = DEFAULT_MAX_TOKENS if body.limit is None else body.limit
     prompts = prompts_of(body.prompt)
     num_top = None if body.logprobs is None or body.logprobs is False else int(body.logprobs)
-    prompt_logprobs = body.echo and num_top is not None
     check_num_answers(len(prompts), body.num_choices)
     if body.best_of not in (None, body.num_choices):
         raise ApiError(400, "best_of: is not supported: ask for n answers and choose", param="best_of")
     if body.echo and body.suffix is not None:
         raise ApiError(400, "echo: makes no sense together with suffix", param="echo")
-    others = {"stop_ids": [tokenizer.eos_id], "num_top": num_top, "prompt_logprobs": prompt_logprobs}
+    others = {"stop_ids": [tokenizer.eos_id], "num_top": num_top}
     prepared = []
     for prompt in prompts:
         if body.suffix is None:
-            item = prepare_prompt(prompt, tokenizer, context, limit, exact=prompt_logprobs)
+            item = prepare_prompt(prompt, tokenizer, context, limit, scored=body.echo and num_top is not None)
         elif isinstance(prompt, str):
             encoded = make_prompt(tokenizer, context, prompt, body.suffix, max_tokens=room_for(limit, context))
-            item = Prepared(Request(encoded.ids, encoded.pending), prompt, encoded.num_tokens, encoded.num_dropped)
+            item = Prepared(
+                Request(encoded.ids, encoded.pending, line_end=encoded.line_end),
+                prompt,
+                encoded.num_tokens,
+                encoded.num_dropped,
+            )
         else:
             raise ApiError(400, "suffix: needs a prompt that is text", param="suffix")
         prepared.append(complete_request(item, body, limit, context, **others))
@@ -83,22 +87,38 @@ def finish_reason(end: End) -> str:
 
 def _logprobs(tokens: Sequence[Token], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
     """The older form, of /v1/completions; `offset` characters stand before the first of the tokens."""
-    texts = [token_text(token) for token in tokens]
     offsets, raw = [], b""
     for token in tokens:
         offsets.append(offset + len(raw.decode("utf-8", "ignore")))
         raw += token.raw
     return {
-        "tokens": texts,
+        "tokens": [_name(token.raw) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            {tokenizer.decode([i], skip_special_tokens=False): value for i, value in reversed(token.top)}
-            if token.logprob is not None
-            else None
-            for token in tokens
-        ],
+        "top_logprobs": [None if token.logprob is None else _likeliest(token, tokenizer) for token in tokens],
         "text_offset": offsets,
     }
+
+
+def _name(raw: bytes) -> str:
+    """What a token is called in the older form, as by OpenAI: its text, or a part of a character as its bytes."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return _bytes_name(raw)
+
+
+def _bytes_name(raw: bytes) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _likeliest(token: Token, tokenizer: Tokenizer) -> dict[str, float]:
+    """The likeliest tokens by their names: one for each, where two spell the same the less likely one's bytes."""
+    told: dict[str, float] = {}
+    for index, value in token.top:
+        raw = tokenizer.decode_bytes([index])
+        name = _name(raw) if raw else tokenizer.decode([index], skip_special_tokens=False)
+        told[_bytes_name(raw) if name in told else name] = value
+    return told
 
 
 def _chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:

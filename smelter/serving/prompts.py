@@ -82,7 +82,7 @@ def check_num_answers(num_prompts: int, num_choices: int) -> None:
 
 
 def exact_ids(prompt: str | list[Piece], tokenizer: Tokenizer, context: int, limit: int) -> list[int]:
-    """The ids of a prompt that is neither cut nor healed; 400 for ids that are none, or too many."""
+    """The ids of a prompt as it stands, neither cut nor healed; 400 for ids that are none, or too many."""
     pieces = [prompt] if isinstance(prompt, str) else prompt
     if not pieces:
         raise ApiError(400, "prompt: an empty list of token ids", param="prompt")
@@ -103,16 +103,19 @@ def check_fits(num_tokens: int, limit: int, context: int, name: str) -> None:
 
 
 def prepare_prompt(
-    prompt: str | list[Piece], tokenizer: Tokenizer, context: int, limit: int, *, exact: bool = False
+    prompt: str | list[Piece], tokenizer: Tokenizer, context: int, limit: int, *, scored: bool = False
 ) -> Prepared:
-    """A prompt to continue: a text is cut to the context and healed, unless `exact`; of ids neither is done."""
-    if isinstance(prompt, str) and not exact:
+    """A prompt to continue: a text is cut to the context and healed, of ids neither is done.
+
+    With `scored` the log-probabilities of all its tokens are told, too; what is written stays the same.
+    """
+    exact = exact_ids(prompt, tokenizer, context, limit) if scored or not isinstance(prompt, str) else []
+    scored_ids = exact if scored else []
+    if isinstance(prompt, str):
         encoded = read_prompt(tokenizer, context, prompt, max_tokens=room_for(limit, context))
-        request = Request(encoded.ids, encoded.pending)
+        request = Request(encoded.ids, encoded.pending, line_end=encoded.line_end, scored_ids=scored_ids)
         return Prepared(request, prompt, encoded.num_tokens, encoded.num_dropped)
-    ids = exact_ids(prompt, tokenizer, context, limit)
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-    return Prepared(Request(ids), text, len(ids))
+    return Prepared(Request(exact, scored_ids=scored_ids), tokenizer.decode(exact), len(exact))
 
 
 def complete_request(prepared: Prepared, body: Sampling, limit: int, context: int, **others: Any) -> Prepared:

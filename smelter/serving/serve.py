@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from annotated_types import Ge
 
-from smelter.base import UserError, parse
+from smelter.base import UserError, key_from_environment, parse
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -102,7 +102,7 @@ def rules_of(options: ServeOptions) -> "Rules":
     """Who may ask, by the options."""
     from smelter.serving.gate import LOOPBACK_NAMES, Rules
 
-    key = os.environ.get(KEY_VARIABLE) if options.api_key_file is None else _read_key(options.api_key_file)
+    key = key_from_environment(KEY_VARIABLE, "") if options.api_key_file is None else _read_key(options.api_key_file)
     hosts = LOOPBACK_NAMES | {options.host} if is_loopback(options.host) else None
     return Rules(key or None, hosts, options.allow_origin)
 
@@ -110,7 +110,7 @@ def rules_of(options: ServeOptions) -> "Rules":
 def _read_key(file: Path) -> str:
     """The key in a file of one line. Raises UserError where there is none."""
     try:
-        (key,) = file.read_text(encoding="utf-8").split()
+        (key,) = file.read_text(encoding="utf-8-sig").split()
     except ValueError:  # UnicodeDecodeError is one
         raise UserError(f"{file}: must hold the key and nothing else, on one line") from None
     return key

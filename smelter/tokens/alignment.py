@@ -8,6 +8,7 @@ Of a document the teacher's side is kept as one number for each of the student's
 chunk that ends with this token, NaN where none does. So any slice of the document finds its chunks by itself.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from smelter.base import DataError
+from smelter.tokens.reversible import SPACE_MARK, check_ids
 from smelter.tokens.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -48,10 +50,18 @@ class TeacherTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._bytes = [own.decode_bytes([index]) for index in range(own.vocab_size)]
+        values = json.loads(self.path.read_text(encoding="utf-8"))
+        try:
+            check_ids(values, self._backend.get_vocab(with_added_tokens=True))
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
         added: dict[int, Any] = self._backend.get_added_tokens_decoder()
         for index, token in added.items():
-            if token.special:
-                self._bytes[index] = b""  # text that spells a special token's name is not what the token means
+            name, is_piece = token.content, token.content in values["model"]["vocab"] or SPACE_MARK in token.content
+            if token.special or name in own.special.names:
+                self._bytes[index] = b""  # text that spells such a name is not what the token means
+            elif not (is_piece and self._bytes[index]):
+                self._bytes[index] = name.encode()
         with_special, without = (self._backend.encode("a", add_special_tokens=flag).ids for flag in (True, False))
         first = with_special[: len(with_special) - len(without)]
         self.first_id: int | None = first[0] if first and with_special[len(first) :] == without else None

@@ -1,7 +1,6 @@
 """JSONL records -> tokenizer and shards: the `smelter tokenize` command.
 
-Documents of one source (a file, a repository, a prompt) are all on the same side of the split, by the hash of the
-source's name: a document that is added later moves none of the others. The tokenizer sees the train side only.
+The tokenizer sees the train side of the split only (`smelter.tokens.sides`).
 A record of kind "instruct" makes a conversation of each response (`smelter.tokens.chat`).
 
 The records are read two or three times (check, train the tokenizer, encode) instead of being held, so memory does
@@ -30,15 +29,16 @@ from smelter.base import (
     Progress,
     file_sha256,
     megabytes,
-    nearest,
     parse,
     whole_folder,
     write_json,
 )
 from smelter.tokens.chat import ChatFormat, head
 from smelter.tokens.documents import Document, Records, parse_teacher_weights
+from smelter.tokens.roles import SpecialTokens
 from smelter.tokens.shards import DOCUMENT_TABLE, FORMAT, SPLITS, VERSION, file_entries
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.sides import Survey, survey
+from smelter.tokens.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 32_000
 
@@ -166,71 +166,6 @@ class _SplitWriter:
         }
 
 
-class Sides:
-    """Which side of the split a document is on: the record's word, else its source's, else the source's hash."""
-
-    def __init__(self, val_fraction: float) -> None:
-        self.val_fraction = val_fraction
-        self._said: dict[str, str] = {}
-
-    def hear(self, document: Document) -> None:
-        """Note what a record says about its source."""
-        if document.split:
-            self._said.setdefault(document.source, document.split)
-
-    def of(self, document: Document) -> str:
-        """ "train" or "val"; call once every document was heard."""
-        if document.split:
-            return document.split
-        digest = hashlib.sha256(document.source.encode()).digest()
-        by_hash = "val" if int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64 else "train"
-        return self._said.get(document.source, by_hash)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a first reading of the records found."""
-
-    sides: Sides
-    num_docs: dict[str, int]
-    num_bytes: dict[str, int]
-    num_chats: int
-
-
-def survey(records: Records, val_fraction: float) -> Survey:
-    """Read and check every record. Raises DataError for a bad one, and where a side would be empty."""
-    sides = Sides(val_fraction)
-    num_docs: Counter[tuple[str, str]] = Counter()
-    num_bytes: Counter[tuple[str, str]] = Counter()
-    num_chats = 0
-    for document in records:
-        sides.hear(document)
-        key = (document.source, document.split)
-        num_docs[key] += 1
-        num_bytes[key] += len(document.content.encode())
-        num_chats += bool(document.prompt)
-    for name in records.teacher_weights:
-        if name not in records.teachers:
-            known = nearest(name, list(records.teachers)) if records.teachers else "no record has responses"
-            raise DataError(f"--teacher-weight: no response is of teacher {name!r}: {known}")
-    docs_of, bytes_of = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    for (source, split), count in num_docs.items():
-        side = sides.of(Document("", source, split, 1.0))
-        docs_of[side] += count
-        bytes_of[side] += num_bytes[source, split]
-    total = sum(docs_of.values())
-    if total == 0:
-        raise DataError(f"{records.paths[0]}: no usable record in {len(records.paths)} file(s): nothing to tokenize")
-    for side in SPLITS:
-        if not docs_of[side]:
-            way = "raise" if side == "val" else "lower"
-            raise DataError(
-                f"{records.paths[0]}: none of {total:,} documents is in {side!r} (they are split by source): give some "
-                f'records "split": "{side}", or {way} --val-fraction (now {val_fraction:g})'
-            )
-    return Survey(sides, docs_of, bytes_of, num_chats)
-
-
 def training_texts(records: Records, overview: Survey, max_bytes: int) -> Iterator[str]:
     """Texts of the train side, about `max_bytes` of them: chosen by their hash, so from everywhere alike."""
     share = max_bytes / max(overview.num_bytes["train"], 1)
@@ -326,6 +261,7 @@ def tokenize(options: TokenizeOptions) -> Path:
                 "sha256": file_sha256(partial / "tokenizer.json"),
             },
             "inputs": [asdict(file) for file in files],
+            "val_documents_in_train": overview.num_leaked,
             "teacher_weights": records.teacher_weights,
             "splits": {name: writer.finish() for name, writer in writers.items()},
         }
@@ -369,6 +305,14 @@ def _report_reading(records: Records, overview: Survey) -> None:
         print(f"skipped {count:,}: {reason}")
     for complaint in records.complaints:
         print(f"  {complaint}")
+    if overview.num_joined:
+        print(f"{overview.num_joined:,} text(s) stand in sources on both sides of the split: each was put on one side")
+    if overview.num_leaked:
+        print(
+            f"warning: text or prompt of {overview.num_leaked:,} of {overview.num_docs['val']:,} held-out documents "
+            f'({overview.leaked_bytes:,} bytes) is in train, too, as records\' "split" says: measured on them, memory '
+            'looks like skill; drop copies (`foundry clean`), or leave their "split" out'
+        )
 
 
 def _check_target(out: Path) -> None:

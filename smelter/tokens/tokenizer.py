@@ -8,7 +8,8 @@ not come back as it was, and bits per byte would count another text), and llama.
 Two promises hold for every tokenizer that loads, also a foreign one: `decode_bytes(encode_bytes(b)) == b`,
 and no text of any kind becomes a special token (source code *about* special tokens is just source code; only `parse`,
 which is for prompts that somebody lays out, takes names for tokens). Foreign
-files are changed where they would break the first (NFC, a space put before the text), and `notices` says so.
+files are changed where they would break these (NFC, a space put before the text, names matched in text), and `notices`
+says so; where that is not possible they are refused (see `smelter.tokens.reversible`).
 
 Trade-off: invalid UTF-8 costs a token per byte. It occurs only where a window cuts a character.
 """
@@ -18,7 +19,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from smelter.base import ConfigError, DataError
+from smelter.tokens.reversible import (
+    SPACE_MARK,
+    byte_token,
+    check_distinct,
+    check_ids,
+    is_byte_level,
+    make_reversible,
+    piece_bytes,
+)
+from smelter.tokens.roles import SpecialTokens, find_roles
 
 QWEN2_SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,9 +49,6 @@ QWEN2_SPLIT_PATTERN = (
 MAX_TOKEN_BYTES = 32
 """Longest token that training makes: longer ones are lines that a corpus repeats, such as licence headers."""
 
-SPACE_MARK = "▁"
-"""SentencePiece's sign for a space (U+2581)."""
-
 _ESCAPED = re.compile("[\udc80-\udcff]+")
 _ESCAPED_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE_MARK}]+")
 _LONG_RUN = re.compile(r"\S{512}|\s{512}")
@@ -50,58 +57,7 @@ _PROBES = (
     " e\u0301 漢字🙂 ",
     "\x00\x7f\u2028\u212b\ufeff",
     f" {SPACE_MARK}  a",
-)
-
-
-CHAT_ROLES = ("im_start", "im_end")
-"""Roles that a tokenizer may do without."""
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Names of the tokens that no text encodes to."""
-
-    eos: str = "<|endoftext|>"
-    """Ends every document, and so also separates and begins them."""
-    pad: str = "<|pad|>"
-    """Fills what is left of a row; never a target."""
-    fim_prefix: str = "<|fim_prefix|>"
-    """Stands before the prefix."""
-    fim_middle: str = "<|fim_middle|>"
-    """Stands before the middle."""
-    fim_suffix: str = "<|fim_suffix|>"
-    """Stands before the suffix."""
-    im_start: str = "<|im_start|>"
-    """Begins a message of a conversation (see `smelter.tokens.chat`); empty where a tokenizer has no conversations."""
-    im_end: str = "<|im_end|>"
-    """Ends a message; empty together with `im_start`."""
-
-    def __post_init__(self) -> None:
-        has_required = all(name for role, name in self.roles.items() if role not in CHAT_ROLES)
-        if len(set(self.names)) < len(self.names) or not has_required or bool(self.im_start) != bool(self.im_end):
-            raise ConfigError(f"special tokens {', '.join(self.roles.values())}: all must differ and none be empty")
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """The name of each role that there is, in the order in which training gives them ids."""
-        roles = {item.name: str(getattr(self, item.name)) for item in fields(self)}
-        return {role: name for role, name in roles.items() if name or role not in CHAT_ROLES}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names, in that order."""
-        return tuple(self.roles.values())
-
-
-# What the known tokenizers call theirs. The three of FIM belong together: (prefix, middle, suffix).
-_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend▁of▁sentence\uff5c>", "</s>", "<eos>")
-_PAD_NAMES = ("<|pad|>", "<|fim_pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
-_FIM_NAMES = (
-    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
-    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
-    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
-    ("▁<PRE>", "▁<MID>", "▁<SUF>"),
-    ("<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁end\uff5c>", "<\uff5cfim▁hole\uff5c>"),
+    "<0x41> <0x0A>",
 )
 
 
@@ -123,7 +79,7 @@ class Tokenizer:
         )
         self._backend = backend
         self._values: dict[str, Any] = json.loads(backend.to_str())
-        self._is_byte_level = '"ByteLevel"' in json.dumps(self._values["pre_tokenizer"])
+        self._is_byte_level = is_byte_level(self._values)
         self.eos_id: int = ids["eos"]
         self.pad_id: int = ids["pad"]
         self.fim_prefix_id: int = ids["fim_prefix"]
@@ -161,7 +117,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(special.names),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            max_token_length=MAX_TOKEN_BYTES,
+            max_token_length=MAX_TOKEN_BYTES + 1,  # exclusive
             show_progress=False,
         )
         backend.train_from_iterator(_without_long_runs(texts), trainer)
@@ -185,7 +141,7 @@ class Tokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}: check the path") from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -195,17 +151,16 @@ class Tokenizer:
         if kind != "BPE":
             raise DataError(f"{path}: model type is {kind!r}: only BPE tokenizers (tokenizer.json) can be used")
         try:
-            notices = _make_reversible(values)
-            names, changes = _roles(values, special or SpecialTokens(), add_chat)
+            names, changes = find_roles(values, special or SpecialTokens(), add_chat)
+            notices = [*make_reversible(values), *changes]
             backend = tokenizers.Tokenizer.from_str(json.dumps(values))
-        except Exception as error:  # the Rust library raises nothing more specific; ours may miss any key
-            raise DataError(f"{path}: not a usable tokenizer.json: {error}: fetch it anew") from None
-        backend.add_special_tokens(list(names.names))
-        notices += changes
-        try:
+            check_ids(values, backend.get_vocab(with_added_tokens=True))
+            backend.add_special_tokens(list(names.names))
             return cls(backend, names, notices)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+        except Exception as error:  # the Rust library raises nothing more specific; ours may miss any key
+            raise DataError(f"{path}: not a usable tokenizer.json: {error}: fetch it anew") from None
 
     def save(self, path: Path | str) -> None:
         """Write `tokenizer.json`; `load` and Transformers' `PreTrainedTokenizerFast` read it."""
@@ -319,28 +274,21 @@ class Tokenizer:
         return ids
 
     def _bytes_of_tokens(self) -> list[bytes]:
-        """[vocab_size] bytes of every id; none for special tokens and for ids without a token."""
+        """[vocab_size] bytes of every id; none for special ones and ids without a token. DataError for a shared id."""
         vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        verbatim = {token["id"] for token in self._values["added_tokens"]}
+        check_distinct(vocab)
         table = [b""] * (max(vocab.values()) + 1)
         for token, index in vocab.items():
-            if index in self._special_names:
-                continue
-            if index in verbatim:
-                table[index] = token.encode()
-            elif not self._is_byte_level:
-                byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-                table[index] = bytes.fromhex(byte[1]) if byte else token.replace(SPACE_MARK, " ").encode()
-            elif all(char in _BYTE_OF_CHAR for char in token):
-                table[index] = bytes(_BYTE_OF_CHAR[char] for char in token)
-            else:
-                table[index] = token.encode()
+            if index not in self._special_names:
+                table[index] = piece_bytes(token, self._is_byte_level)
+        for added in self._values["added_tokens"]:
+            if self._is_byte_level and not added["special"]:
+                table[added["id"]] = added["content"].encode()  # as it stands in the text
         return table
 
     def _ids_of_bytes(self) -> list[int]:
         """[256] id of every single byte; DataError if one has none."""
-        chars = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
-        ids = [self.token_to_id(chars[byte] if self._is_byte_level else f"<0x{byte:02X}>") for byte in range(256)]
+        ids = [self.token_to_id(byte_token(byte, self._is_byte_level)) for byte in range(256)]
         known = [index for index in ids if index is not None]
         if len(known) < 256:
             raise DataError(
@@ -349,29 +297,23 @@ class Tokenizer:
         return known
 
     def _check(self) -> None:
-        """Hold the two promises of the module on texts that break careless tokenizers."""
-        for text in (*_PROBES, *self.special.names):
-            ids = self.encode(text)
+        """Hold the promises of the module on texts that break careless tokenizers, around each added token, too."""
+        names = [token["content"] for token in self._values["added_tokens"]]
+        texts = [*_PROBES, *(f"{name}  a{name}b \t{name}\n" for name in names)]
+        for text, ids in zip(texts, self.encode_batch(texts), strict=True):
             if not self._special_names.keys().isdisjoint(ids):
                 raise DataError(f"ordinary text {text!r} encodes to a special token: choose another name for it")
             if self.decode_bytes(ids) != text.encode():
                 raise DataError(f"{text!r} comes back as {self.decode(ids)!r}: a tokenizer that loses bytes")
+        raw = bytes(range(256))
+        if self.decode_bytes(self._byte_ids) != raw:
+            raise DataError("single bytes come back as others: a tokenizer that loses bytes")
 
 
 def _id(backend: tokenizers.Tokenizer, name: str) -> int:
     index = backend.token_to_id(name)
     assert index is not None, f"{name} was added before"
     return index
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's (GPT-2's) printable stand-in for every byte, as {character: byte}."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_alphabet()
 
 
 def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
@@ -382,67 +324,3 @@ def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : match.end()]
             start = match.end()
         yield text[start:]
-
-
-def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as the list of its parts."""
-    if component is None:
-        return []
-    return list(component[key]) if component.get("type") == "Sequence" else [component]
-
-
-def _make_reversible(values: dict[str, Any]) -> list[str]:
-    """Change a foreign file's tables where they would lose or add bytes; returns what was changed, in words."""
-    notices = []
-    values["truncation"] = values["padding"] = None
-    normalizers = _parts(values.get("normalizer"), "normalizers")
-    kept = [part for part in normalizers if part["type"] not in ("NFC", "Prepend")]
-    if any(part["type"] == "NFC" for part in normalizers):
-        notices.append("NFC normalisation left out: it changes bytes")
-    values["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    prepends = any(part["type"] == "Prepend" for part in normalizers)
-    pre_tokenizers_ = _parts(values.get("pre_tokenizer"), "pretokenizers")
-    for part in pre_tokenizers_ + _parts(values.get("decoder"), "decoders"):
-        if part["type"] == "ByteLevel":
-            prepends |= part["add_prefix_space"] and part in pre_tokenizers_
-            part["add_prefix_space"] = False
-        elif part["type"] == "Metaspace":
-            prepends |= part.pop("add_prefix_space", True) and part.get("prepend_scheme") != "never"
-            part["prepend_scheme"] = "never"
-    if prepends:
-        notices.append("no space is put before the text: infilling joins pieces, and bytes must come back")
-    decoder = values.get("decoder")
-    if decoder and decoder.get("type") == "Sequence":
-        decoder["decoders"] = [part for part in decoder["decoders"] if part["type"] != "Strip"]
-    return notices
-
-
-def _roles(values: dict[str, Any], preferred: SpecialTokens, add_chat: bool) -> tuple[SpecialTokens, list[str]]:
-    """Which token has which role in a file, and in words what differs from `preferred`; marks them as special."""
-    added = {token["content"]: token for token in values.get("added_tokens", [])}
-    present = set(added) | set(values["model"]["vocab"])
-    stored = (values.get("post_processor") or {}).get("special_tokens") or {}
-    remembered = {role: entry["tokens"][0] for role, entry in stored.items() if entry.get("tokens")}
-    wanted = {item.name: str(getattr(preferred, item.name)) for item in fields(preferred)}
-
-    def first(role: str, names: Sequence[str]) -> str:
-        candidates: list[str] = [wanted[role], remembered.get(role, wanted[role]), *names]
-        return next((name for name in candidates if name in present), wanted[role])
-
-    family = next((names for names in _FIM_NAMES if present.issuperset(names)), ())
-    roles = {"eos": first("eos", _EOS_NAMES), "pad": first("pad", _PAD_NAMES)}
-    for i, role in enumerate(("fim_prefix", "fim_middle", "fim_suffix")):
-        roles[role] = first(role, family[i : i + 1])
-    known = remembered if "eos" in remembered else {role: "" for role in CHAT_ROLES if wanted[role] in present}
-    has_chat = add_chat or all(role in known for role in CHAT_ROLES)
-    roles |= {role: wanted[role] if has_chat else "" for role in CHAT_ROLES}
-    notices = [
-        f"the {role} token is {name!r}" for role, name in roles.items() if name in present and name != wanted[role]
-    ]
-    missing = [name for name in roles.values() if name and name not in present]
-    if missing:
-        notices.append(f"added to the vocabulary: {', '.join(missing)}")
-    for name in roles.values():
-        if name in added:
-            added[name] |= {"special": True, "normalized": False, "lstrip": False, "rstrip": False}
-    return SpecialTokens(**roles), notices

@@ -147,9 +147,9 @@ class Raises:
     [
         (UserError("a.toml:3: two\n  lines"), 2, "smelter train: error: a.toml:3: two lines"),
         (
-            PermissionError(13, "Permission denied", "x.bin"),
+            PermissionError(13, "Permission denied", "x\n.bin"),
             2,
-            "smelter train: error: x.bin: Permission denied: check the path, its permissions and the free disk space",
+            "smelter train: error: x .bin: Permission denied: check the path, its permissions and the free disk space",
         ),
         (KeyboardInterrupt(), 130, "smelter: interrupted"),
     ],

@@ -57,6 +57,21 @@ records = st.builds(Record, kind=st.just("text"), text=filled_text, **common) | 
 )
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    marked = Record(kind="text", text="\ufeffimport os\n")
+    assert marked == Record(kind="text", text="import os\n")
+    inside = Record(kind="text", text="a = '\ufeff'\n")
+    assert inside.text == "a = '\ufeff'\n"
+    answer = Response(teacher="t", text="\ufeffx = 1")
+    asked = Record(kind="instruct", prompt="\ufeffWrite.", responses=(answer,))
+    assert (asked.prompt, asked.responses[0].text) == ("Write.", "x = 1")
+    with pytest.raises(RecordError, match='"text" is missing or empty'):
+        Record(kind="text", text="\ufeff")
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"kind": "text", "text": "\ufeffimport os\n"}) + "\n")
+    assert list(read_records(path)) == [marked]
+
+
 @given(records)
 def test_json_gives_back_the_record(record: Record) -> None:
     line = record.to_json()

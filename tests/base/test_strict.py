@@ -215,3 +215,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             read_toml(tmp_path / f"{name}.toml", "oven")
     (tmp_path / "good.toml").write_text("[oven]\ndegrees = 1\n")
     assert read_toml(tmp_path / "good.toml", "oven") == {"oven": {"degrees": 1}}
+    marked = tmp_path / "marked.toml"
+    marked.write_text((tmp_path / "good.toml").read_text(), encoding="utf-8-sig")
+    assert read_toml(marked, "oven") == {"oven": {"degrees": 1}}

@@ -302,7 +302,7 @@ def test_an_answer_ends_before_a_line_indented_less(engine: Engine) -> None:
 
 def test_prompt_logprobs(engine: Engine) -> None:
     prompt = random_prompts(1, seed=12)[0][:40]
-    asked = Asked(engine, Request(prompt, max_tokens=0, prompt_logprobs=True, num_top=2)).all()
+    asked = Asked(engine, Request(prompt, max_tokens=0, scored_ids=prompt, num_top=2)).all()
     told = asked.pieces[0].prompt
     model = tiny.model()
     with torch.no_grad():
@@ -412,7 +412,7 @@ def test_short_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     prompts = random_prompts(9, seed=2)
     prompts = [prompt[: 1 + 5 * index] for index, prompt in enumerate(prompts)]
     requests = [Request(prompt, max_tokens=12) for prompt in prompts]
-    requests[4] = Request(prompts[4], max_tokens=0, prompt_logprobs=True)
+    requests[4] = Request(prompts[4], max_tokens=0, scored_ids=prompts[4])
     asked = [Asked(engine, request) for request in requests]
     engine.cancel([asked[2].answer])
     read: list[int] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from smelter.__main__ import main
 from smelter.base.errors import CheckpointError, ConfigError, UserError
 from smelter.decoding.kv_cache import KVCache
-from smelter.decoding.sampling import sample
+from smelter.decoding.sampling import candidates, sample
 from smelter.evaluation.gaps import candidate_lines, choose_cases
 from smelter.kernels import head as screened
 from smelter.model import Model
@@ -102,6 +102,21 @@ def test_stop_ids_end_a_row_and_are_not_part_of_it() -> None:
     assert stopped.ids == free.ids[: free.ids.index(stop)]
     assert stopped.finish == "stop"
     assert len(stopped.logprobs) == len(stopped.ids)
+
+
+@pytest.mark.parametrize(
+    "settings", [(0.8, 0, 1.0), (0.8, 0, 1.0, 0.05), (0.8, 40, 1.0), (0.8, 0, 0.9), (0.8, 40, 0.9)]
+)
+def test_a_row_of_logits_that_are_no_numbers_ends_no_other(settings: tuple[Any, ...]) -> None:
+    """It gets some token that there is."""
+    logits, uniforms = torch.randn(3, 300, generator=torch.manual_seed(1)), torch.tensor([0.3, 0.9, 0.6])
+    expected = sample(logits, uniforms, *settings).tolist()
+    for bad in (torch.nan, torch.inf):
+        logits[1] = bad
+        found = sample(logits, uniforms, *settings).tolist()
+        assert (found[0], found[2]) == (expected[0], expected[2])
+        assert 0 <= found[1] < 300
+        assert len(candidates(logits[1], 40, 0.9, 0.0)[0]) == 1
 
 
 def test_a_full_context_ends_the_row_but_not_the_others() -> None:

@@ -74,7 +74,7 @@ def test_the_engine_writes_them_too() -> None:
     wide, narrow = pair()
     queues: list[queue.Queue[Piece]] = [queue.Queue() for _ in REQUESTS]
     engine = Engine(wide, TOKENS, num_slots=4)
-    requests = [*REQUESTS[:-1], replace(REQUESTS[-1], pending=b"", prompt_logprobs=True)]
+    requests = [*REQUESTS[:-1], replace(REQUESTS[-1], pending=b"", scored_ids=REQUESTS[-1].ids)]
     engine.submit(requests, [each.put for each in queues])
     engine.start()
     collected = [until_end(each) for each in queues]

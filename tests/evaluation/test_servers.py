@@ -62,6 +62,18 @@ def test_the_key_and_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked[-1][1]["model"] == "another"
 
 
+def test_a_key_of_two_lines_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "one\ntwo")
+    with stub({}) as (server, asked):
+        with pytest.raises(UserError, match=f"^--url: {KEY_VARIABLE} holds a line break .* on one line$"):
+            ask_server(server, [PLACE], characters=400)
+        assert not asked
+    monkeypatch.setenv(KEY_VARIABLE, "one\n")
+    with stub({"/infill": (200, {"content": "", "stop_type": "eos"})}) as (server, asked):
+        ask_server(server, [PLACE], "infill", characters=400)
+        assert asked[-1][2] == "Bearer one"
+
+
 def test_a_server_is_asked_in_the_first_way_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
     completion = {"choices": [{"text": "rst", "finish_reason": "length"}]}
 

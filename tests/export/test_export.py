@@ -22,7 +22,8 @@ from smelter.export.hf import baked_tensors, compare_trits, qwen3_config, read_h
 from smelter.model import Model
 from smelter.run.load import load_model
 from smelter.tokens.chat import TEMPLATE, ChatFormat, stop_ids
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.roles import SpecialTokens
+from smelter.tokens.tokenizer import Tokenizer
 from tests import tiny
 
 GGUF_SHAPE: dict[str, Any] = {"hidden_size": 256, "num_heads": 4, "head_dim": 64, "intermediate_size": 512}

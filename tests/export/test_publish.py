@@ -23,7 +23,7 @@ from smelter.run.load import load_model
 from smelter.run.packed import is_packed, load_packed, write_packed
 from smelter.run.results import write_results
 from tests import tiny
-from tests.export.test_export import GGUF_SHAPE, calm_model, run_export
+from tests.export.test_export import FREE, GGUF_SHAPE, calm_model, run_export, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,18 @@ def test_packed_layers_without_a_single_weight_come_back(tmp_path: Path) -> None
         assert torch.equal(layer.scale, other.scale)
 
 
+def test_widths_that_four_does_not_divide_are_packed_too(tmp_path: Path) -> None:
+    """The last byte of a row then holds fewer than four trits."""
+    model = calm_model(hidden_size=66, num_heads=3, num_kv_heads=1, head_dim=22, intermediate_size=91)
+    run = tiny.checkpoint(tmp_path / "run", model)
+    options = ["--gguf-type", "F16", "--gguf-embedding", "F16"]
+    assert run_export(run, tmp_path / "out", "--format", "all", "--packed", *options) == 0
+    trained, again = (load_model(path)[0] for path in (run, tmp_path / "out" / "packed"))
+    for (name, ours), (_, theirs) in zip(bit_linears(trained), bit_linears(again), strict=True):
+        assert torch.equal(ours.trits, theirs.trits), name
+        assert torch.equal(ours.scale, theirs.scale), name
+
+
 def test_damaged_packed_folders_are_named(published: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(published / "out" / "packed", tmp_path / "packed")
     (folder / "model.safetensors").write_bytes(b"nonsense")
@@ -235,3 +247,17 @@ def test_llama_cpp_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     assert report["llama_cpp_infill_prompt_differs"] == 1
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "elsewhere"))
     assert check_llama_cpp_tokenizer(tmp_path / "model.gguf", tiny.tokenizer(), ["x"]) == {}
+
+
+def test_several_prompts_are_padded_at_their_beginning(tmp_path: Path) -> None:
+    """Transformers' own default pads behind a shorter prompt, which then goes on after the padding."""
+    folder = write_folder(tmp_path / "hf", tiny.model(**FREE))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    prompts = ["import os\nimport re\n\nclass A:", "def f("]
+    together = tokenizer(prompts, return_tensors="pt", padding=True)
+    written = model.generate(**together, max_new_tokens=8, do_sample=False)[:, -8:]
+    assert tokenizer.padding_side == "left"
+    for prompt, ids in zip(prompts, written, strict=True):
+        alone = tokenizer(prompt, return_tensors="pt")
+        assert model.generate(**alone, max_new_tokens=8, do_sample=False)[0, -8:].tolist() == ids.tolist()

@@ -72,6 +72,14 @@ def test_the_key_is_sent_and_written_nowhere(tmp_path: Path) -> None:
         assert "swordfish" not in stderr
         assert not (tmp_path / "u.jsonl").exists()
 
+        code, _, stderr = run(settings, tmp_path / "w.jsonl", STUB_KEY="swordfish-1\nswordfish-2")
+        assert code == 2
+        (line,) = stderr.splitlines()
+        assert line.endswith(
+            "STUB_KEY holds a line break or another control character: export the key alone, on one line"
+        )
+        assert "swordfish" not in line
+
         code, _, stderr = run(settings, tmp_path / "v.jsonl")
         assert code == 2
         assert stderr.splitlines()[-1].endswith('key_env = "STUB_KEY" is not set in the environment: export it')

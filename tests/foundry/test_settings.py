@@ -43,6 +43,7 @@ def test_a_small_file_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (TEACHER + "key_header = 'a b'\n", "key_header = 'a b': must be the name of a header"),
         (TEACHER + "temprature = 1\n", "[[teacher]] a/b: unknown key 'temprature': did you mean 'temperature'?"),
         ("[generate]\nin_fligt = 1\n" + TEACHER, "[generate]: unknown key 'in_fligt': did you mean 'in_flight'?"),
         ("[seed]\n" + TEACHER, "unknown table 'seed': did you mean 'seeds'?"),

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,6 +29,7 @@ from foundry.stats import (
 )
 from smelter.base.errors import UserError
 from smelter.base.record import Record, Response, write_records
+from tests.servers import ROOT
 
 HOSTILE = '</title><script>alert("1")</script>\'{{ 77 * 999 }}&\u2028'
 
@@ -219,6 +222,23 @@ def test_the_command_prints_and_writes(files: tuple[Path, Path], capsys: pytest.
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert foundry(["stats", str(files[0]), str(files[0])]) == 0
     assert "6 kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_a_terminal_has_no_letters_for(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "\u6f22.jsonl"
+    write_records(path, [Record(kind="text", text="x", source="\u65e5\u672c/\u00e9.py", language="\u00e9\u6f22")])
+    done = subprocess.run(
+        [sys.executable, "-m", "foundry", "stats", str(path), "--html", str(tmp_path / "\u6f22.html")],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = "\u00e9\u6f22".encode(encoding, "backslashreplace")
+    assert b"language           1 100.0%  " + shown in done.stdout
+    assert (tmp_path / "\u6f22.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,19 @@ def test_equal_logits_and_numbers_that_are_none() -> None:
     )
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("vocab", [1_000, 1_024])
+def test_a_row_that_is_no_number_breaks_nothing(bad: float, vocab: int) -> None:
+    """Neither it nor its neighbours, also where the last block of tokens is filled up."""
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(vocab, 16), torch.randn(64, 16)
+    hidden[5, 3] = hidden[6, 2] = hidden[6, 4] = bad
+    hidden[7, 3] = -bad
+    for count in (vocab, 900):
+        expected = F.linear(hidden, weight)[:, :count].argmax(dim=-1)
+        assert ScreenedHead.of(weight).argmax(hidden, count).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("changes", [{}, {"final_logit_soft_cap": 30.0}, {"tie_embeddings": False}])
 def test_a_frozen_model_finds_the_largest_logit(changes: dict[str, Any]) -> None:
     model = tiny.model(**changes)

@@ -107,6 +107,7 @@ CASES = [
             {},
             {"model": "any"},
             {"suffix": SUFFIX},
+            {"suffix": SUFFIX.replace("\n", "\r\n"), "prompt": CODE.replace("\n", "\r\n")},
             {"suffix": ""},
             {"prompt": [300, 301, 302]},
             {"prompt": [CODE, "import "], "n": 2},

@@ -15,7 +15,8 @@ from smelter.decoding import make_prompt
 from smelter.serving.bridge import Service
 from smelter.serving.gate import MAX_BODY_BYTES, Rules
 from smelter.tokens.chat import ChatFormat, stop_ids
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.roles import SpecialTokens
+from smelter.tokens.tokenizer import Tokenizer
 from tests import tiny
 from tests.servers import raw_request, running, wait_until
 
@@ -96,39 +97,6 @@ def test_stop_strings_and_echo(client: openai.OpenAI) -> None:
     )
     assert found.choices[0].text == PROMPT + whole[: whole.find(stop)]
     assert found.choices[0].finish_reason == "stop"
-
-
-def test_logprobs(client: openai.OpenAI) -> None:
-    prompt = tiny.tokenizer().encode("import os\n")
-    found = client.completions.create(model="tiny", prompt=prompt, max_tokens=9, temperature=0, logprobs=3, echo=True)
-    told = found.choices[0].logprobs
-    assert told is not None
-    assert told.tokens is not None
-    assert told.top_logprobs is not None
-    assert told.token_logprobs is not None
-    assert told.text_offset is not None
-    assert "".join(told.tokens[: len(prompt)]) == "import os\n"
-    assert told.token_logprobs[0] is None
-    for token, logprob, top in list(zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True))[
-        len(prompt) :
-    ]:
-        assert logprob == max(top.values()) == pytest.approx(top[token])
-    assert told.text_offset == sorted(told.text_offset)
-
-
-def test_streamed_logprobs_have_offsets_that_go_on(client: openai.OpenAI) -> None:
-    stream = client.completions.create(
-        model="tiny", prompt="import ", max_tokens=12, temperature=0, logprobs=1, stream=True
-    )
-    text, offsets = "", []
-    for chunk in stream:
-        choice = chunk.choices[0]
-        if choice.logprobs and choice.logprobs.text_offset:
-            offsets += choice.logprobs.text_offset
-        text += choice.text
-    assert offsets == sorted(offsets)
-    assert len(offsets) > 8
-    assert offsets[-1] < len(text)
 
 
 def test_models(client: openai.OpenAI) -> None:

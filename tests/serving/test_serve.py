@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from smelter.__main__ import main
+from smelter.base.errors import UserError
 from smelter.serving.gate import LOOPBACK_NAMES
 from smelter.serving.serve import ServeOptions, is_loopback, listen, rules_of
 from tests import tiny
@@ -177,6 +178,12 @@ def test_a_file_with_the_key_goes_first(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(" from-the-file \r\n")
     assert rules_of(ServeOptions(Path(), api_key_file=file)).api_key == "from-the-file"
+
+
+def test_a_key_of_two_lines_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMELTER_API_KEY", "one\r\ntwo")
+    with pytest.raises(UserError, match=r"^SMELTER_API_KEY holds a line break"):
+        rules_of(ServeOptions(Path()))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"one\ntwo\n", b"\xff"])

@@ -18,9 +18,10 @@ from smelter.decoding.request import Request
 from smelter.run.load import load_model
 from smelter.tokens import tokenize as write_shards
 from smelter.tokens.chat import TEMPLATE, ChatFormat, head, stop_ids
+from smelter.tokens.roles import SpecialTokens
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.tokenize import TokenizeOptions
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.tokenizer import Tokenizer
 from tests import tiny
 
 TOKENS = tiny.tokenizer()

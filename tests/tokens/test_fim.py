@@ -25,7 +25,8 @@ from smelter.tokens.fim import (
     apply_fim,
     fit_fim,
 )
-from smelter.tokens.tokenizer import SpecialTokens, Tokenizer
+from smelter.tokens.roles import SpecialTokens
+from smelter.tokens.tokenizer import Tokenizer
 from tests import tiny
 
 TOKENS = tiny.tokenizer()

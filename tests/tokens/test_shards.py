@@ -19,7 +19,8 @@ from smelter.base.errors import DataError
 from smelter.tokens import tokenize as write_shards
 from smelter.tokens.documents import Document, Records
 from smelter.tokens.shards import ShardSet
-from smelter.tokens.tokenize import Sides, chunks
+from smelter.tokens.sides import Sides
+from smelter.tokens.tokenize import chunks
 from smelter.tokens.tokenizer import Tokenizer
 from tests import tiny
 

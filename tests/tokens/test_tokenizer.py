@@ -19,7 +19,8 @@ from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from smelter.base.errors import ConfigError, DataError
-from smelter.tokens.tokenizer import MAX_TOKEN_BYTES, SpecialTokens, Tokenizer
+from smelter.tokens.roles import SpecialTokens
+from smelter.tokens.tokenizer import MAX_TOKEN_BYTES, Tokenizer
 
 CODE = Path(textwrap.__file__).read_text(encoding="utf-8")
 OURS = Tokenizer.train([CODE], 700)
@@ -231,6 +232,8 @@ def test_training_is_deterministic_and_reproduced_by_its_file(tmp_path: Path) ->
     loaded = Tokenizer.load(tmp_path)
     assert loaded.hash == OURS.hash
     assert loaded.notices == ()
+    (tmp_path / "marked.json").write_text((tmp_path / "tokenizer.json").read_text("utf-8"), encoding="utf-8-sig")
+    assert Tokenizer.load(tmp_path / "marked.json").hash == OURS.hash
     assert loaded.special == OURS.special
     assert Tokenizer.train([CODE], 699).hash != OURS.hash
     assert Tokenizer.train([CODE], 700, SpecialTokens(eos="<eos>")).hash != OURS.hash
@@ -258,6 +261,9 @@ def test_special_tokens_stand_behind_256_bytes_and_the_merges() -> None:
 def test_no_token_is_longer_than_the_limit() -> None:
     trained = Tokenizer.train(["licence" * 40 + "\n" + "=" * 400] * 50, 600)
     assert int(trained.token_num_bytes.max()) <= MAX_TOKEN_BYTES
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFG"
+    longest = [Tokenizer.train([letters[:size]] * 20, 400).token_num_bytes.max() for size in (31, 32, 33)]
+    assert longest == [31, 32, 17]
     assert any("supports only" in notice for notice in trained.notices)
 
 
@@ -323,7 +329,7 @@ def damaged_files() -> dict[str, tuple[bytes, str]]:
         "WordPiece": (json.dumps(good | {"model": {"type": "WordPiece", "vocab": {}}}).encode(), "only BPE"),
         "no vocabulary": (json.dumps(good | {"model": {"type": "BPE"}}).encode(), "not a usable"),
         "null model": (json.dumps(good | {"model": None}).encode(), "only BPE"),
-        "odd part": (json.dumps(good | {"normalizer": {"type": "Nonsense"}}).encode(), "not a usable"),
+        "odd part": (json.dumps(good | {"normalizer": {"type": "Nonsense"}}).encode(), "normaliser Nonsense"),
         "untyped part": (json.dumps(good | {"pre_tokenizer": {"x": 1}}).encode(), "not a usable"),
         "a byte is missing": (json.dumps(no_byte).encode(), "no token for byte 0x00"),
         "loses bytes": (json.dumps(lossy).encode(), "loses bytes"),

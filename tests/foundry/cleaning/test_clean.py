@@ -65,6 +65,13 @@ def test_good_records_stay_as_they_are_and_in_order(tmp_path: Path) -> None:
     assert rejects == []
 
 
+def test_code_that_began_with_a_byte_order_mark_parses(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"kind": "text", "text": "\ufeff" + SLUGIFY, "language": "python"}) + "\n")
+    assert main(["clean", str(path), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [record.text for record in read_records(tmp_path / "out.jsonl")] == [SLUGIFY]
+
+
 def test_each_bad_text_has_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {
         "length": text("x = 1\n"),
