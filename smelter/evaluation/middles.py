@@ -2,8 +2,8 @@
 
 The prompts are those that an answer would be written after: prefix first (PSM), suffix first (SPM), or the prefix
 alone. Where the cursor stands inside a token, the last two are healed (`decoding.healing`): the first token's
-probability is that among the tokens which spell the rest of the prompt. Asked prefix first, the middle is encoded by
-itself, as in training.
+probability is that among the tokens which spell the rest of the prompt. Asked prefix first, or where it shall not be
+healed, the middle is encoded by itself, as in training.
 """
 
 import math
@@ -22,10 +22,13 @@ MAX_TOKENS = 64
 
 
 @torch.inference_mode()
-def middle_bpb(model: Model, tokenizer: Tokenizer, places: Sequence[Place], asked: Asked) -> float:
+def middle_bpb(
+    model: Model, tokenizer: Tokenizer, places: Sequence[Place], asked: Asked, *, heal: bool = True
+) -> float:
     """Bits per byte of what is missing at the places, up to 64 tokens of each; what ends a line is not counted.
 
-    Raises ValueError where nothing is missing.
+    Without `heal` it follows on every prompt as that ends, as from llama.cpp's server. Raises ValueError where nothing
+    is missing.
     """
     healing, nats, num_bytes = Healing(tokenizer), 0.0, 0
     device = model.embed_tokens.weight.device
@@ -38,6 +41,7 @@ def middle_bpb(model: Model, tokenizer: Tokenizer, places: Sequence[Place], aske
             None if asked == "plain" else suffix,
             max_tokens=MAX_TOKENS,
             order="psm" if asked == "psm" else "spm",
+            heal=heal,
         )
         room = min(MAX_TOKENS, model.config.max_seq_len - len(prompt.ids) + 1)
         middle = tokenizer.encode_bytes(prompt.pending + place.missing.encode("utf-8", "surrogateescape"))[:room]

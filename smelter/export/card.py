@@ -255,8 +255,8 @@ def check_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield how[part], _kl(report, "as_trained")
     yield "measured on", f"{report['probe_tokens']:,} tokens of {report['probe']}"
     if "cursor_places" in report:
-        bits = (report[f"cursor_bpb_{asked}"] for asked in ("psm", "spm", "plain"))
-        figures = "prefix first {:.3f}, suffix first {:.3f}, no suffix {:.3f}".format(*bits)
+        bits = (report[f"cursor_bpb_{asked}"] for asked in ("psm", "continued", "spm", "plain"))
+        figures = "prefix first {:.3f}, no suffix {:.3f}; healed: suffix first {:.3f}, no suffix {:.3f}".format(*bits)
         yield f"bits per byte at {report['cursor_places']} cursors", figures
     if "llama_server_places" in report:
         for kind, where in (("line_start", "at line starts"), ("in_word", "inside words")):

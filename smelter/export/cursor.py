@@ -43,12 +43,17 @@ def cursor_places(texts: Sequence[str]) -> dict[str, list[Place]]:
 
 
 def check_cursor(model: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
-    """Bits per byte of what is missing at a cursor, asked in three ways; empty where the texts hold no line of code."""
+    """Bits per byte of what is missing at a cursor, asked in four ways; empty where the texts hold no line of code.
+
+    psm and continued are what llama.cpp's server does with the code behind the cursor and without it, spm and plain
+    what ours does: it heals.
+    """
     places = [place for some in cursor_places(texts).values() for place in some]
     if not places:
         return {}
     bits = {f"cursor_bpb_{asked}": middle_bpb(model, tokenizer, places, asked) for asked in ("psm", "spm", "plain")}
-    return {"cursor_places": len(places), **bits}
+    continued = middle_bpb(model, tokenizer, places, "plain", heal=False)
+    return {"cursor_places": len(places), **bits, "cursor_bpb_continued": continued}
 
 
 def check_llama_server(command: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -67,13 +72,13 @@ def check_llama_server(command: str, texts: Sequence[str]) -> dict[str, Any]:
 
 def objection(checks: dict[str, Any]) -> str | None:
     """Why the file will serve an editor badly, or None."""
-    psm, plain = checks.get("cursor_bpb_psm"), checks.get("cursor_bpb_plain")
-    if psm is None or plain is None or psm <= plain:
+    psm, continued = checks.get("cursor_bpb_psm"), checks.get("cursor_bpb_continued")
+    if psm is None or continued is None or psm <= continued:
         return None
     return (
         f"asked prefix first, as llama.cpp's server and Ollama ask, what is missing at a cursor costs {psm:.2f} bits "
-        f"per byte, and {plain:.2f} without the code behind it: ask this model for continuations there, or train it "
-        "with a larger data.fim_cursor_rate and a smaller data.fim_spm_rate"
+        f"per byte, and {continued:.2f} without the code behind it: ask this model for continuations there, or train "
+        "it with a larger data.fim_cursor_rate and a smaller data.fim_spm_rate"
     )
 
 

@@ -33,9 +33,13 @@ class Arranger:
         self._shares = Shares(config.fim_spm_rate, config.fim_split_rate, config.fim_cursor_rate, config.fim_cut_rate)
 
     def lengths(self, size: int, rng: np.random.Generator) -> Iterator[int]:
-        """Lengths from half to one and a half `fim_piece_tokens` that sum up to `size`, or `size` alone."""
+        """Lengths that sum up to `size`: from half to one and a half `fim_piece_tokens`, or, once in four, all of it.
+
+        A model that has seen short pieces only is lost in an editor's long ones.
+        """
         mean = self._config.fim_piece_tokens
-        while mean and size > mean // 2:
+        is_whole = not mean or size <= mean // 2 or rng.random() < WHOLE
+        while not is_whole and size > mean // 2:
             length = max(1, int(rng.integers(mean // 2, mean + mean // 2 + 1)))
             if size - length < mean // 4:
                 break
@@ -97,6 +101,8 @@ class Arranger:
         return np.cumsum(steps)
 
 
+WHOLE = 0.25
+"""Share of the documents in a window that stay whole."""
 SKIPPING = 0.7
 """Share of the middles where positions skip; at the others they go on as they will when the model is used."""
 

@@ -14,22 +14,24 @@ from tests import tiny
 from tests.export.real_llama_cpp import llama_cpp_folder
 
 
-def test_three_ways_are_measured_at_the_same_places() -> None:
+def test_four_ways_are_measured_at_the_same_places() -> None:
     model, texts = tiny.model(), [tiny.CODE]
     checks = check_cursor(model, tiny.tokenizer(), texts)
     places = [place for some in cursor_places(texts).values() for place in some]
     assert checks["cursor_places"] == len(places) == 2 * PLACES
     assert checks["cursor_bpb_psm"] == middle_bpb(model, tiny.tokenizer(), places, "psm")
-    assert all(1.0 < checks[f"cursor_bpb_{asked}"] < 20.0 for asked in ("psm", "spm", "plain"))
+    assert all(1.0 < checks[f"cursor_bpb_{asked}"] < 20.0 for asked in ("psm", "spm", "plain", "continued"))
+    assert checks["cursor_bpb_continued"] == middle_bpb(model, tiny.tokenizer(), places, "plain", heal=False)
+    assert checks["cursor_bpb_continued"] != checks["cursor_bpb_plain"]
     assert check_cursor(model, tiny.tokenizer(), ["\n\n"]) == {}
 
 
 def test_prefix_first_worse_than_plain_is_said() -> None:
-    warning = objection({"cursor_bpb_psm": 2.4, "cursor_bpb_plain": 1.7})
+    warning = objection({"cursor_bpb_psm": 2.4, "cursor_bpb_plain": 1.2, "cursor_bpb_continued": 1.7})
     assert warning is not None
     assert "2.40 bits per byte, and 1.70 without the code behind it" in warning
     assert "data.fim_cursor_rate" in warning
-    assert objection({"cursor_bpb_psm": 1.5, "cursor_bpb_plain": 1.7}) is None
+    assert objection({"cursor_bpb_psm": 1.5, "cursor_bpb_plain": 1.2, "cursor_bpb_continued": 1.7}) is None
     assert objection({}) is None
 
 
