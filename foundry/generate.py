@@ -19,11 +19,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from foundry.journal import Account, BudgetReachedError, JournalError
+from foundry.journal import Account, JournalError
+from foundry.ledger import BudgetReachedError
 from foundry.seeds import Seed, iterate
 from foundry.settings import Settings, load_settings
 from foundry.teachers import Ensemble, Member, Outcome, StoppedError, make_teacher
-from smelter.base import Progress, Record, Response, UserError, parse, write_records
+from smelter.base import Progress, Record, Response, UserError, parse, require, write_records
 
 MAX_LISTED = 5
 """Failed seeds that the summary lists; the journal has all."""
@@ -41,6 +42,9 @@ class Options:
     """Number of seeds, instead of the settings'."""
     max_cost: float | None = None
     """US dollars that may be spent in all, instead of the settings'."""
+    settle_held: float | None = None
+    """US dollars that the vendor's bill has for the calls that are held back: they are booked at this, before anything
+    is asked. 0: the bill has none of them."""
 
 
 class Run:
@@ -61,6 +65,8 @@ class Run:
         """Of those, finished by this run."""
         self.failures: Counter[str] = Counter()
         """Calls without an answer in this run, by cause."""
+        self.failed: list[bytes] = []
+        """Keys of the seeds that this run has asked and got no record of."""
         self.signal = 0
         """The signal that ended it, if one did."""
         self.error: UserError | None = None
@@ -159,6 +165,7 @@ class Run:
         if not outcome.replies:
             messages = [f"{name}: {error}" for name, error in outcome.failures]
             self.account.write("failed", key, seed=seed.id, failures=failures, messages=messages)
+            self.failed.append(key)
             return
         meta: dict[str, Any] = {"seed": seed.id, "kind": seed.kind}
         meta |= {"strategy": self.settings.generate.strategy, "system": system, "failures": failures}
@@ -188,18 +195,25 @@ class Run:
         self._progress.total = count - num_before
         notes = [f"{num_before:,} done before"] if num_before else []
         if ledger.cap:
-            notes.append(f"${ledger.settled:,.4f} spent and ${ledger.reserved:,.4f} reserved of ${ledger.cap:,.2f}")
+            held = sum(usd for _, usd in ledger.held.values())
+            notes.append(f"${ledger.settled:,.4f} spent")
+            if held:
+                notes.append(f"${held:,.4f} held back")
+            notes.append(f"${ledger.reserved - held:,.4f} in flight, of ${ledger.cap:,.2f}")
         notes += [f"{number:,} {cause}" for cause, number in self.failures.most_common()]
         if not last:
             notes += [f"waiting: {member.trouble}"[:120] for member in self.members if member.trouble]
         self._progress(self.num_new, *notes, now=last)
 
 
-async def generate(settings: Settings, out: Path) -> int:
+async def generate(settings: Settings, out: Path, settle_held: float | None = None) -> int:
     """Do the whole job and say what came of it; returns the exit code. Raises UserError."""
     members = [Member(make_teacher(teacher), teacher) for teacher in settings.teachers]
     account = Account(out.with_name(f"{out.name}.journal"), cap=settings.generate.max_cost)
     try:
+        if settle_held is not None:
+            account.settle_held(settle_held)
+            await account.journal.sync()
         run = Run(settings, members, account)
         await run.run()
         return finish(run, out)
@@ -242,6 +256,9 @@ def finish(run: Run, out: Path) -> int:
     """Write the output and the summary; returns the exit code. Raises UserError where there is nothing to write."""
     account = run.account
     kept = f"{run.num_done:,} finished seeds are kept in {account.journal.path}, and the same command goes on"
+    account.ledger.hold_all()
+    if (held := account.ledger.held_words()) and not run.budget_reached:
+        print(f"foundry generate: {held}", file=sys.stderr)
     if run.signal:
         print(f"foundry generate: interrupted: {kept}", file=sys.stderr)
         return 128 + run.signal
@@ -249,7 +266,7 @@ def finish(run: Run, out: Path) -> int:
         raise run.error
     if run.error:
         raise UserError(f"{run.error} ({kept})")
-    failed = [entry for key in run.order if (entry := account.read(account.failed, key))]
+    failed = [entry for key in run.failed if (entry := account.read(account.failed, key))]
     if not any(key in account.records for key in run.order):
         raise run.budget_reached or UserError(
             f"no seed was answered: {failed[0]['messages'][0]}" if failed else "there is no seed: see [seeds]"
@@ -273,18 +290,23 @@ def finish(run: Run, out: Path) -> int:
         print(f"{len(failed):,} seeds failed; the same command asks them again:")
         for entry in failed[:MAX_LISTED]:
             print(f"  {entry['seed']}: {entry['messages'][-1]}")
+    if unasked := sum(key not in account.records for key in run.order) - len(failed):
+        print(f"{unasked:,} seeds were not asked")
     if run.budget_reached:
-        print(f"stopped early: {run.budget_reached}; raise max_cost and the same command goes on")
+        print(f"stopped early: {run.budget_reached}; or raise max_cost, and the same command goes on")
     return 0
 
 
 def main(argv: list[str]) -> int:
     """`foundry generate`: 0 when done (failed seeds are listed), 130 or 143 when interrupted."""
     options = parse(Options, argv, "foundry generate")
+    if options.settle_held is not None:
+        require(options.settle_held >= 0, f"--settle-held {options.settle_held:g}: must be 0 or more US dollars")
     settings = load_settings(options.settings)
     seeds, rules = settings.seeds, settings.generate
     if options.count is not None:
         seeds = dataclasses.replace(seeds, count=options.count)
     if options.max_cost is not None:
         rules = dataclasses.replace(rules, max_cost=options.max_cost)
-    return asyncio.run(generate(dataclasses.replace(settings, seeds=seeds, generate=rules), options.out))
+    settings = dataclasses.replace(settings, seeds=seeds, generate=rules)
+    return asyncio.run(generate(settings, options.out, options.settle_held))

@@ -3,22 +3,19 @@
 An append-only file beside the output, one line an entry: the CRC-32 of the rest, then a JSON object. One process
 writes it (a lock says so), and many entries share one `fdatasync` (group commit, as in ARIES and every database
 since): on a disk that syncs in 4 ms that is the difference between 250 and thousands of entries a second. An entry is
-acknowledged, by the return of `sync`, only when it is on the disk. What a crash leaves half-written at the end was
-never acknowledged and is cut off at the next opening.
+acknowledged, by the return of `sync`, only when it is on the disk. A crash leaves at most a line without an end, which
+was never acknowledged and is cut off at the next opening; a line that has its end and is not whole was damaged later.
 
 Kinds of entries, by their "t":
 
 - `reserve` a call is about to be made that may cost `usd`; written before the call
-- `release` that call was refused and cost nothing
-- `answer` what the teacher said and what it cost
+- `answer` what the teacher said and what it cost; `unusable` it said nothing of use, but what it cost is known
+- `release` that call was certainly free; `held` it may have been billed, and `why` nobody knows how much
+- `settle_held` the calls held back until then cost `usd` together: a person has read the vendor's bill
 - `record` a seed is finished: everything of its record, with the keys of its answers; `failed` it could not be
 
-Keys are sha256 of all that determines the content, so asking the same thing twice finds the first answer.
-
-The spending cap. A call whose answer never came may have been billed: timed out, garbled, or cut off by a crash. So a
-reservation stays in the books at its worst case until the same question is answered, and is then booked at what that
-answer cost. At every moment settled + reserved <= cap. The price: after a crash with 64 calls in flight some of the cap
-is held back until those questions are asked again, which the next run does first.
+Keys are sha256 of all that determines the content, so asking the same thing twice finds the first answer. What the
+entries say of money is `foundry.ledger`'s to judge.
 """
 
 import asyncio
@@ -26,13 +23,16 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import stat
+import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smelter.base import UserError, fsync, make_folder
+from foundry.ledger import BudgetReachedError, Ledger
+from smelter.base import DISK_FULL, UserError, fsync, make_folder
 
 _VERSION = 1
 _HEADER = {"t": "journal", "version": _VERSION}
@@ -41,43 +41,6 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 class JournalError(UserError):
     """The journal cannot be read or written: the message says what to do. What was acknowledged is safe."""
-
-
-class BudgetReachedError(UserError):
-    """The next call could exceed the spending cap, and no call is in flight whose end could change that."""
-
-
-class Ledger:
-    """What is spent (`settled`) and what may yet turn out to be (`reserved`), in US dollars."""
-
-    def __init__(self, cap: float) -> None:
-        self.cap = cap
-        self.settled = 0.0
-        self.reserved = 0.0
-        self._open: dict[bytes, list[float]] = {}  # reservations whose call was not answered (yet)
-
-    def fits(self, usd: float) -> bool:
-        """Whether the cap has room for a call of that worst case."""
-        # A millionth of a cent of room: sums of floating-point numbers are not exact.
-        return self.settled + self.reserved + usd <= self.cap + 1e-8
-
-    def reserve(self, key: bytes, usd: float) -> None:
-        """A call is about to be made."""
-        self._open.setdefault(key, []).append(usd)
-        self.reserved += usd
-
-    def release(self, key: bytes) -> None:
-        """The latest call of that key cost nothing."""
-        calls = self._open[key]
-        self.reserved -= calls.pop()
-        if not calls:
-            del self._open[key]
-
-    def settle(self, key: bytes, usd: float) -> None:
-        """The key is answered at that cost; earlier calls of it, never answered, are booked at the same."""
-        calls = self._open.pop(key, [])
-        self.reserved = max(0.0, self.reserved - sum(calls)) if self._open else 0.0
-        self.settled += usd * max(1, len(calls))
 
 
 class Account:
@@ -103,6 +66,7 @@ class Account:
         try:
             for offset, entry in self.journal.replay():
                 self._apply(entry, offset)
+            self.ledger.hold_all()
         except BaseException:
             self.journal.unlock()
             raise
@@ -112,9 +76,15 @@ class Account:
         key = bytes.fromhex(entry["key"])
         match entry["t"]:
             case "reserve":
-                self.ledger.reserve(key, entry["usd"])
+                self.ledger.reserve(key, entry["usd"], entry.get("teacher", ""))
             case "release":
                 self.ledger.release(key)
+            case "held":
+                self.ledger.hold(key, entry["why"])
+            case "unusable":
+                self.ledger.settle(key, entry["cost"])
+            case "settle_held":
+                self.ledger.settle_held(entry["usd"])
             case "answer":
                 self.answers[key] = offset
                 self.ledger.settle(key, entry["cost"])
@@ -133,6 +103,19 @@ class Account:
         entry = {"t": kind, "key": key.hex(), **parts}
         self._apply(entry, self.journal.append(entry))
 
+    def settle_held(self, usd: float) -> None:
+        """Book all calls that are held back at so many US dollars together; none may be in flight.
+
+        Raises UserError for more than is held back.
+        """
+        held = sum(part for _, part in self.ledger.held.values())
+        if usd > held + 1e-8:
+            raise UserError(
+                f"--settle-held {usd:g}: only up to ${held:,.4f} is held back in {self.journal.path}: give what the"
+                " vendor's bill has for these calls beyond what is booked as spent"
+            )
+        self.write("settle_held", b"", usd=usd)
+
     def read(self, entries: Mapping[bytes, int], key: bytes) -> dict[str, Any] | None:
         """The entry of a key in `answers`, `records` or `failed`."""
         return self.journal.read(entries[key]) if key in entries else None
@@ -142,7 +125,7 @@ class Account:
         return key in self.records and key not in self.incomplete
 
     @contextlib.asynccontextmanager
-    async def call(self, key: bytes, usd: float) -> AsyncIterator[None]:
+    async def call(self, key: bytes, usd: float, teacher: str = "") -> AsyncIterator[None]:
         """Around a call: its worst case is in the books before it, and stays there if no entry says what came of it.
 
         All that was written before is on the disk before the call is made, so whoever works through the seeds has at
@@ -158,13 +141,18 @@ class Account:
             if not self._live:
                 raise BudgetReachedError(
                     f"the cap of ${ledger.cap:,.4f} has no room for a call of up to ${usd:,.4f}: spent "
-                    f"${ledger.settled:,.4f}, and up to ${ledger.reserved:,.4f} for calls that were cut off"
+                    f"${ledger.settled:,.4f}, and {ledger.held_words() or 'nothing held back'}"
                 )
             await self._call_ended.wait()
         self._live += 1
         try:
-            self.write("reserve", key, usd=usd)
-            await self.journal.sync()
+            self.write("reserve", key, usd=usd, **({"teacher": teacher} if teacher else {}))
+            try:
+                await self.journal.sync()
+            except asyncio.CancelledError:  # before the call was made
+                with contextlib.suppress(JournalError):
+                    self.write("release", key)
+                raise
             yield
         finally:
             self._live -= 1
@@ -185,6 +173,7 @@ class Journal:
         self._waiters: list[asyncio.Future[None]] = []
         self._flush: asyncio.Task[None] | None = None
         self._broken: JournalError | None = None
+        self._writing = threading.Lock()  # held while a thread writes
         self._synced = self._end = 0  # what is on the disk; the next entry's offset
         self._file = self._open_locked()
         self._reader = os.fdopen(self._file, "rb")
@@ -211,24 +200,21 @@ class Journal:
     def replay(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every entry that was acknowledged, with its offset; then a torn end is cut off."""
         good = 0
-        first_bad = 0
         for number, line in enumerate(self._reader, start=1):
             entry = _decode(line)
             if number == 1 and entry != _HEADER and not _encode(_HEADER).startswith(line):
                 raise JournalError(f"{self.path}: not a journal of version {_VERSION}: choose another --out")
-            if entry is None:
-                first_bad = first_bad or number
-                continue
-            if first_bad:
+            if entry is None and (line.endswith(b"\n") or zlib.crc32(line[9:-1]) == _crc(line)):
                 raise JournalError(
-                    f"{self.path}:{first_bad}: damaged, and not at the end (line {number} is whole): restore the"
-                    f" file, or give up all that follows with `truncate --size={good} {self.path}`"
+                    f"{self.path}:{number}: damaged after it was written: restore the file, or give up this line and"
+                    f" all that follow, with what they say of money, by `truncate --size={good} {self.path}`"
                 )
+            if entry is None:  # torn by a crash, and the last one
+                os.ftruncate(self._file, good)
+                break
             if number > 1:
                 yield good, entry
             good += len(line)
-        if first_bad:
-            os.ftruncate(self._file, good)
         if not good:
             try:
                 good = self._write(_encode(_HEADER))
@@ -259,37 +245,47 @@ class Journal:
         await waiter
 
     async def _write_pending(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._pending or self._waiters:
-            data, waiters = b"".join(self._pending), self._waiters
-            self._pending, self._waiters = [], []
-            try:
-                if data:
-                    self._synced += await loop.run_in_executor(None, self._write, data)
-            except OSError as error:
-                self._break(error, waiters)
-                break
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-        self._flush = None
+        waiters: list[asyncio.Future[None]] = []
+        try:
+            while self._pending or self._waiters:
+                pending, waiters = self._pending, self._waiters
+                self._pending, self._waiters = [], []
+                if pending:
+                    loop = asyncio.get_running_loop()
+                    self._synced += await loop.run_in_executor(None, self._write, b"".join(pending))
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+        except BaseException as error:  # nobody may wait for ever, whatever it was
+            self._break(error, waiters)
+            if not isinstance(error, Exception):  # a cancellation is whose it was
+                raise
+        finally:
+            self._flush = None
 
     def _write(self, data: bytes) -> int:
-        written = 0
-        while written < len(data):
-            written += os.write(self._file, data[written:])
-        os.fdatasync(self._file)
-        return written
+        """In a thread of the loop's executor."""
+        with self._writing:
+            if self._broken:
+                raise self._broken
+            written = 0
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+            os.fdatasync(self._file)
+            return written
 
-    def _break(self, error: OSError, waiters: list[asyncio.Future[None]]) -> None:
+    def _break(self, error: BaseException, waiters: list[asyncio.Future[None]]) -> None:
+        words = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        remedy = "Make room" if isinstance(error, OSError) and error.errno in DISK_FULL else "Mend that"
         self._broken = JournalError(
-            f"{self.path}: cannot write: {error.strerror}: everything acknowledged is safe. Make room, then the same "
-            "command goes on"
+            f"{self.path}: cannot write: {words}: everything acknowledged is safe. {remedy}, then the same command"
+            " goes on"
         )
-        # What was written of this batch is not acknowledged; without it the file ends cleanly. If even that fails, the
-        # next opening does it.
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._file, self._synced)
+        if isinstance(error, Exception):  # a cancelled write may have come to its end meanwhile, and answers are dear
+            # What was written of this batch is not acknowledged; without it the file ends cleanly. If even that fails,
+            # the next opening does it.
+            with self._writing, contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._synced)
         for waiter in waiters + self._waiters:
             if not waiter.done():
                 waiter.set_exception(self._broken)
@@ -311,8 +307,10 @@ class Journal:
             self.unlock()
 
     def unlock(self) -> None:
-        """Close the file."""
-        self._reader.close()
+        """Close the file, when nothing is being written to it any more."""
+        with self._writing:  # a thread outlives the task that waited for it, and descriptors are used again
+            self._broken = self._broken or JournalError(f"{self.path}: closed")
+            self._reader.close()
 
 
 def _encode(entry: Mapping[str, Any]) -> bytes:
@@ -322,7 +320,12 @@ def _encode(entry: Mapping[str, Any]) -> bytes:
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     """The entry, or None if the line is not whole."""
-    if line[8:9] != b" " or line[-1:] != b"\n" or b"%08x" % zlib.crc32(line[9:-1]) != line[:8]:
+    if line[8:9] != b" " or line[-1:] != b"\n" or zlib.crc32(line[9:-1]) != _crc(line):
         return None
     entry: dict[str, Any] = json.loads(line[9:])
     return entry
+
+
+def _crc(line: bytes) -> int:
+    """The checksum that a line begins with; -1 where there is none."""
+    return int(line[:8], 16) if re.match(rb"[0-9a-f]{8} ", line) else -1

@@ -202,7 +202,11 @@ class OpenCodeClient:
             answered = True
             return reply
         except TimeoutError:
-            raise UnavailableError(f"{self.server_url}: no answer within {timeout:g} s", cause="timeout") from None
+            message = f"{self.server_url}: no answer within {timeout:g} s"
+            raise UnavailableError(message, cause="timeout", is_free=not session) from None
+        except TeacherError as error:
+            error.is_free |= not session  # without one nothing was asked
+            raise
         finally:
             left = asyncio.ensure_future(self._clean(session, slot, abort=not answered))
             self._cleaners.add(left)
@@ -304,7 +308,7 @@ class OpenCodeClient:
             raise UnavailableError(f"{where}: the server does not react: is it overloaded?") from None
         except (aiohttp.ClientError, OSError) as error:
             text = f"{where}: no answer ({type(error).__name__}): is the server running? scripts/start_server.sh"
-            raise UnavailableError(text) from None
+            raise UnavailableError(text, is_free=isinstance(error, aiohttp.ClientConnectorError)) from None
         if status == 401:
             raise RefusedKeyError(f"{self.server_url}: the server does not take the password: check password_env")
         if status >= 400 and not (status == 404 and may_be_gone):

@@ -21,6 +21,17 @@ Strategy = Literal["all", "round_robin", "weighted", "fallback", "cascade", "bes
 Backend = Literal["openai", "opencode", "transformers", "local"]
 _HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 
+_LIMIT = "set max_tokens instead, which the spending cap knows"
+_SEVERAL = "several answers are billed and one is kept: leave it out"
+_UNBOUNDED = {
+    "max_tokens": _LIMIT,
+    "max_completion_tokens": _LIMIT,
+    "max_output_tokens": _LIMIT,
+    "n": _SEVERAL,
+    "best_of": _SEVERAL,
+}
+"""Parts of a request's body that let a call cost more than its worst case, and what to do."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSettings:
@@ -123,6 +134,8 @@ class TeacherSettings:
     """US dollars per million tokens of output, reasoning included."""
     price_cache_read: Annotated[float | None, Ge(0)] = None
     """US dollars per million tokens of input that the vendor had cached; not given: as other input."""
+    price_cache_write: Annotated[float | None, Ge(0)] = None
+    """US dollars per million tokens of input that the vendor caches; not given: a quarter more than other input."""
     requests_per_minute: Annotated[float, Ge(0)] = 0.0
     """0: no limit."""
     tokens_per_minute: Annotated[float, Ge(0)] = 0.0
@@ -158,11 +171,26 @@ class TeacherSettings:
                 self.server_url.startswith(("http://", "https://")),
                 f'server_url = {self.server_url!r}: must be a URL such as "http://127.0.0.1:4096"',
             )
+        if self.has_price:  # then max_tokens bounds what a call may cost, and with it the bill
+            limit = self.max_tokens_key if self.backend == "openai" else "max_tokens"
+            require(limit not in self.omit, f'omit = ["{limit}"]: the spending cap needs that limit: leave it in')
+            for key in self.extra:
+                require(key not in _UNBOUNDED, f"extra = {{ {key} = ... }}: {_UNBOUNDED.get(key)}")
 
     @property
     def has_price(self) -> bool:
         """Whether an answer costs money."""
         return self.price_input > 0 or self.price_output > 0
+
+    @property
+    def price_of_cache_read(self) -> float:
+        """US dollars per million tokens of input that were cached."""
+        return self.price_input if self.price_cache_read is None else self.price_cache_read
+
+    @property
+    def price_of_cache_write(self) -> float:
+        """US dollars per million tokens of input that are cached now; not given: at Anthropic's share."""
+        return 1.25 * self.price_input if self.price_cache_write is None else self.price_cache_write
 
     def key(self) -> str:
         """The key from the environment, or "" where none is needed. Raises UserError where it is not set."""

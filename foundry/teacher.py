@@ -26,6 +26,15 @@ MAX_ANSWER_BYTES = 64 * 2**20
 _THINK = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 _FINISH = {"stop": "stop", "eos": "stop", "end_turn": "stop", "length": "length", "max_tokens": "length"}
 _FINISH |= dict.fromkeys(("content_filter", "content-filter", "sensitive", "refusal"), "filter")
+# Statuses of a vendor's refusal or failure, which it does not bill. Not here: time-outs (408, 504, 524 and their like)
+# and 502, behind which an answer may have been written, and what nobody has documented.
+_FREE_STATUSES = {*range(300, 500), 500, 503, 529} - {408, 499}
+# Azure bills a prompt that its filter refuses with HTTP 400.
+_FILTERED = re.compile(r"content_filter|content_policy|content management policy", re.IGNORECASE)
+# No connection was made: what a plug-in's status 0 says in Node's, Bun's and the system's words.
+_NEVER_SENT = re.compile(
+    r"ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN|EHOSTUNREACH|ENETUNREACH|Unable to connect"
+)
 # What vendors say with HTTP 429 when it is not the pace that is too high, but the account that is empty.
 _OUT_OF_CREDIT = re.compile(r"insufficient_quota|insufficient balance|billing_hard_limit", re.IGNORECASE)
 
@@ -40,10 +49,17 @@ class TeacherError(UserError):
     is_worth_retrying = False
     """Whether the same question may fare better later."""
     is_free = False
-    """Whether it was certainly not billed."""
+    """Whether it was certainly not billed. Else the call's worst case stays in the books, or what `usage` costs."""
 
     def __init__(
-        self, message: str, *, cause: str = "", is_worth_retrying: bool | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        *,
+        cause: str = "",
+        is_worth_retrying: bool | None = None,
+        retry_after: float | None = None,
+        is_free: bool | None = None,
+        usage: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.cause = cause or self.cause
@@ -51,6 +67,10 @@ class TeacherError(UserError):
             self.is_worth_retrying = is_worth_retrying
         self.retry_after = retry_after
         """Seconds that the teacher asks to wait, if it does."""
+        if is_free is not None:
+            self.is_free = is_free
+        self.usage = usage or {}
+        """Tokens billed for an answer of no use, as in `Answer`, where they came with it."""
 
 
 class RateLimitedError(TeacherError):
@@ -146,7 +166,7 @@ def read_answer(text: str, *, finish: str, reasoning: str = "", is_worth_retryin
     A text may begin with <think>...</think>; without its end, all is reasoning. Raises GarbledAnswerError where nothing
     but reasoning is left; whether it `is_worth_retrying` then is the caller's to say where chance has a part in it.
     """
-    finish = _FINISH.get(finish, finish)
+    finish, usage = _FINISH.get(finish, finish), more.get("usage")
     if think := _THINK.match(text):
         reasoning, text = reasoning or think[1].strip(), text[think.end() :]
     if text.strip():
@@ -156,12 +176,25 @@ def read_answer(text: str, *, finish: str, reasoning: str = "", is_worth_retryin
     elif finish == "length" and reasoning:
         problem, cause = "all of max_tokens went into reasoning: raise max_tokens", "only reasoning"
     else:
-        raise GarbledAnswerError(f"an empty answer (finish: {finish!r})", is_worth_retrying=is_worth_retrying)
-    raise GarbledAnswerError(problem, cause=cause, is_worth_retrying=False)
+        message = f"an empty answer (finish: {finish!r})"
+        raise GarbledAnswerError(message, is_worth_retrying=is_worth_retrying, usage=usage)
+    raise GarbledAnswerError(problem, cause=cause, is_worth_retrying=False, usage=usage)
+
+
+def is_billed(usage: Mapping[str, int], text: str = "") -> bool:
+    """Whether this can be what a call with an answer `text` was billed: a prompt has tokens, and so has a text."""
+    return usage.get("input", 0) > 0 and usage.get("output", -1) >= (1 if text else 0)
 
 
 def http_error(message: str, status: int, headers: Mapping[str, str]) -> TeacherError:
     """What a status other than 200 means to the question; 0 stands for no connection."""
+    error = _http_error(message, status, headers)
+    is_sent = bool(status) or not _NEVER_SENT.search(message) or "broke off" in message
+    error.is_free = not is_sent or (status in _FREE_STATUSES and not (status == 400 and _FILTERED.search(message)))
+    return error
+
+
+def _http_error(message: str, status: int, headers: Mapping[str, str]) -> TeacherError:
     wait = _retry_after(headers)
     if status in (401, 403):
         return RefusedKeyError(f"{message}: check the key")

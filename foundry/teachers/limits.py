@@ -11,10 +11,12 @@ All of this decides when a question is asked, never which one or of whom.
 
 import asyncio
 import contextlib
+import json
 import math
 import random
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from foundry.journal import Account
@@ -28,7 +30,9 @@ from foundry.teacher import (
     Teacher,
     TeacherError,
     UnavailableError,
+    is_billed,
 )
+from smelter.base import UserError
 
 BREAKER_FAILURES = 5
 """Failures in a row that open the circuit breaker."""
@@ -99,20 +103,26 @@ class Member:
         """US dollars of an answer: as the backend says, else from price and usage, else the worst case."""
         if answer.cost is not None:
             return answer.cost
-        settings, usage = self.settings, answer.usage
-        if not settings.has_price:
+        if not self.settings.has_price:
             return 0.0
-        if "input" not in usage or "output" not in usage:
-            return self.worst_cost(question)
-        cached = min(usage.get("cache_read", 0), usage["input"])
-        price_cached = settings.price_input if settings.price_cache_read is None else settings.price_cache_read
-        dollars = (usage["input"] - cached) * settings.price_input + cached * price_cached
+        return self._price(answer.usage) if is_billed(answer.usage, answer.text) else self.worst_cost(question)
+
+    def _price(self, usage: Mapping[str, int]) -> float:
+        """US dollars of tokens that were billed."""
+        settings = self.settings
+        read = min(usage.get("cache_read", 0), usage["input"])
+        written = min(usage.get("cache_write", 0), usage["input"] - read)
+        dollars = (usage["input"] - read - written) * settings.price_input
+        dollars += read * settings.price_of_cache_read + written * settings.price_of_cache_write
         return (dollars + usage["output"] * settings.price_output) / 1e6
 
     def worst_cost(self, question: Question) -> float:
         """Most that one call can cost in US dollars: a token has at least one byte, and the answer is limited."""
-        num_bytes = len(question.prompt.encode()) + len(question.system.encode()) + TEMPLATE_TOKENS
-        return (num_bytes * self.settings.price_input + question.max_tokens * self.settings.price_output) / 1e6
+        settings = self.settings
+        texts = (question.prompt, question.system, json.dumps(settings.extra) if settings.extra else "")
+        num_bytes = sum(len(text.encode()) for text in texts) + TEMPLATE_TOKENS
+        price = max(settings.price_input, settings.price_of_cache_read, settings.price_of_cache_write)
+        return (num_bytes * price + question.max_tokens * settings.price_output) / 1e6
 
     async def ask(self, question: Question, key: bytes, account: Account) -> Answer:
         """The answer, after as many tries as it takes and is allowed; each is in the books under `key`.
@@ -123,7 +133,7 @@ class Member:
         while True:
             await self._enter(question)
             try:
-                async with account.call(key, worst):
+                async with account.call(key, worst, self.name):
                     answer = await self._call(question, key, account, worst)
                 self._succeeded(question, answer)
                 return answer
@@ -138,13 +148,13 @@ class Member:
             await self._sleep(pause)
 
     async def _call(self, question: Question, key: bytes, account: Account, worst: float) -> Answer:
-        """One try, written down: what timed out, broke off or was of no use may have been billed at the `worst`."""
+        """One try, written down: what timed out, broke off or came without a bill may have cost the `worst`."""
         self.num_calls += 1
         try:
             answer = _checked(await self.teacher.ask(question))
-        except TeacherError as error:
-            if error.is_free and worst:
-                account.write("release", key)
+        except UserError as error:
+            if worst:
+                self._book(error, key, account, worst)
             raise
         cost = self.cost(answer, question)
         extras: dict[str, Any] = {}
@@ -154,9 +164,24 @@ class Member:
             extras["logprobs"] = answer.logprobs
         words = {"teacher": self.name, "text": answer.text, "finish": answer.finish}
         account.write("answer", key, **words, usage=dict(answer.usage), cost=cost, **extras)
-        if cost > worst > 0:  # the cap holds only while worst cases do
-            self._give_up(f"billed ${cost:,.4f} for a call of at most ${worst:,.4f}: raise max_tokens or prices")
+        self._compare(cost, worst)
         return answer
+
+    def _book(self, error: UserError, key: bytes, account: Account, worst: float) -> None:
+        """What a call without an answer of use cost, as far as that is known."""
+        if not isinstance(error, TeacherError) or error.is_free:  # the former: it could not even be asked
+            account.write("release", key)
+        elif is_billed(error.usage):
+            cost = self._price(error.usage)
+            account.write("unusable", key, teacher=self.name, why=error.cause, usage=dict(error.usage), cost=cost)
+            self._compare(cost, worst)
+        else:
+            account.write("held", key, why=error.cause)
+
+    def _compare(self, cost: float, worst: float) -> None:
+        """The cap holds only while worst cases do."""
+        if cost > worst > 0:
+            self._give_up(f"billed ${cost:,.4f} for a call of at most ${worst:,.4f}: raise max_tokens or prices")
 
     async def _enter(self, question: Question) -> None:
         """Wait for a free place, the breaker and the pace; then one more call is in flight."""
@@ -267,9 +292,10 @@ def _checked(answer: Answer) -> Answer:
     try:
         f"{answer.text}{answer.reasoning}{answer.finish}".encode()
     except UnicodeEncodeError:
-        raise GarbledAnswerError("half a surrogate pair in the answer: not text") from None
+        message = "half a surrogate pair in the answer: not text"
+        raise GarbledAnswerError(message, usage=answer.usage) from None
     if not answer.text.strip():
-        raise GarbledAnswerError("an empty answer")
+        raise GarbledAnswerError("an empty answer", usage=answer.usage)
     if answer.cost is not None and not (math.isfinite(answer.cost) and answer.cost >= 0):
-        raise GarbledAnswerError(f"a cost of {answer.cost}")
+        raise GarbledAnswerError(f"a cost of {answer.cost}", usage=answer.usage)
     return answer

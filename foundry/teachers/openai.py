@@ -6,6 +6,7 @@ Everything that can go wrong becomes one of `teacher`'s errors, with the endpoin
 Trade-off: without streaming a long answer is one silent wait, so `timeout_seconds` must cover it.
 """
 
+import contextlib
 import json
 import math
 import urllib.request
@@ -64,11 +65,12 @@ class OpenAITeacher:
                 is_sent = True
                 body = await read_body(response)
         except aiohttp.ConnectionTimeoutError:
-            raise UnavailableError(f"{self._url.authority} does not take connections") from None
+            raise UnavailableError(f"{self._url.authority} does not take connections", is_free=True) from None
         except TimeoutError:
             raise UnavailableError(f"no answer within {seconds:g} s", cause="timeout") from None
         except aiohttp.ClientConnectorError as error:
-            raise UnavailableError(f"cannot connect to {self._url.authority}: {error.strerror}") from None
+            message = f"cannot connect to {self._url.authority}: {error.strerror}"
+            raise UnavailableError(message, is_free=True) from None
         except aiohttp.InvalidURL:
             raise RejectedQuestionError(f"base_url {self._url} is not a usable URL") from None
         except aiohttp.ClientPayloadError:
@@ -122,6 +124,16 @@ class OpenAITeacher:
             text = text.replace(self._key, "***")
         return short(text) or "no explanation"
 
+    def _error_within(self, value: Mapping[str, Any], body: bytes) -> TeacherError:
+        """What an error means that came as an answer, with HTTP 200: a gateway's, and it may have begun to write."""
+        status = value["error"].get("code") if isinstance(value["error"], dict) else None
+        error = self._error(status if isinstance(status, int) and status > 299 else 502, {}, body)
+        if isinstance(error, UnavailableError):
+            error.is_free = False
+        with contextlib.suppress(AttributeError, TypeError):
+            error.usage = _usage(value.get("usage") or {})
+        return error
+
     def _answer(self, body: bytes) -> Answer:
         try:
             value = json.loads(body)
@@ -129,21 +141,21 @@ class OpenAITeacher:
             what = "an empty body" if not body.strip() else "not JSON"
             raise GarbledAnswerError(f"{what} instead of an answer") from None
         if isinstance(value, dict) and value.get("error") and not value.get("choices"):  # gateways send it with 200
-            error = value["error"]
-            status = error.get("code") if isinstance(error, dict) else None
-            raise self._error(status if isinstance(status, int) and status > 299 else 502, {}, body)
+            raise self._error_within(value, body)
+        usage: Mapping[str, int] = {}
         try:
+            usage = _usage(value.get("usage") or {})
             choice = value["choices"][0]
             message = choice["message"]
             text = message.get("content") or ""
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
             finish = choice.get("finish_reason") or ""
-            usage = _usage(value.get("usage") or {})
             logprobs = _logprobs(choice.get("logprobs")) if self._settings.logprobs else None
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            raise GarbledAnswerError("JSON of another shape than a chat completion's") from None
+            message = "JSON of another shape than a chat completion's"
+            raise GarbledAnswerError(message, usage=usage) from None
         if not all(isinstance(part, str) for part in (text, reasoning, finish)):
-            raise GarbledAnswerError("an answer that is not text")
+            raise GarbledAnswerError("an answer that is not text", usage=usage)
         return read_answer(text, finish=finish, reasoning=reasoning, usage=usage, logprobs=logprobs)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from foundry.opencode import Prompt
 from foundry.opencode_client import OpenCodeClient
 from foundry.settings import TeacherSettings
-from foundry.teacher import Answer, GarbledAnswerError, Question, UnavailableError, read_answer
+from foundry.teacher import Answer, GarbledAnswerError, Question, TeacherError, UnavailableError, read_answer
 
 
 class OpenCodeTeacher:
@@ -50,6 +50,10 @@ class OpenCodeTeacher:
         )
         try:
             await self._check()
+        except TeacherError as error:
+            error.is_free = True  # nothing was asked
+            raise
+        try:
             reply = await self._client.ask(prompt, timeout=settings.timeout_seconds)
         except UnavailableError:
             self._is_checked = False  # it may come back as another
@@ -63,7 +67,7 @@ class OpenCodeTeacher:
             cost=None,
         )
         if answer.finish in ("unknown", "other", "error"):
-            raise GarbledAnswerError("half an answer: it ended without saying why")
+            raise GarbledAnswerError("half an answer: it ended without saying why", usage=answer.usage)
         return answer
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ line and exits with code 2; everything else is a defect of ours and keeps its tr
     │   └── RecordError             smelter.base.record: a line that is no record
     ├── CheckpointError             missing, truncated, or of another model
     ├── JournalError                foundry.journal: damaged, or in use
-    ├── BudgetReachedError          foundry.journal: the spending cap
+    ├── BudgetReachedError          foundry.ledger: the spending cap
     └── TeacherError                foundry.teacher: no answer to a question (five kinds; three are asked again)
 """
 

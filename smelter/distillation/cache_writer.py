@@ -159,6 +159,7 @@ class CacheWriter:
                     self._sync_rows()
                     self._file.close()
                 self._file = (self.folder / self.files[-1]["name"]).open("wb")
+                fsync(self.folder)  # so that its name survives a power cut
             assert self._file is not None
             self._file.write(record)
         self._waiting.append(len(record))

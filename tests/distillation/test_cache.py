@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from smelter.base.errors import ConfigError, DataError
 from smelter.config import Config
 from smelter.distillation.cache import RowFormat, TeacherCache, open_caches
+from smelter.distillation.cache_writer import CacheWriter
 from smelter.distillation.sparse import Entries
 from smelter.tokens.shards import ShardSet
 from tests import tiny
@@ -40,6 +41,16 @@ def made(teacher: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def copy(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def test_rows_are_on_the_disk_before_they_count(tmp_path: Path, disk_events: list[str]) -> None:
+    writer = CacheWriter(tmp_path / "c", {"arrangement": {"num_rows": 4}}, file_bytes=10)
+    disk_events.clear()
+    for _ in range(2):
+        writer.append(b"6 byte")  # a file each
+    writer.flush()
+    writer.close()
+    assert disk_events == ["c", "rows_00000.bin", "c", "rows_00001.bin", "row_bytes.bin"]
 
 
 # ---------------------------------------------------------------- records

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foundry.journal import Ledger
+from foundry.ledger import Ledger
 from tests.foundry.stub_teacher import StubTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def entries(out: Path) -> list[dict[str, Any]]:
 
 
 def largest_commitment(out: Path) -> tuple[float, float]:
-    """(most that was ever settled + reserved, what is settled at the end), from the journal."""
+    """(most that was ever settled + reserved, what of it is left at the end), from the journal."""
     ledger, most = Ledger(0), 0.0
     for entry in entries(out):
         key = bytes.fromhex(entry.get("key", ""))
@@ -91,10 +91,10 @@ def largest_commitment(out: Path) -> tuple[float, float]:
                 ledger.reserve(key, entry["usd"])
             case "release":
                 ledger.release(key)
-            case "answer":
+            case "answer" | "unusable":
                 ledger.settle(key, entry["cost"])
         most = max(most, ledger.settled + ledger.reserved)
-    return most, ledger.settled
+    return most, ledger.settled + ledger.reserved
 
 
 def kill(process: "subprocess.Popen[str]") -> bool:

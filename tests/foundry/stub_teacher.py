@@ -21,7 +21,9 @@ PRICE_INPUT = 1.0
 PRICE_OUTPUT = 10.0
 """US dollars per million tokens, what `billed` counts by."""
 
-ERRORS = {"400": 400, "401": 401, "402": 402, "403": 403, "404": 404, "408": 408, "429": 429, "500": 500, "529": 529}
+ERRORS = {str(status): status for status in (400, 401, 402, 403, 404, 408, 429, 500, 502, 503, 504, 529)}
+BILLED_ERRORS = ("408", "502", "504")
+"""Behind them the answer was written, and nobody waited for it."""
 
 Faults = Callable[[str, int], str]
 
@@ -118,7 +120,7 @@ class StubTeacher:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            if fault not in ERRORS:
+            if fault not in ERRORS or fault in BILLED_ERRORS:
                 self.billed += cost_of(prompt)
             return await self._respond(request, body, prompt, fault)
         except asyncio.CancelledError:

@@ -92,7 +92,7 @@ def test_kills_and_concurrency_do_not_show(tmp_path: Path) -> None:
     moments = [5, 40, 45, 90, 170, 290]
     whole, out, single = (tmp_path / name for name in ("whole.jsonl", "killed.jsonl", "single.jsonl"))
     total = sum(map(cost_of, prompts))
-    cap = total + in_flight * (len(moments) + 1) * max(map(cost_of, prompts)) + 32 * (WORST + 0.001)
+    cap = total + in_flight * (len(moments) + 1) * (WORST + 0.001)  # what a kill cuts off stays in the books
     with StubTeacher(latency=0.02) as stub:
         settings = write_settings(
             tmp_path, stub, prompts, generate=f"in_flight = {in_flight}", teacher="concurrency=64"
@@ -125,9 +125,9 @@ def test_kills_and_concurrency_do_not_show(tmp_path: Path) -> None:
         records = list(read_records(out))
         assert len({record.id for record in records}) == len(records) == 300
         assert sum(count - 1 for count in stub.prompts.values()) <= in_flight * num_kills
-        most, settled = largest_commitment(out)
+        most, booked = largest_commitment(out)
         assert most <= cap + 1e-8
-        assert stub.billed <= settled + 1e-8  # what never came back was booked too
+        assert stub.billed <= booked + 1e-8  # what never came back is booked too
 
         stub.latency = 0.0
         write_settings(tmp_path, stub, prompts, generate="in_flight = 1")
@@ -185,9 +185,9 @@ def test_the_cap_holds_and_a_higher_one_goes_on(tmp_path: Path) -> None:
         assert code == 0, stderr
         assert "stopped early: the cap of $" in stdout
         assert 0 < len(list(read_records(out))) < 20
-        most, settled = largest_commitment(out)
+        most, booked = largest_commitment(out)
         assert most <= cap + 1e-8
-        assert stub.billed == pytest.approx(settled)
+        assert stub.billed == pytest.approx(booked)
 
         assert run(settings, out)[0] == 0
         assert [record.prompt for record in read_records(out)] == prompts
@@ -211,3 +211,76 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path: Path) -> None:
         assert run(settings, out)[0] == 0
         assert [record.prompt for record in read_records(out)] == prompts
         assert set(stub.prompts.values()) == {1}  # calls in flight were awaited, not cut
+
+
+def test_what_a_vendor_does_not_bill_uses_up_no_cap(tmp_path: Path) -> None:
+    """Each seed meets refusals and failures first; a cap that holds three worst cases is enough for all ten."""
+    prompts, out = prompts_of(10), tmp_path / "t.jsonl"
+    free = ["500", "503", "529", "429"]
+    with StubTeacher(faults=lambda prompt, number: free[number] if number < len(free) else "") as stub:
+        settings = write_settings(tmp_path, stub, prompts, generate="in_flight = 1")
+        code, stdout, stderr = run(settings, out, "--max-cost", str(3 * (WORST + 0.001) + sum(map(cost_of, prompts))))
+        assert code == 0, stderr
+        assert "stopped" not in stdout
+        assert "held back" not in stderr
+        assert [record.prompt for record in read_records(out)] == prompts
+        assert largest_commitment(out)[1] == pytest.approx(stub.billed)
+
+
+def test_what_may_have_been_billed_is_held_back_until_the_bill_is_read(tmp_path: Path) -> None:
+    """The first try of each question is lost, and billed: the books hold it, and say why and how that ends."""
+    prompts, out = prompts_of(12), tmp_path / "t.jsonl"
+    lost = ["504", "502", "garbage", "half"]
+    faults = {prompt: lost[number % 4] for number, prompt in enumerate(prompts)}
+    with StubTeacher(faults=lambda prompt, number: "" if number else faults[prompt]) as stub:
+        settings = write_settings(tmp_path, stub, prompts, generate="in_flight = 1")
+        cap = 4 * (WORST + 0.0005)
+        code, stdout, stderr = run(settings, out, "--max-cost", str(cap))
+        assert code == 0, stderr
+        most, booked = largest_commitment(out)
+        assert stub.billed <= booked <= most <= cap + 1e-8
+        (line,) = [line for line in stdout.splitlines() if line.startswith("stopped early")]
+        assert "held back for calls that may have been billed: stub/one 1 x garbled ($0.00" in line
+        assert "stub/one 1 x timeout ($0.00" in line
+        assert "--settle-held US_DOLLARS" in line
+        assert len(list(read_records(out))) == 3 - 1  # the third one's second try has no room any more
+
+        code, _, stderr = run(settings, out, "--max-cost", str(cap), "--settle-held", "1")
+        assert code == 2
+        assert "--settle-held 1: only up to $0.0" in stderr.splitlines()[-1]
+
+        code, stdout, stderr = run(settings, out, "--settle-held", str(3 * cost_of(prompts[0])))
+        assert code == 0, stderr
+        assert "stub/one 5 x garbled" in stderr
+        assert [record.prompt for record in read_records(out)] == prompts
+        assert stub.billed <= largest_commitment(out)[1]
+
+
+def test_an_answer_of_no_use_is_booked_at_what_it_cost(tmp_path: Path) -> None:
+    faults = ["empty", "only_reasoning", "filter"]
+    out = tmp_path / "t.jsonl"
+    with StubTeacher(faults=lambda prompt, number: prompt if number == 0 and prompt in faults else "") as stub:
+        settings = write_settings(tmp_path, stub, [*faults, "good"])
+        code, _, stderr = run(settings, out)
+        assert code == 0, stderr
+        assert "held back" not in stderr
+        assert stub.prompts.total() == 5
+        assert largest_commitment(out)[1] == pytest.approx(stub.billed)
+
+
+def test_an_earlier_runs_failures_are_not_this_ones(tmp_path: Path) -> None:
+    """A wrong key fails every seed. With the right one, and a cap that ends the run, nothing speaks of it any more."""
+    prompts, out = prompts_of(6), tmp_path / "t.jsonl"
+    with StubTeacher(key="right") as stub:
+        settings = write_settings(tmp_path, stub, prompts, generate="in_flight = 1", teacher='key_env = "STUB_KEY"')
+        code, _, stderr = run(settings, out, STUB_KEY="wrong")
+        assert code == 2
+        assert "HTTP 401" in stderr
+        cap = str(WORST + 0.001 + cost_of(prompts[0]))
+        code, stdout, stderr = run(settings, out, "--max-cost", cap, STUB_KEY="right")
+        assert code == 0, stderr
+        assert "stopped early" in stdout
+        assert "401" not in stdout
+        assert "failed" not in stdout
+        done = len(list(read_records(out)))
+        assert f"{len(prompts) - done} seeds were not asked" in stdout

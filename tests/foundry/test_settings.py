@@ -14,6 +14,7 @@ name = "a/b"
 model = "b"
 base_url = "http://127.0.0.1:1/v1"
 """
+PRICED = f"[generate]\nmax_cost = 1\n{TEACHER}price_output = 1\n"
 
 
 def load(tmp_path: Path, text: str) -> str:
@@ -60,6 +61,9 @@ def test_a_small_file_is_enough(tmp_path: Path) -> None:
         (TEACHER + "concurrency = 0\n", "concurrency = 0: must be at least 1"),
         (TEACHER + "omit = 'seed'\n", "omit = 'seed': must be a list"),
         (TEACHER + "price_output = 10\n", "[generate]: max_cost is not set, but a/b costs money"),
+        (PRICED + "omit = ['max_tokens']\n", 'a/b: omit = ["max_tokens"]: the spending cap needs that limit'),
+        (PRICED + "extra = { max_tokens = 9 }\n", "a/b: extra = { max_tokens = ... }: set max_tokens instead"),
+        (PRICED + "extra = { n = 4 }\n", "a/b: extra = { n = ... }: several answers are billed and one is kept"),
         ("[generate]\nstrategy = 'best'\n" + TEACHER, "strategy = 'best': must be one of 'all', 'round_robin'"),
         ("[generate]\nstrategy = 'best_of'\njudge = 'a/c'\n" + TEACHER, "judge = 'a/c': must be \"execution\" or"),
         ("[generate]\nstrategy = 'best_of'\njudge = 'a/b'\n" + TEACHER, "the judge is the only teacher"),
@@ -78,7 +82,7 @@ RANGES: list[tuple[str, str, tuple[float, ...], str]] = [
     ("[generate]", "max_cost grace_seconds", (-0.5,), "must not be negative"),
     ("[[teacher]] a/b", "max_tokens concurrency", (0, -1), "must be at least 1"),
     ("[[teacher]] a/b", "timeout_seconds give_up_seconds weight", (0.0, -0.5), "must be positive"),
-    ("[[teacher]] a/b", "price_input price_output price_cache_read", (-0.5,), "must not be negative"),
+    ("[[teacher]] a/b", "price_input price_output price_cache_read price_cache_write", (-0.5,), "must not be negative"),
     ("[[teacher]] a/b", "requests_per_minute tokens_per_minute", (-0.5,), "must not be negative"),
     ("[[teacher]] a/b", "retries", (-1,), "must not be negative"),
     ("[[teacher]] a/b", "temperature", (-0.5, 2.5), "must lie between 0 and 2"),

@@ -48,7 +48,7 @@ class Books(Account):
         pass
 
     @asynccontextmanager
-    async def call(self, key: bytes, usd: float) -> AsyncIterator[None]:
+    async def call(self, key: bytes, usd: float, teacher: str = "") -> AsyncIterator[None]:
         yield
 
 

@@ -1,17 +1,29 @@
 """One teacher behind its limits: pace, breaker, retries, and a bill that the reservation did not foresee."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foundry.journal import Account
+from foundry.ledger import BudgetReachedError
 from foundry.settings import TeacherSettings
-from foundry.teacher import Answer, Question, RateLimitedError, RefusedKeyError, TeacherError, UnavailableError
+from foundry.teacher import (
+    Answer,
+    GarbledAnswerError,
+    Question,
+    RateLimitedError,
+    RefusedKeyError,
+    TeacherError,
+    UnavailableError,
+)
 from foundry.teachers import limits
 from foundry.teachers.limits import Member, Pace
+from smelter.base import UserError
 
 QUESTION = Question(prompt="p", max_tokens=100)
 KEY = bytes(32)
@@ -47,7 +59,7 @@ class Books(Account):
         self.entries.append((kind, parts.get("cost")))
 
     @asynccontextmanager
-    async def call(self, key: bytes, usd: float) -> AsyncIterator[None]:
+    async def call(self, key: bytes, usd: float, teacher: str = "") -> AsyncIterator[None]:
         self.entries.append(("reserve", usd))
         yield
 
@@ -81,7 +93,100 @@ def test_failures_are_retried_and_booked_as_what_they_may_have_cost() -> None:
     _, books, results = ask(script, price_output=1.0)
     assert results == ["good"]
     reserve = ("reserve", 100 / 1e6)
-    assert books.entries == [reserve, reserve, ("release", None), reserve, ("answer", 20 / 1e6)]
+    held, free = ("held", None), ("release", None)
+    assert books.entries == [reserve, held, reserve, free, reserve, ("answer", 20 / 1e6)]
+
+
+def test_the_bill_stays_within_the_cap_when_first_tries_time_out(tmp_path: Path) -> None:
+    """A cap of $1, calls of at most $0.40: each first try is billed in full and lost, each second costs $0.01."""
+
+    class Vendor(Scripted):
+        billed = 0.0
+
+        async def ask(self, question: Question) -> Answer:
+            self.script.reverse()  # a time-out and an answer in turn
+            is_lost = isinstance(self.script[0], TeacherError)
+            self.billed += 0.4 if is_lost else 0.01
+            return await Scripted([self.script[0]]).ask(question)
+
+    async def run() -> tuple[float, Account, list[int]]:
+        answer = Answer(text="good", finish="stop", usage={"input": 1, "output": 10})
+        vendor = Vendor([answer, UnavailableError("late", cause="timeout")])
+        member = Member(vendor, TeacherSettings(name="stub", backend="local", price_output=1_000.0))
+        account = Account(tmp_path / "j", cap=1.0)
+        answered: list[int] = []
+
+        async def ask_all() -> None:
+            for number in range(11):
+                question = Question(prompt=f"{number}", max_tokens=400)
+                await member.ask(question, number.to_bytes(32, "big"), account)
+                answered.append(number)
+
+        with pytest.raises(BudgetReachedError, match=r"held back for calls .*: stub 2 x timeout \(\$0\.8000\)"):
+            await ask_all()
+        await account.journal.close()
+        return vendor.billed, account, answered
+
+    billed, account, answered = asyncio.run(run())
+    assert answered == [0]  # $0.40 lost, $0.01, $0.40 lost: there is no room for a fourth call
+    assert billed == pytest.approx(0.81)
+    assert account.ledger.settled + account.ledger.reserved == pytest.approx(billed)
+
+
+def test_usage_that_comes_with_an_unusable_answer_is_what_it_cost() -> None:
+    usage = {"input": 10, "output": 30}
+    script: list[Answer | TeacherError] = [
+        GarbledAnswerError("empty", usage=usage),
+        GarbledAnswerError("no bill", usage={"input": 0, "output": 0}),
+        Answer(text=" ", finish="stop", usage=usage),
+        GOOD,
+    ]
+    _, books, results = ask(script, price_output=1.0)
+    assert results == ["good"]
+    reserve, unusable = ("reserve", 100 / 1e6), ("unusable", 30 / 1e6)
+    assert books.entries == [
+        *(reserve, unusable, reserve, ("held", None), reserve, unusable),
+        *(reserve, ("answer", 20 / 1e6)),
+    ]
+
+
+def test_a_usage_that_cannot_be_is_the_worst_case() -> None:
+    """A text without tokens, or without a prompt: whoever counts so does not bill so."""
+    for usage in ({}, {"input": 10}, {"input": 10, "output": 0}, {"input": 0, "output": 5}):
+        _, books, _ = ask([Answer(text="good", finish="stop", usage=usage)], price_output=1.0)
+        assert books.entries == [("reserve", 100 / 1e6), ("answer", 100 / 1e6)]
+
+
+def test_the_prices_of_the_vendors_cache() -> None:
+    usage = {"input": 1_000, "output": 1, "cache_read": 600, "cache_write": 300}
+    answer = Answer(text="good", finish="stop", usage=usage)
+    _, books, _ = ask([answer], price_input=4.0, price_cache_read=0.4)
+    assert books.entries[-1][1] == pytest.approx((100 * 4 + 600 * 0.4 + 300 * 5) / 1e6)
+    _, books, _ = ask([answer], price_input=4.0, price_cache_write=8.0)
+    assert books.entries[-1][1] == pytest.approx((700 * 4 + 300 * 8) / 1e6)
+    num_bytes = limits.TEMPLATE_TOKENS + len("p")
+    assert books.entries[0][1] == pytest.approx(num_bytes * 8 / 1e6)  # all of it may be written to the cache
+
+
+def test_what_else_is_sent_counts_as_input() -> None:
+    extra = {"response_format": {"type": "json_object", "schema": "x" * 500}}
+    _, books, _ = ask([GOOD], price_input=1.0, price_cache_write=1.0, extra=extra)
+    assert books.entries[0] == ("reserve", (limits.TEMPLATE_TOKENS + 1 + len(json.dumps(extra))) / 1e6)
+
+
+def test_a_question_that_could_not_be_put_is_free() -> None:
+    class Broken(Scripted):
+        async def ask(self, question: Question) -> Answer:
+            raise UserError("cannot load the model")
+
+    async def run() -> Books:
+        books = Books()
+        member = Member(Broken([]), TeacherSettings(name="stub", backend="local", price_output=1.0))
+        with pytest.raises(UserError, match="cannot load"):
+            await member.ask(QUESTION, KEY, books)
+        return books
+
+    assert asyncio.run(run()).entries == [("reserve", 100 / 1e6), ("release", None)]
 
 
 def test_an_outage_opens_the_breaker_and_an_answer_closes_it() -> None:

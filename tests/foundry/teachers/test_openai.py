@@ -16,9 +16,10 @@ from foundry.teacher import (
     RejectedQuestionError,
     TeacherError,
     UnavailableError,
+    http_error,
 )
 from foundry.teachers.openai import OpenAITeacher
-from tests.foundry.stub_teacher import StubTeacher, answer_to
+from tests.foundry.stub_teacher import StubTeacher, answer_to, usage_of
 
 
 def ask(
@@ -67,6 +68,9 @@ def test_the_question_arrives_as_it_is() -> None:
         ("408", UnavailableError, "timeout"),
         ("429", RateLimitedError, "rate limit"),
         ("500", UnavailableError, "unavailable"),
+        ("502", UnavailableError, "unavailable"),
+        ("503", UnavailableError, "unavailable"),
+        ("504", UnavailableError, "timeout"),
         ("529", RateLimitedError, "rate limit"),
         ("hang", UnavailableError, "timeout"),
         ("disconnect", UnavailableError, "unavailable"),
@@ -87,7 +91,13 @@ def test_each_failure_has_its_error(fault: str, kind: type[TeacherError], cause:
     assert type(caught.value) is kind
     assert caught.value.cause == cause
     assert caught.value.is_worth_retrying == (cause not in ("rejected", "key refused", "only reasoning"))
-    assert caught.value.is_free == (kind in (RejectedQuestionError, RefusedKeyError, RateLimitedError))
+    assert caught.value.is_free == (
+        kind in (RejectedQuestionError, RefusedKeyError, RateLimitedError) or fault in ("500", "503")
+    )
+    is_bill = fault in ("empty", "filter", "only_reasoning")
+    billed = usage_of("Hello.")
+    expected = {"input": billed["prompt_tokens"], "output": billed["completion_tokens"]} if is_bill else {}
+    assert caught.value.usage == expected
     assert "swordfish" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.retry_after == (0.2 if fault == "429" else None)
@@ -100,8 +110,9 @@ def test_nobody_there() -> None:
         async def run() -> None:
             url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
             teacher = OpenAITeacher(TeacherSettings(name="a/b", model="m", base_url=url))
-            with pytest.raises(UnavailableError, match="cannot connect to 127"):
+            with pytest.raises(UnavailableError, match="cannot connect to 127") as caught:
                 await teacher.ask(Question(prompt="Hello."))
+            assert caught.value.is_free
             await teacher.close()
 
         asyncio.run(run())
@@ -120,3 +131,20 @@ def test_a_cut_answer_says_so_and_logprobs_come_if_asked() -> None:
     assert answer.finish == "length"
     assert answer.logprobs == (("a", -0.5), ("b", -1.5))
     assert ask().logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "is_free"),
+    [
+        (400, "HTTP 400: maximum context length is 8192 tokens", True),
+        (400, "HTTP 400: The response was filtered (content_filter)", False),  # Azure bills the prompt
+        (422, "HTTP 422: what is this?", True),
+        (524, "HTTP 524: a time-out occurred", False),
+        (0, "no connection: connect ECONNREFUSED 127.0.0.1:9", True),
+        (0, "no connection: Unable to connect. Is the computer able to access the url?", True),
+        (0, "no connection: socket hang up", False),
+        (0, "no connection: the answer broke off: ECONNREFUSED", False),
+    ],
+)
+def test_what_is_certainly_free(status: int, message: str, is_free: bool) -> None:
+    assert http_error(message, status, {}).is_free == is_free
