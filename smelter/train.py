@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import tyro
 from torch import nn
 
-from smelter.base import ConfigError, UserError, cli, short_duration, short_number
+from smelter.base import ConfigError, UserError, cli, only_writer, short_duration, short_number
 from smelter.config import Config, TrainingConfig, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distillation import ChunkTeacher, Objective, open_caches
@@ -90,13 +91,15 @@ def make_optimizer(model: Model, training: TrainingConfig, dtype: torch.dtype) -
 
 
 class Trainer:
-    """One run: built from a configuration, `run` trains to the end and returns the exit code."""
+    """One run: built from a configuration, `run` trains to the end and returns the exit code.
 
-    def __init__(self, config: Config) -> None:
+    Nobody else may write the run folder meanwhile, which `train` sees to.
+    """
+
+    def __init__(self, config: Config, machine: Machine) -> None:
         training = config.training
-        self.config, self.training = config, training
+        self.config, self.training, self.machine = config, training, machine
         self.run_dir = Path(training.run_dir)
-        self.machine = Machine.of(training)
         config.micro_steps(self.machine.world_size)  # an error where the batch does not divide
         self.shards = open_shards(config)
         self.tokenizer = self.shards.tokenizer
@@ -328,6 +331,14 @@ class Trainer:
         print0(progress_line(line))
 
 
+def train(config: Config) -> int:
+    """Train a run to its end, or until a signal; 0, or 128 + the signal's number. Raises UserError."""
+    machine = Machine.of(config.training)  # joins the other processes: who writes is known from here on
+    folder = Path(config.training.run_dir)
+    with only_writer(folder, "--run-dir") if distributed.is_main() else nullcontext():
+        return Trainer(config, machine).run()
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Train a model: smelter train [RECIPE.toml] [OPTIONS]. Defaults come from the recipe, or the preset.
@@ -380,6 +391,6 @@ def main(argv: list[str]) -> int:
     """`smelter train`."""
     options = parse_options(argv)
     try:
-        return _dry_run(options.config) if options.dry_run else Trainer(options.config).run()
+        return _dry_run(options.config) if options.dry_run else train(options.config)
     finally:
         distributed.stop()

@@ -17,7 +17,7 @@ import torch
 from smelter.__main__ import main
 from smelter.config import load_config
 from smelter.data import BatchStream
-from smelter.run import distributed
+from smelter.run import Machine, distributed
 from smelter.run.load import load_model
 from smelter.run.metrics import read_metrics
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
@@ -166,7 +166,8 @@ def test_more_ranks_change_neither_loss_nor_gradient(
     """Three ranks with the same batches treble every sum; the mean of their gradients is that of each."""
     steps = []
     for world_size in (1, 3):
-        trainer = Trainer(parse_options(command(shards, tmp_path / str(world_size))[1:]).config)
+        config = parse_options(command(shards, tmp_path / str(world_size))[1:]).config
+        trainer = Trainer(config, Machine.of(config.training))
         trainer.machine = replace(trainer.machine, world_size=world_size)
         monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor, ranks=world_size: tensor * ranks)
         stream = BatchStream(

@@ -17,6 +17,7 @@ from smelter.base.files import (
     write_json,
     write_text,
 )
+from smelter.base.lock import LOCK_FILE, only_writer
 from smelter.base.record import (
     MAX_LINE_BYTES,
     MAX_WEIGHT,

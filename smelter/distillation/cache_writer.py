@@ -17,6 +17,7 @@ import numpy as np
 
 from smelter.base import (
     DISK_FULL,
+    LOCK_FILE,
     ConfigError,
     DataError,
     append_bytes,
@@ -59,7 +60,7 @@ def state_of(folder: Path, settings: dict[str, Any], resume: Resume) -> Literal[
     """
     state = next((name for name in (INDEX, UNFINISHED) if (folder / name).is_file()), None)
     if state is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK_FILE}):
             raise DataError(f"{folder}: exists and is not a teacher's cache: choose another --out")
         if resume == "must":
             raise DataError(f"{folder}: nothing to go on with: use --resume auto to begin")

@@ -17,7 +17,18 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from smelter.base import UserError, errors_name, fsync, fsync_all, make_folder, parse, table, write_json, write_text
+from smelter.base import (
+    UserError,
+    errors_name,
+    fsync,
+    fsync_all,
+    make_folder,
+    only_writer,
+    parse,
+    table,
+    write_json,
+    write_text,
+)
 from smelter.export.card import check_rows, gguf_file, model_card, modelfile, server_command
 from smelter.export.check import (
     Source,
@@ -147,6 +158,11 @@ def _report(part: str, folder: Path, source: Source, options: ExportOptions, che
 
 def export(options: ExportOptions) -> dict[str, Any]:
     """Write and check; returns the report that export.json holds. Nothing is changed in `out` if it fails."""
+    with only_writer(options.out, "--out"):
+        return _export(options)
+
+
+def _export(options: ExportOptions) -> dict[str, Any]:
     source = _source(options)
     objections = source.caps.objections()
     if objections and not options.force:

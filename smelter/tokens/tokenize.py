@@ -31,6 +31,7 @@ from smelter.base import (
     file_sha256,
     megabytes,
     nearest,
+    only_writer,
     parse,
     whole_folder,
     write_json,
@@ -291,6 +292,11 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
 
 def tokenize(options: TokenizeOptions) -> Path:
     """Do what `smelter tokenize` does and say what was done; returns the folder. Raises DataError and ConfigError."""
+    with only_writer(options.out, "--out", beside=True):
+        return _tokenize(options)
+
+
+def _tokenize(options: TokenizeOptions) -> Path:
     start = time.monotonic()
     _check_target(options.out)
     records = Records(
@@ -330,6 +336,7 @@ def tokenize(options: TokenizeOptions) -> Path:
             "splits": {name: writer.finish() for name, writer in writers.items()},
         }
         write_json(partial / "index.json", index, indent=1)
+        _check_target(options.out)  # once more: that was long ago
     for name, writer in writers.items():
         split, size = index["splits"][name], writer.num_content_bytes
         chats = f", {writer.num_chats:,} of them conversations" if writer.num_chats else ""
