@@ -7,7 +7,6 @@ model. `--format all` writes each format into a folder of its own and a model ca
 """
 
 import importlib.util
-import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import tyro
 from smelter.base import (
     UserError,
     errors_name,
+    file_sha256,
     fsync,
     fsync_all,
     make_folder,
@@ -44,6 +44,7 @@ from smelter.export.check import (
     probe_windows,
 )
 from smelter.export.cursor import check_cursor, check_llama_server, objection
+from smelter.export.earlier import FIRST, REPORT, check_ours, still_there
 from smelter.export.gguf import check_gguf, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, check_expressible, compare_trits, read_hf, write_hf
 from smelter.run import RESULTS_FILE, load_model, read_results, run_folder, write_packed
@@ -76,7 +77,7 @@ class ExportOptions:
     shards: Path | None = None
     """Held-out text to measure on; by default the run's shards, or Python's own source where they are not here."""
     force: bool = False
-    """Export although the caps matter, or over a model in the folder that is not an earlier export."""
+    """Export although the caps matter, or over files in the folder that no earlier export wrote."""
 
     def __post_init__(self) -> None:
         if self.packed and self.format != "all":
@@ -184,10 +185,14 @@ def _export(options: ExportOptions) -> dict[str, Any]:
             if part == "hf":
                 write_text(folder / "README.md", model_card(source, reports, {part: Path()}))
                 reports[part]["files"]["README.md"] = (folder / "README.md").stat().st_size
-            write_json(folder / "export.json", reports[part])
+            reports[part]["sha256"] = _digests(folder, options.out / below)
+            write_json(folder / REPORT, reports[part])
         if options.format == "all":
             write_text(work / "README.md", model_card(source, reports, options.parts))
-            write_json(work / "export.json", {"format": "all", "parts": reports})
+            digests = _digests(work, options.out)
+            write_json(work / REPORT, {"format": "all", "parts": reports, "sha256": digests})
+        if not options.force:  # once more, with every name: it may have taken minutes
+            check_ours(options.out / path.relative_to(work) for path in work.rglob("*") if path.is_file())
         fsync_all(work)
         for path in sorted(work.rglob("*")):
             target = options.out / path.relative_to(work)
@@ -200,21 +205,20 @@ def _export(options: ExportOptions) -> dict[str, Any]:
     return reports
 
 
+def _digests(folder: Path, target: Path) -> dict[str, str]:
+    """SHA-256 of the files written into `folder`, and of what an earlier export left in the `target` of them."""
+    written = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: digest for name, digest in (still_there(target) | written).items() if name != REPORT}
+
+
 def _check_out(options: ExportOptions) -> None:
-    """UserError where `out` is no folder, or holds a model that we did not write."""
-    for part, below in options.parts.items():
-        folder = options.out / below
-        for path in (options.out, folder):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"{path}: is a file: give a folder")
-        if part == "gguf" or not (folder / "config.json").exists() or options.force:
-            continue
-        try:
-            ours = json.loads((folder / "export.json").read_text(encoding="utf-8"))["format"] == part
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
-            raise UserError(f"{folder}: holds another model: give another folder, or --force to overwrite it")
+    """UserError where a folder is none, or a file stands in the way that no export wrote."""
+    folders = {part: options.out / below for part, below in options.parts.items()} | {options.format: options.out}
+    for part, folder in folders.items():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file: give a folder")
+        if not options.force:
+            check_ours(folder / name for name in FIRST[part])
 
 
 def main(argv: list[str]) -> int:

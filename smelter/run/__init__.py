@@ -41,6 +41,7 @@ from smelter.run.results import (
     Solved,
     Suggester,
     Typed,
+    check_results_file,
     read_cases,
     read_results,
     write_editor,

@@ -10,6 +10,7 @@ its predecessors are all still there.
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from smelter.base import (
 )
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
 from smelter.run.distributed import is_main
+from smelter.run.metrics import METRICS_FILE, SAMPLES_FILE
 
 FORMAT = "smelter-checkpoint"
 FORMAT_VERSION = 1
@@ -52,9 +54,15 @@ MAY_DIFFER = {
 }
 """Keys that may change when a run is resumed: they say how long, how often and where, not what is learned."""
 
-README = """# {name}
+MARK = "A training run of Smelter"
+"""By these words in its README.md a run folder is known for one."""
 
-A training run of Smelter {version}. This folder can be moved or copied as it is.
+OURS = ("README.md", "config.toml", METRICS_FILE, SAMPLES_FILE, "checkpoints")
+"""Names that a run takes in its folder."""
+
+README = """# {mark}
+
+Begun with Smelter {version}. This folder can be moved or copied as it is; a copy goes on by itself.
 
 | file | what it is |
 |---|---|
@@ -64,10 +72,13 @@ A training run of Smelter {version}. This folder can be moved or copied as it is
 | `checkpoints/step_N/` | weights, tokenizer, configuration and training state after N steps |
 | `results.json`, `report.html`, `export/` | written by the commands below |
 
-    smelter train {config} --resume must    # go on from the last checkpoint
-    smelter evaluate {run}                  # bits per byte and infilling -> results.json
-    smelter report {run}                    # curves and results -> report.html
-    smelter export {run} --format gguf --out {run}/export/gguf
+The paths in `config.toml` begin at `{base}`, so from this folder:
+
+    run=$PWD && cd {base}
+    smelter train "$run/config.toml" --resume must    # go on from the last checkpoint
+    smelter evaluate "$run"                           # bits per byte and infilling -> results.json
+    smelter report "$run"                             # curves and results -> report.html
+    smelter export "$run" --format gguf --out "$run/export/gguf"
 
 A checkpoint is published by a rename once it is whole on disk; folders named `.tmp_*` are left
 over from a save that was killed and are removed by the next one.
@@ -254,6 +265,26 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a training run wrote this folder: by its README.md, or a checkpoint."""
+    if latest_checkpoint(folder) is not None:
+        return True
+    try:
+        beginning = (folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()[:5]
+    except OSError:
+        return False
+    return any(line.removeprefix("# ").startswith(MARK) for line in beginning)
+
+
+def _check_ours(run_dir: Path) -> None:
+    """ConfigError where a name that a run takes in its folder is taken by somebody else."""
+    if is_run_folder(run_dir):
+        return
+    for path in (run_dir / name for name in OURS):
+        if path.exists():
+            raise ConfigError(f"{path}: no training run wrote this: move it, or choose another --run-dir")
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint of the highest step in a run folder, unread; None where there is none."""
     return next((path for _, path in _steps(run_dir / "checkpoints")), None)
@@ -279,11 +310,13 @@ def find_checkpoint(run_or_ckpt: Path) -> Path:
 def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must", "never"]) -> Path | None:
     """Make the run folder (config.toml, README.md) and return the checkpoint to go on from, or None.
 
-    Call it on every rank; only the main one writes. Raises CheckpointError where `must` finds no checkpoint or
-    `never` finds one, and ConfigError naming the keys where the checkpoint was trained otherwise (keys in
-    `MAY_DIFFER` may change).
+    Call it on every rank; only the main one writes. A README.md that is there stays as it is. Raises CheckpointError
+    where `must` finds no checkpoint or `never` finds one, and ConfigError where a file of somebody else has a name that
+    a run takes, or naming the keys where the checkpoint was trained otherwise (keys in `MAY_DIFFER` may change).
     """
     checkpoint = latest_checkpoint(run_dir)
+    if is_main():
+        _check_ours(run_dir)
     if resume == "must" and checkpoint is None:
         raise CheckpointError(f"{run_dir}: no checkpoint to resume from: use --resume auto to start a new run")
     if resume == "never" and checkpoint is not None:
@@ -294,9 +327,10 @@ def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must
     if checkpoint is not None:
         _check_resumable(checkpoint, config)
     if is_main():
+        if not (run_dir / "README.md").exists():  # before all else: by it the folder is known
+            base = shlex.quote(os.path.relpath(Path.cwd(), run_dir.resolve()))
+            write_text(run_dir / "README.md", README.format(mark=MARK, version=__version__, base=base))
         write_text(run_dir / "config.toml", config_to_toml(config))
-        names = {"name": run_dir.resolve().name, "config": run_dir / "config.toml", "run": run_dir}
-        write_text(run_dir / "README.md", README.format(version=__version__, **names))
     return checkpoint
 
 

@@ -405,7 +405,7 @@ def test_another_model_in_the_folder_is_not_overwritten(tmp_path: Path, capsys: 
     out.mkdir()
     (out / "config.json").write_text("{}")
     assert run_export(run, out, "--format", "hf") == 2
-    assert "another model" in capsys.readouterr().err
+    assert f"{out / 'config.json'}: no export wrote this" in capsys.readouterr().err
     assert (out / "config.json").read_text() == "{}"
     assert run_export(run, out / "config.json", "--format", "hf") == 2
     assert "is not a folder" in capsys.readouterr().err

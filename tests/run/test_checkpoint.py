@@ -344,9 +344,46 @@ def test_a_new_run_folder_explains_itself(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "new"
     assert prepare_run_dir(run, CONFIG, "auto") is None
     assert load_config(run / "config.toml") == CONFIG
-    readme = (run / "README.md").read_text()
-    assert f"smelter train {run / 'config.toml'} --resume must" in readme
     assert sorted(path.name for path in run.iterdir()) == ["README.md", "config.toml"]
+    assert str(tmp_path) not in (run / "README.md").read_text(), "the folder may be copied"
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.toml", "metrics.jsonl", "samples.jsonl", "checkpoints/mine"])
+def test_what_no_run_wrote_is_not_replaced(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text("# A guide to 'A training run of Smelter'\n")
+    with pytest.raises(ConfigError, match=f"{name.partition('/')[0]}: no training run wrote this: move it") as error:
+        prepare_run_dir(Path(), CONFIG, "auto")
+    one_line(error)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert Path(name).read_text() == "# A guide to 'A training run of Smelter'\n"
+
+
+def test_other_files_may_lie_in_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("mine")
+    prepare_run_dir(tmp_path, CONFIG, "auto")
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_a_readme_that_somebody_went_on_with_stays(tmp_path: Path, tokenizer_file: Path) -> None:
+    prepare_run_dir(tmp_path, CONFIG, "auto")
+    text = (tmp_path / "README.md").read_text() + "\nThe one with the larger vocabulary.\n"
+    (tmp_path / "README.md").write_text(text)
+    prepare_run_dir(tmp_path, CONFIG, "auto")
+    assert (tmp_path / "README.md").read_text() == text
+    save(tmp_path, 1, tokenizer_file)
+    (tmp_path / "README.md").write_text("My own words.\n")
+    prepare_run_dir(tmp_path, CONFIG, "auto")
+    assert (tmp_path / "README.md").read_text() == "My own words.\n"
+
+
+def test_a_run_folder_of_an_older_version_is_known(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# default\n\nA training run of Smelter 0.1.0. This folder can be moved\n")
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "metrics.jsonl").touch()
+    prepare_run_dir(tmp_path, CONFIG, "auto")
+    assert load_config(tmp_path / "config.toml") == CONFIG
 
 
 def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, disk_events: list[str]) -> None:
