@@ -34,6 +34,7 @@ from smelter.run import (
     TritWatch,
     distributed,
     final_cap,
+    in_place,
     kl_weight,
     latest_checkpoint,
     load_checkpoint,
@@ -347,7 +348,8 @@ class TrainOptions:
     """
 
     recipe: tyro.conf.Positional[Path | None] = None
-    """Recipe (TOML) whose values replace the defaults; it must come first."""
+    """Recipe (TOML) whose values replace the defaults; it must come first. A run's own config.toml goes on in the
+    folder where it lies."""
     preset: str = "100m"
     """Without a recipe: tiny, 50m, 100m, 125m or 300m."""
     dry_run: bool = False
@@ -362,7 +364,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
     name = name or next((word.split("=", 1)[1] for word in argv if word.startswith("--preset=")), None)
     if recipe and name:
         raise ConfigError(f'give a recipe or --preset, not both (a recipe may say preset = "{name}" itself)')
-    config = load_config(recipe) if recipe else preset(name or "100m")
+    config = in_place(load_config(recipe), recipe) if recipe else preset(name or "100m")
     default = replace(TrainOptions(), recipe=recipe, preset=name or "100m", config=config)
     return cli.parse(TrainOptions, argv, "smelter train", default)
 

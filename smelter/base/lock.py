@@ -8,7 +8,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,7 @@ def _locked(file: Path, folder: Path, option: str) -> int:
                 os.close(descriptor)
                 continue
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(descriptor, f"{os.getpid()} {os.uname().nodename}\n".encode(), 0)
         except BlockingIOError:
             holder = os.pread(descriptor, 300, 0)
             os.close(descriptor)
@@ -91,4 +90,4 @@ def _named(holder: bytes) -> str:
     pid, _, host = holder.decode("utf-8", "replace").strip().partition(" ")
     if not pid:  # it has the lock and has not yet said who it is
         return "another process"
-    return f"process {pid}" + (f" on {host}" if host != socket.gethostname() else "")
+    return f"process {pid}" + (f" on {host}" if host != os.uname().nodename else "")

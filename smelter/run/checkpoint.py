@@ -1,4 +1,4 @@
-"""Run folders and checkpoints that survive a kill, a full disk and a careless copy.
+"""Checkpoints that survive a kill, a full disk and a careless copy.
 
 A checkpoint is a folder `checkpoints/step_0001000/`: the weights (`model.safetensors`), the tokenizer,
 the configuration, and `state/` with what only training needs. It appears whole and on the disk, or not
@@ -10,12 +10,11 @@ its predecessors are all still there.
 import json
 import os
 import re
-import shlex
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -26,63 +25,19 @@ from smelter import __version__
 from smelter.base import (
     DISK_FULL,
     CheckpointError,
-    ConfigError,
     file_sha256,
     free_bytes,
     megabytes,
     whole_folder,
     write_json,
-    write_text,
 )
-from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
-from smelter.run.distributed import is_main
-from smelter.run.metrics import METRICS_FILE, SAMPLES_FILE
+from smelter.config import Config, config_from_dict, config_to_dict
 
 FORMAT = "smelter-checkpoint"
 FORMAT_VERSION = 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 TOKENIZER_FILE, STATE_FILE = "tokenizer.json", "state/state.pt"
 STEP_NAME = re.compile(r"step_(\d{7,})")
-
-MAY_DIFFER = {
-    f"training.{name}"
-    for name in (
-        *("run_dir", "resume", "device", "device_batch_size", "loss_chunk_size", "num_steps", "train_minutes"),
-        *("log_every", "eval_every", "eval_tokens", "sample_every", "checkpoint_every", "keep_checkpoints"),
-        *("trackers", "use_torch_compile", "use_gradient_checkpointing"),
-    )
-}
-"""Keys that may change when a run is resumed: they say how long, how often and where, not what is learned."""
-
-MARK = "A training run of Smelter"
-"""By these words in its README.md a run folder is known for one."""
-
-OURS = ("README.md", "config.toml", METRICS_FILE, SAMPLES_FILE, "checkpoints")
-"""Names that a run takes in its folder."""
-
-README = """# {mark}
-
-Begun with Smelter {version}. This folder can be moved or copied as it is; a copy goes on by itself.
-
-| file | what it is |
-|---|---|
-| `config.toml` | the whole resolved configuration |
-| `metrics.jsonl` | one JSON object per logged step |
-| `samples.jsonl` | code the model wrote along the way |
-| `checkpoints/step_N/` | weights, tokenizer, configuration and training state after N steps |
-| `results.json`, `report.html`, `export/` | written by the commands below |
-
-The paths in `config.toml` begin at `{base}`, so from this folder:
-
-    run=$PWD && cd {base}
-    smelter train "$run/config.toml" --resume must    # go on from the last checkpoint
-    smelter evaluate "$run"                           # bits per byte and infilling -> results.json
-    smelter report "$run"                             # curves and results -> report.html
-    smelter export "$run" --format gguf --out "$run/export/gguf"
-
-A checkpoint is published by a rename once it is whole on disk; folders named `.tmp_*` are left
-over from a save that was killed and are removed by the next one.
-"""
 
 
 @dataclass(frozen=True)
@@ -189,7 +144,7 @@ def load_checkpoint(path: Path, *, with_state: bool) -> Checkpoint:
     Raises CheckpointError that names the damaged file and the newest whole checkpoint before it.
     """
     path = find_checkpoint(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     problem = _problem(path, manifest, with_state)
     if problem:
         raise _damaged(path, *problem)
@@ -199,7 +154,7 @@ def load_checkpoint(path: Path, *, with_state: bool) -> Checkpoint:
     return Checkpoint(path, manifest["step"], config, tensors, state)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint. Raises CheckpointError where it is missing, damaged or of another kind."""
     file = path / CONFIG_FILE
     try:
@@ -265,26 +220,6 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a training run wrote this folder: by its README.md, or a checkpoint."""
-    if latest_checkpoint(folder) is not None:
-        return True
-    try:
-        beginning = (folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()[:5]
-    except OSError:
-        return False
-    return any(line.removeprefix("# ").startswith(MARK) for line in beginning)
-
-
-def _check_ours(run_dir: Path) -> None:
-    """ConfigError where a name that a run takes in its folder is taken by somebody else."""
-    if is_run_folder(run_dir):
-        return
-    for path in (run_dir / name for name in OURS):
-        if path.exists():
-            raise ConfigError(f"{path}: no training run wrote this: move it, or choose another --run-dir")
-
-
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint of the highest step in a run folder, unread; None where there is none."""
     return next((path for _, path in _steps(run_dir / "checkpoints")), None)
@@ -305,58 +240,6 @@ def find_checkpoint(run_or_ckpt: Path) -> Path:
             return newest
         raise CheckpointError(f"{path}: no checkpoint here: give a run folder that has been trained, or a checkpoint")
     raise CheckpointError(f"{path}: no such folder: give a run folder or a checkpoint inside one")
-
-
-def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must", "never"]) -> Path | None:
-    """Make the run folder (config.toml, README.md) and return the checkpoint to go on from, or None.
-
-    Call it on every rank; only the main one writes. A README.md that is there stays as it is. Raises CheckpointError
-    where `must` finds no checkpoint or `never` finds one, and ConfigError where a file of somebody else has a name that
-    a run takes, or naming the keys where the checkpoint was trained otherwise (keys in `MAY_DIFFER` may change).
-    """
-    checkpoint = latest_checkpoint(run_dir)
-    if is_main():
-        _check_ours(run_dir)
-    if resume == "must" and checkpoint is None:
-        raise CheckpointError(f"{run_dir}: no checkpoint to resume from: use --resume auto to start a new run")
-    if resume == "never" and checkpoint is not None:
-        raise CheckpointError(
-            f"{run_dir}: already holds {checkpoint.name}, which --resume never would overwrite: use --resume auto to "
-            f"go on, or another --run-dir to start anew"
-        )
-    if checkpoint is not None:
-        _check_resumable(checkpoint, config)
-    if is_main():
-        if not (run_dir / "README.md").exists():  # before all else: by it the folder is known
-            base = shlex.quote(os.path.relpath(Path.cwd(), run_dir.resolve()))
-            write_text(run_dir / "README.md", README.format(mark=MARK, version=__version__, base=base))
-        write_text(run_dir / "config.toml", config_to_toml(config))
-    return checkpoint
-
-
-def _check_resumable(checkpoint: Path, config: Config) -> None:
-    """ConfigError where `config` would go on with something else than what the checkpoint has learned."""
-    manifest = _manifest(checkpoint)
-    new = _flat(config_to_dict(config.at_step(manifest["step"])))
-    # A key that the version which saved it did not know had its default.
-    old = _flat(config_to_dict(Config())) | _flat(manifest["config"])
-    # A checkpoint says the cap that its model had, which training with this option lowers.
-    changing = {"model.final_logit_soft_cap"} if new["training.final_cap_anneal_fraction"] else set()
-    differing = [
-        f"{key} = {new.get(key)!r} (was {old.get(key)!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in MAY_DIFFER | changing
-    ]
-    if differing:
-        raise ConfigError(
-            f"{checkpoint}: cannot resume with {', '.join(differing)}: set them back, or start a new run with another "
-            f"--run-dir"
-        )
-
-
-def _flat(table: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration's tables by `section.key`."""
-    return {f"{section}.{key}": value for section, values in table.items() for key, value in values.items()}
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

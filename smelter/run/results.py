@@ -219,9 +219,7 @@ def check_results_file(path: Path) -> None:
         except (OSError, ValueError):
             ours = False
         if not ours:
-            raise DataError(
-                f"{file}: `smelter evaluate` did not write this: move it, or choose another --out"
-            )
+            raise DataError(f"{file}: `smelter evaluate` did not write this: move it, or choose another --out")
 
 
 def write_editor(path: Path, editor: Editor) -> None:
