@@ -154,6 +154,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the current step; returns its path."""
         path = self.run_dir / "checkpoints" / f"step_{self.step:07d}"
+        self.metrics.sync()
         if distributed.is_main():
             save_checkpoint(
                 self.run_dir,

@@ -178,6 +178,17 @@ def test_a_copied_run_goes_on_by_itself(shards: Path, plain: list[float], tmp_pa
     assert sorted(path.name for path in (second / "checkpoints").iterdir()) == ["step_0000010", "step_0000012"]
 
 
+def test_what_was_logged_is_on_the_disk_before_the_checkpoint(
+    shards: Path, tmp_path: Path, disk_events: list[str]
+) -> None:
+    assert main(command(shards, tmp_path / "r", "--num-steps", "2")) == 0
+    saved = disk_events.index("-> step_0000002")
+    written = [place for place, name in enumerate(disk_events) if name == "metrics.jsonl"]
+    assert written
+    assert max(written) < saved
+    assert "r" in disk_events[max(written) : saved], "its name, too"
+
+
 @pytest.mark.slow
 def test_the_commands_in_its_readme_work_in_a_copy(shards: Path, tmp_path: Path) -> None:
     project = tmp_path / "project of mine"

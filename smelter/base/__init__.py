@@ -31,5 +31,6 @@ from smelter.base.record import (
     write_records,
 )
 from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
+from smelter.base.seal import is_intact, sealed
 from smelter.base.strict import check_ranges, from_table, read_toml
 from smelter.base.terminal import Progress, megabytes, percent, short_duration, short_number, table

@@ -26,6 +26,7 @@ from smelter.base import (
     fsync,
     make_folder,
     megabytes,
+    sealed,
     write_json,
 )
 from smelter.distillation.cache import INDEX, LENGTH_DTYPE, LENGTHS, UNFINISHED, TeacherCache
@@ -91,7 +92,7 @@ def begin_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def finish_folder(folder: Path, index: dict[str, Any]) -> None:
     """Write the index, which takes the place of what `begin_folder` wrote."""
-    write_json(folder / INDEX, index, indent=1, ensure_ascii=True)
+    write_json(folder / INDEX, sealed(index), indent=1, ensure_ascii=True)
     (folder / UNFINISHED).unlink()
     fsync(folder)
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step_0001000/`: the weights (`model.safetensors`), the tokenizer,
 the configuration, and `state/` with what only training needs. It appears whole and on the disk, or not
-at all (`base.files`). `config.json` holds each file's size and SHA-256: a copy that was cut short is
+at all (`base.files`). `config.json` holds each file's size and SHA-256, and its own: a copy that was cut short is
 refused by name instead of training on from noise. The trade-off is disk: while a checkpoint is written,
 its predecessors are all still there.
 """
@@ -27,7 +27,9 @@ from smelter.base import (
     CheckpointError,
     file_sha256,
     free_bytes,
+    is_intact,
     megabytes,
+    sealed,
     whole_folder,
     write_json,
 )
@@ -121,7 +123,7 @@ def _write_files(
         "config": config_to_dict(config.at_step(step)),
         "files": files,
     }
-    write_json(folder / CONFIG_FILE, manifest, ensure_ascii=True)
+    write_json(folder / CONFIG_FILE, sealed(manifest), ensure_ascii=True)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -172,6 +174,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"install the Smelter that wrote it"
         )
     typed = {"step": int, "config": dict, "files": dict}
+    if not is_intact(manifest):
+        raise _damaged(path, file, "is damaged (its SHA-256 is not the one that it names)")
     wrong = [key for key, kind in typed.items() if type(manifest.get(key)) is not kind]
     if wrong or not all(type(entry) is dict for entry in manifest["files"].values()):
         wrong = wrong or ["files"]
@@ -207,9 +211,9 @@ def _previous_good(path: Path) -> Path | None:
         if match and number < int(match[1]) and (other / CONFIG_FILE).is_file():
             try:
                 manifest = json.loads((other / CONFIG_FILE).read_text(encoding="utf-8"))
-                if _problem(other, manifest, with_state=True) is None:
+                if is_intact(manifest) and _problem(other, manifest, with_state=True) is None:
                     return other
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
                 continue  # damaged as well: look further back
     return None
 

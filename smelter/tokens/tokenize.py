@@ -33,6 +33,7 @@ from smelter.base import (
     nearest,
     only_writer,
     parse,
+    sealed,
     whole_folder,
     write_json,
 )
@@ -335,7 +336,7 @@ def _tokenize(options: TokenizeOptions) -> Path:
             "teacher_weights": records.teacher_weights,
             "splits": {name: writer.finish() for name, writer in writers.items()},
         }
-        write_json(partial / "index.json", index, indent=1)
+        write_json(partial / "index.json", sealed(index), indent=1)
         _check_target(options.out)  # once more: that was long ago
     for name, writer in writers.items():
         split, size = index["splits"][name], writer.num_content_bytes

@@ -180,6 +180,9 @@ def test_damaged_packed_folders_are_named(published: Path, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(values | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="format version 99"):
         load_packed(folder)
+    (folder / "config.json").write_text(json.dumps(values | {"step": 8}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_packed(folder)
 
 
 def test_packed_needs_ternary_weights(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def save(run: Path, step: int, tokenizer_file: Path, **changes: Any) -> Path:
 
 
 def rewrite(file: Path, manifest: dict[str, Any]) -> None:
-    """A config.json as an older version wrote it."""
-    file.write_text(json.dumps(manifest))
+    """Another content of a config.json, without a digest of its own, as older versions wrote it."""
+    file.write_text(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
 
 
 def names(run: Path) -> list[str]:

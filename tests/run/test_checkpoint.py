@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever happens while they are written, and damage is named."""
 
+import contextlib
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from smelter.run.checkpoint import (
     load_checkpoint,
     write_tensors,
 )
-from tests.run.saving import CONFIG, names, one_line, save, some_tensors, write_tokenizer
+from tests.run.saving import CONFIG, names, one_line, rewrite, save, some_tensors, write_tokenizer
 
 
 @pytest.fixture
@@ -274,10 +275,46 @@ def test_a_foreign_manifest_is_refused(
 ) -> None:
     path = save(tmp_path, 1, tokenizer_file)
     manifest = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(manifest | change))
+    rewrite(path / "config.json", manifest | change)
     with pytest.raises((CheckpointError, ConfigError), match=expected) as error:
         load_checkpoint(path, with_state=False)
     assert str(path / "config.json") in one_line(error)
+
+
+def test_every_flipped_bit_of_the_manifest_is_noticed(tmp_path: Path, tokenizer_file: Path) -> None:
+    """But for those that leave what it says as it is, which are few."""
+    path = save(tmp_path, 4, tokenizer_file)
+    file = path / "config.json"
+    content, silent = file.read_bytes(), 0
+    whole = load_checkpoint(path, with_state=False)
+    for place in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7  # no bit that makes it other than ASCII
+        file.write_bytes(flipped)
+        with contextlib.suppress(CheckpointError):
+            loaded = load_checkpoint(path, with_state=False)
+            assert (loaded.step, loaded.config) == (whole.step, whole.config)
+            silent += 1
+    assert silent < 10
+
+
+def test_a_digit_of_the_manifest_is_no_other_model(tmp_path: Path, tokenizer_file: Path) -> None:
+    for step in (4, 12):
+        save(tmp_path, step, tokenizer_file)
+    file = tmp_path / "checkpoints" / "step_0000012" / "config.json"
+    text = file.read_text()
+    for old, new in (('"final_logit_soft_cap": 30.0', '"final_logit_soft_cap": 70.0'), ('"step": 12', '"step": 13')):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match="is damaged") as error:
+            load_checkpoint(tmp_path, with_state=True)
+        assert f"to go on from {tmp_path / 'checkpoints' / 'step_0000004'}" in one_line(error)
+
+
+def test_checkpoints_of_older_versions_load(tmp_path: Path, tokenizer_file: Path) -> None:
+    path = save(tmp_path, 4, tokenizer_file)
+    rewrite(path / "config.json", json.loads((path / "config.json").read_text()))
+    assert load_checkpoint(path, with_state=True).step == 4
 
 
 def test_finding_a_checkpoint(tmp_path: Path, tokenizer_file: Path) -> None:

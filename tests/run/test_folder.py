@@ -12,7 +12,7 @@ from smelter.base.errors import CheckpointError, ConfigError
 from smelter.config import Config, config_to_dict, load_config
 from smelter.run import folder
 from smelter.run.folder import MAY_DIFFER, in_place, prepare_run_dir
-from tests.run.saving import CONFIG, names, one_line, save, write_tokenizer
+from tests.run.saving import CONFIG, names, one_line, rewrite, save, write_tokenizer
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_resuming_with_another_configuration(tmp_path: Path, tokenizer_file: Pat
         section, key = dotted.split(".")
         changed = json.loads(json.dumps(manifest))
         changed["config"][section][key] = "something else"
-        (path / "config.json").write_text(json.dumps(changed))
+        rewrite(path / "config.json", changed)
         if dotted in MAY_DIFFER:
             assert prepare_run_dir(tmp_path, CONFIG, "auto") == path
         else:
@@ -117,7 +117,7 @@ def test_keys_that_are_newer_than_the_checkpoint(tmp_path: Path, tokenizer_file:
     path = save(tmp_path, 3, tokenizer_file)
     manifest = json.loads((path / "config.json").read_text())
     del manifest["config"]["distillation"]["cached"]
-    (path / "config.json").write_text(json.dumps(manifest))
+    rewrite(path / "config.json", manifest)
     assert prepare_run_dir(tmp_path, CONFIG, "must") == path
     other = replace(CONFIG, distillation=replace(CONFIG.distillation, cached=("c",)))
     with pytest.raises(ConfigError, match=r"distillation\.cached = \['c'\] \(was \[\]\)"):
