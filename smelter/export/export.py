@@ -32,6 +32,7 @@ from smelter.base import (
 from smelter.export.card import check_rows, gguf_file, model_card, modelfile, server_command
 from smelter.export.check import (
     Source,
+    check_architecture,
     check_gguf_logits,
     check_hf_logits,
     check_llama_cpp_tokenizer,
@@ -53,6 +54,12 @@ MUST_BE_ZERO = (
     *("trits_changed", "weights_changed", "scales_changed", "tokenizer_differences"),
     *("llama_cpp_tokenizer_differences", "llama_cpp_infill_prompt_differs"),
 )
+
+MOST = {"kl_architecture": 1e-4, "kl_same_numerics": 1e-2, "kl_as_trained": 0.1}
+"""Nats per token that an export may differ by: in float32 from the same tensors; with the embedding rounded; and as its
+readers round activations."""
+LEAST = {"top1_architecture": 0.99, "top1_same_numerics": 0.9}
+"""Share of tokens with the same first choice."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
     model, tokenizer, windows = source.model, source.tokenizer, source.windows
     if part == "hf":
         write_hf(folder, model, tokenizer)
-        checks: dict[str, Any] = {**compare_trits(model, read_hf(folder))}
+        read = read_hf(folder)
+        checks: dict[str, Any] = {**compare_trits(model, read), **check_architecture(model, read, windows)}
         if importlib.util.find_spec("transformers"):
             checks |= check_tokenizer(folder, tokenizer, source.texts) | check_hf_logits(folder, model, windows)
     elif part == "gguf":
@@ -123,7 +131,8 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         kinds = {"gguf_type": options.gguf_type, "embedding_type": options.gguf_embedding}
         write_gguf(file, model, tokenizer, name=source.name, **kinds)
         read = read_gguf(file, model.config.num_layers)
-        checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
+        checks = {**compare_trits(model, read), **check_architecture(model, read, windows)}
+        checks |= check_gguf_logits(model, read, options.gguf_type, windows)
         checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)
         checks |= check_llama_server(server_command(file, source.context), source.texts)
         write_text(folder / "Modelfile", modelfile(source.name, file.name, tokenizer, source.context))
@@ -133,9 +142,32 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         checks = {**compare_trits(model, baked_tensors(again).__getitem__)}
         checks["kl_as_trained"], checks["top1_as_trained"] = compare(logits_of(model), logits_of(again), windows)
     wrong = [f"{key} = {checks[key]}" for key in MUST_BE_ZERO if checks.get(key)]
+    where = options.out / options.parts[part]
     if wrong:
-        raise UserError(f"{folder}: read back, the export differs ({', '.join(wrong)}): check the disk and try again")
+        raise UserError(f"{where}: read back, the export differs ({', '.join(wrong)}): check the disk and try again")
+    _check_same(where, checks, force=options.force)
     return checks
+
+
+def _check_same(folder: Path, checks: dict[str, Any], *, force: bool) -> None:
+    """UserError where what was written is another model, by what was measured of it."""
+    wrong = {
+        key: f"{key} = {checks[key]:.2g} > {most:g}"
+        for key, most in MOST.items()
+        if key in checks and not checks[key] <= most
+    }
+    wrong |= {
+        key: f"{key} = {checks[key]:.2f} < {least:g}"
+        for key, least in LEAST.items()
+        if key in checks and not checks[key] >= least
+    }
+    if force:  # that leaving caps out or rounding otherwise changes it was to be accepted; other code was not
+        wrong.pop("kl_as_trained", None)
+    if wrong:
+        fix = "smelter/model.py computes what Qwen3 does not, and no reader of the export would: put it back"
+        if wrong.keys() == {"kl_as_trained"}:
+            fix = "train with its readers' rounding of activations (docs/deploy.md), or --force"
+        raise UserError(f"{folder}: the exported model is another ({', '.join(wrong.values())}): {fix}")
 
 
 def _report(part: str, folder: Path, source: Source, options: ExportOptions, checks: dict[str, Any]) -> dict[str, Any]:
