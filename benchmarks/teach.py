@@ -36,7 +36,7 @@ from smelter.run.checkpoint import save_checkpoint
 from smelter.run.device import pick_device, pick_dtype
 from smelter.tokens.shards import ShardSet
 from smelter.tokens.tokenize import main as tokenize
-from smelter.train import Trainer
+from smelter.train import train
 
 SEQ_LEN = 512
 ROWS = 4
@@ -80,7 +80,7 @@ def train_teacher(folder: Path, shards: Path, **length: Any) -> Path:
         use_torch_compile=False,
         muon_newton_schulz_steps=3,
     )
-    quietly(Trainer(Config(model=STUDENT, data=DataConfig(shards=str(shards)), training=training)).run)
+    quietly(train, Config(model=STUDENT, data=DataConfig(shards=str(shards)), training=training))
     return folder
 
 

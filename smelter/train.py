@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import tyro
 from torch import nn
 
-from smelter.base import ConfigError, UserError, cli, short_duration, short_number
+from smelter.base import ConfigError, UserError, cli, only_writer, short_duration, short_number
 from smelter.config import Config, TrainingConfig, config_to_toml, load_config, preset
 from smelter.data import Batch, BatchStream, prefetch
 from smelter.distillation import ChunkTeacher, Objective, open_caches
@@ -33,6 +34,7 @@ from smelter.run import (
     TritWatch,
     distributed,
     final_cap,
+    in_place,
     kl_weight,
     latest_checkpoint,
     load_checkpoint,
@@ -90,13 +92,15 @@ def make_optimizer(model: Model, training: TrainingConfig, dtype: torch.dtype) -
 
 
 class Trainer:
-    """One run: built from a configuration, `run` trains to the end and returns the exit code."""
+    """One run: built from a configuration, `run` trains to the end and returns the exit code.
 
-    def __init__(self, config: Config) -> None:
+    Nobody else may write the run folder meanwhile, which `train` sees to.
+    """
+
+    def __init__(self, config: Config, machine: Machine) -> None:
         training = config.training
-        self.config, self.training = config, training
+        self.config, self.training, self.machine = config, training, machine
         self.run_dir = Path(training.run_dir)
-        self.machine = Machine.of(training)
         config.micro_steps(self.machine.world_size)  # an error where the batch does not divide
         self.shards = open_shards(config)
         self.tokenizer = self.shards.tokenizer
@@ -150,6 +154,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the current step; returns its path."""
         path = self.run_dir / "checkpoints" / f"step_{self.step:07d}"
+        self.metrics.sync()
         if distributed.is_main():
             save_checkpoint(
                 self.run_dir,
@@ -328,6 +333,14 @@ class Trainer:
         print0(progress_line(line))
 
 
+def train(config: Config) -> int:
+    """Train a run to its end, or until a signal; 0, or 128 + the signal's number. Raises UserError."""
+    machine = Machine.of(config.training)  # joins the other processes: who writes is known from here on
+    folder = Path(config.training.run_dir)
+    with only_writer(folder, "--run-dir") if distributed.is_main() else nullcontext():
+        return Trainer(config, machine).run()
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Train a model: smelter train [RECIPE.toml] [OPTIONS]. Defaults come from the recipe, or the preset.
@@ -336,7 +349,8 @@ class TrainOptions:
     """
 
     recipe: tyro.conf.Positional[Path | None] = None
-    """Recipe (TOML) whose values replace the defaults; it must come first."""
+    """Recipe (TOML) whose values replace the defaults; it must come first. A run's own config.toml goes on in the
+    folder where it lies."""
     preset: str = "100m"
     """Without a recipe: tiny, 50m, 100m, 125m or 300m."""
     dry_run: bool = False
@@ -351,7 +365,7 @@ def parse_options(argv: list[str]) -> TrainOptions:
     name = name or next((word.split("=", 1)[1] for word in argv if word.startswith("--preset=")), None)
     if recipe and name:
         raise ConfigError(f'give a recipe or --preset, not both (a recipe may say preset = "{name}" itself)')
-    config = load_config(recipe) if recipe else preset(name or "100m")
+    config = in_place(load_config(recipe), recipe) if recipe else preset(name or "100m")
     default = replace(TrainOptions(), recipe=recipe, preset=name or "100m", config=config)
     return cli.parse(TrainOptions, argv, "smelter train", default)
 
@@ -380,6 +394,6 @@ def main(argv: list[str]) -> int:
     """`smelter train`."""
     options = parse_options(argv)
     try:
-        return _dry_run(options.config) if options.dry_run else Trainer(options.config).run()
+        return _dry_run(options.config) if options.dry_run else train(options.config)
     finally:
         distributed.stop()

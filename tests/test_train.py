@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,13 @@ import torch
 from smelter.__main__ import main
 from smelter.config import load_config
 from smelter.data import BatchStream
-from smelter.run import distributed
+from smelter.run import Machine, distributed
 from smelter.run.load import load_model
 from smelter.run.metrics import read_metrics
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
 from smelter.train import Trainer, parse_options
 from tests import tiny
+from tests.house import ROOT
 
 SHAPE = (
     *("--vocab-size=512", "--hidden-size=32", "--num-layers=2", "--num-heads=2", "--num-kv-heads=1", "--head-dim=16"),
@@ -160,13 +162,70 @@ def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Pat
     assert len(losses(run)) == done + 2
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_copied_run_goes_on_by_itself(shards: Path, plain: list[float], tmp_path: Path) -> None:
+    first, second = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    assert main(command(shards, first, "--num-steps", "12", "--checkpoint-every", "5")) == 0
+    shutil.rmtree(first / "checkpoints" / "step_0000012")
+    before = everything(first)
+    shutil.copytree(first, second)
+    assert main(["train", str(second / "config.toml"), "--resume", "must"]) == 0
+    assert everything(first) == before
+    assert losses(second) == plain
+    assert sorted(path.name for path in (second / "checkpoints").iterdir()) == ["step_0000010", "step_0000012"]
+
+
+def test_what_was_logged_is_on_the_disk_before_the_checkpoint(
+    shards: Path, tmp_path: Path, disk_events: list[str]
+) -> None:
+    assert main(command(shards, tmp_path / "r", "--num-steps", "2")) == 0
+    saved = disk_events.index("-> step_0000002")
+    written = [place for place, name in enumerate(disk_events) if name == "metrics.jsonl"]
+    assert written
+    assert max(written) < saved
+    assert "r" in disk_events[max(written) : saved], "its name, too"
+
+
+@pytest.mark.slow
+def test_the_commands_in_its_readme_work_in_a_copy(shards: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project of mine"
+    shutil.copytree(shards, project / "data" / "shards")
+    smelter = f'smelter() {{ "{sys.executable}" -m smelter "$@"; }}'
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+
+    def bash(text: str, folder: Path) -> str:
+        script = f"set -eu\n{smelter}\n{text}"
+        run = subprocess.run(
+            ["bash", "-c", script], cwd=folder, env=environ, check=True, capture_output=True, text=True, timeout=200
+        )
+        return run.stdout
+
+    options = shlex.join(command(Path("data/shards"), Path("runs/a"), "--final-logit-soft-cap=0"))
+    bash(f"smelter {options} --attn-logit-soft-cap 0", project)
+    before = everything(project / "runs" / "a")
+    shutil.copytree(project / "runs" / "a", project / "runs" / "b")
+    readme = (project / "runs" / "b" / "README.md").read_text()
+    block = "\n".join(line for line in readme.splitlines() if line.startswith("    "))
+    assert block.count("smelter ") == 4
+    bash(block.replace("--resume must", "--resume must --num-steps 14").replace("gguf", "hf"), project / "runs" / "b")
+    assert everything(project / "runs" / "a") == before
+    assert len(losses(project / "runs" / "b")) == 14
+    assert json.loads((project / "runs" / "b" / "results.json").read_text())["step"] == 14
+    assert (project / "runs" / "b" / "report.html").is_file()
+    assert (project / "runs" / "b" / "export" / "hf" / "model.safetensors").is_file()
+
+
 def test_more_ranks_change_neither_loss_nor_gradient(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three ranks with the same batches treble every sum; the mean of their gradients is that of each."""
     steps = []
     for world_size in (1, 3):
-        trainer = Trainer(parse_options(command(shards, tmp_path / str(world_size))[1:]).config)
+        config = parse_options(command(shards, tmp_path / str(world_size))[1:]).config
+        trainer = Trainer(config, Machine.of(config.training))
         trainer.machine = replace(trainer.machine, world_size=world_size)
         monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor, ranks=world_size: tensor * ranks)
         stream = BatchStream(

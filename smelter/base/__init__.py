@@ -18,6 +18,7 @@ from smelter.base.files import (
     write_text,
 )
 from smelter.base.keys import key_from_environment
+from smelter.base.lock import LOCK_FILE, only_writer
 from smelter.base.record import (
     MAX_LINE_BYTES,
     MAX_WEIGHT,
@@ -31,5 +32,6 @@ from smelter.base.record import (
     write_records,
 )
 from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
+from smelter.base.seal import is_intact, sealed
 from smelter.base.strict import check_ranges, from_table, read_toml
 from smelter.base.terminal import Progress, megabytes, percent, short_duration, short_number, table

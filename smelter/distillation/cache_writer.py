@@ -17,6 +17,7 @@ import numpy as np
 
 from smelter.base import (
     DISK_FULL,
+    LOCK_FILE,
     ConfigError,
     DataError,
     append_bytes,
@@ -25,6 +26,7 @@ from smelter.base import (
     fsync,
     make_folder,
     megabytes,
+    sealed,
     write_json,
 )
 from smelter.distillation.cache import INDEX, LENGTH_DTYPE, LENGTHS, UNFINISHED, TeacherCache
@@ -59,7 +61,7 @@ def state_of(folder: Path, settings: dict[str, Any], resume: Resume) -> Literal[
     """
     state = next((name for name in (INDEX, UNFINISHED) if (folder / name).is_file()), None)
     if state is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK_FILE}):
             raise DataError(f"{folder}: exists and is not a teacher's cache: choose another --out")
         if resume == "must":
             raise DataError(f"{folder}: nothing to go on with: use --resume auto to begin")
@@ -90,7 +92,7 @@ def begin_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def finish_folder(folder: Path, index: dict[str, Any]) -> None:
     """Write the index, which takes the place of what `begin_folder` wrote."""
-    write_json(folder / INDEX, index, indent=1, ensure_ascii=True)
+    write_json(folder / INDEX, sealed(index), indent=1, ensure_ascii=True)
     (folder / UNFINISHED).unlink()
     fsync(folder)
 

@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smelter.base import ConfigError, DataError, Progress, free_bytes, megabytes, parse, short_duration
+from smelter.base import ConfigError, DataError, Progress, free_bytes, megabytes, only_writer, parse, short_duration
 from smelter.config import Config, DataConfig, load_config
 from smelter.data import Batch, BatchStream, philox, prefetch
 from smelter.distillation import teach_chunks
@@ -241,6 +241,11 @@ def teach(options: TeachOptions) -> int:
     """Do what `smelter teach` does and say what was done; returns the exit code. Raises UserError."""
     shards = ShardSet.open(options.shards)
     work = plan(options, shards)
+    with only_writer(work.out, "--out"):
+        return _teach(options, shards, work)
+
+
+def _teach(options: TeachOptions, shards: ShardSet, work: Plan) -> int:
     device = pick_device(options.device)
     dtype = pick_dtype(options.precision, device)
     teacher = load_teacher(

@@ -28,6 +28,7 @@ from smelter.base import (
     free_bytes,
     fsync,
     megabytes,
+    only_writer,
     parse,
     short_duration,
 )
@@ -245,7 +246,13 @@ class _Writer:
 
 def teach_chunks(options: TeachChunksOptions) -> int:
     """Do what the command does and say what was done; returns the exit code. Raises UserError."""
+    out = options.out or options.shards / "teachers" / f"{teacher_name(options.teacher)}-chunks"
     shards = ShardSet.open(options.shards)
+    with only_writer(out, "--out"):
+        return _teach_chunks(options, shards, out)
+
+
+def _teach_chunks(options: TeachChunksOptions, shards: ShardSet, out: Path) -> int:
     split = shards.split("train")
     reader = _load(options)
     settings = {
@@ -261,12 +268,12 @@ def teach_chunks(options: TeachChunksOptions) -> int:
         "context": reader.context,
         "first_id": reader.first_id,
     }
-    out = options.out or shards.path / "teachers" / f"{teacher_name(options.teacher)}-chunks"
-    if state_of(out, settings, options.resume) == "complete":
+    state = state_of(out, settings, options.resume)
+    if state == "complete":
         print(f"{out}: complete already")
         return 0
     needed = split.num_tokens * VALUE_DTYPE.itemsize
-    if needed > free_bytes(out) and not out.exists():
+    if needed > free_bytes(out) and state == "new":
         raise DataError(f"{out}: needs {megabytes(needed)}, {megabytes(free_bytes(out))} are free: make room")
     begin = time.monotonic()
     writer = _Writer(out, settings, split)

@@ -40,6 +40,7 @@ from smelter.run import (
     Results,
     Sample,
     Solved,
+    check_results_file,
     load_model,
     pick_device,
     read_results,
@@ -335,6 +336,9 @@ def evaluate(path: Path, options: EvaluateOptions) -> tuple[Results, Path]:
         options = replace(options, pass_at_k=True, max_infill=FULL_GAPS, max_spans=FULL_GAPS)
     problems, gap_files = problem_sets(options)
     subject = open_subject(path, options)
+    out = options.out or run_folder(subject.checkpoint.path) / RESULTS_FILE
+    if options.out is None:
+        check_results_file(out)
     editor = at_cursor(options, subject.held_out, subject) if options.editor else None
     documents = measure_bits(subject, options.batch_size)
     gaps = fill_gaps(subject, [document.case for document in documents], options)
@@ -342,8 +346,11 @@ def evaluate(path: Path, options: EvaluateOptions) -> tuple[Results, Path]:
     likeliest = replace(options, num_completions=1, k="1", temperature=0.0)
     answers, answer_cases = solve(subject, "infill_files", gap_files, likeliest)
     results = collect(subject, documents, gaps, solutions, answers, editor)
-    out = options.out or run_folder(subject.checkpoint.path) / RESULTS_FILE
-    write_results(out, results, [*documents, *chain(*gaps.cases.values()), *solution_cases, *answer_cases])
+    try:
+        write_results(out, results, [*documents, *chain(*gaps.cases.values()), *solution_cases, *answer_cases])
+    except OSError:
+        print(summary(results), flush=True)  # what took so long is not lost with the file
+        raise
     return results, out
 
 

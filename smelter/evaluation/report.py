@@ -186,7 +186,10 @@ def render(content: dict[str, Any]) -> str:
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run (to RUN/report.html by default) and return its path. Raises DataError."""
-    out = out or run_dir / "report.html"
+    page = run_dir / "report.html"
+    if out is None and page.exists() and "Smelter report</title>" not in page.read_text("utf-8", errors="replace"):
+        raise DataError(f"{page}: `smelter report` did not write this: move it, or choose another file with --out")
+    out = out or page
     write_text(out, render(gather(run_dir)))
     return out
 

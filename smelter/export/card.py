@@ -248,6 +248,8 @@ def check_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "largest attention logit", _beside_cap(report["max_attention_logit"], report["attn_logit_soft_cap"])
         yield "largest output logit", _beside_cap(report["max_final_logit"], report["final_logit_soft_cap"])
         yield "KL of leaving the caps out", f"{report['caps_kl']:.1e} nats per token"
+    if "kl_architecture" in report:
+        yield "KL, Qwen3 written out against us", _kl(report, "architecture")
     if "kl_same_numerics" in report:
         yield "KL, Transformers against us", _kl(report, "same_numerics")
     if "kl_as_trained" in report:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from smelter.base import DataError, UserError
 from smelter.config import ActivationQuant
+from smelter.export.architecture import qwen3_logits
 from smelter.export.hf import hf_name
 from smelter.kernels import reference
 from smelter.model import Attention, Model
@@ -228,6 +229,13 @@ def check_hf_logits(folder: Path, model: Model, windows: list[Tensor]) -> dict[s
         kl, same = compare(logits_of(ours), lambda tokens: loaded(tokens).logits[0], windows)
         checks |= {f"kl_{which}": kl, f"top1_{which}": same}
     return checks
+
+
+def check_architecture(model: Model, read: Callable[[str], Tensor], windows: list[Tensor]) -> dict[str, float]:
+    """Qwen3 written out, from the stored tensors, beside our code without caps and activation rounding on the same."""
+    ours, theirs = logits_of(runtime_model(model, "none", read)), qwen3_logits(model.config, read)
+    kl, same = compare(ours, theirs, windows)
+    return {"kl_architecture": kl, "top1_architecture": same}
 
 
 def check_gguf_logits(

@@ -7,7 +7,6 @@ model. `--format all` writes each format into a folder of its own and a model ca
 """
 
 import importlib.util
-import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,10 +16,23 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from smelter.base import UserError, errors_name, fsync, fsync_all, make_folder, parse, table, write_json, write_text
+from smelter.base import (
+    UserError,
+    errors_name,
+    file_sha256,
+    fsync,
+    fsync_all,
+    make_folder,
+    only_writer,
+    parse,
+    table,
+    write_json,
+    write_text,
+)
 from smelter.export.card import check_rows, gguf_file, model_card, modelfile, server_command
 from smelter.export.check import (
     Source,
+    check_architecture,
     check_gguf_logits,
     check_hf_logits,
     check_llama_cpp_tokenizer,
@@ -33,6 +45,7 @@ from smelter.export.check import (
     probe_windows,
 )
 from smelter.export.cursor import check_cursor, check_llama_server, objection
+from smelter.export.earlier import FIRST, REPORT, check_ours, still_there
 from smelter.export.gguf import check_gguf, read_gguf, write_gguf
 from smelter.export.hf import baked_tensors, check_expressible, compare_trits, read_hf, write_hf
 from smelter.run import RESULTS_FILE, load_model, read_results, run_folder, write_packed
@@ -41,6 +54,12 @@ MUST_BE_ZERO = (
     *("trits_changed", "weights_changed", "scales_changed", "tokenizer_differences"),
     *("llama_cpp_tokenizer_differences", "llama_cpp_infill_prompt_differs"),
 )
+
+MOST = {"kl_architecture": 1e-4, "kl_same_numerics": 1e-2, "kl_as_trained": 0.1}
+"""Nats per token that an export may differ by: in float32 from the same tensors; with the embedding rounded; and as its
+readers round activations."""
+LEAST = {"top1_architecture": 0.99, "top1_same_numerics": 0.9}
+"""Share of tokens with the same first choice."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class ExportOptions:
     shards: Path | None = None
     """Held-out text to measure on; by default the run's shards, or Python's own source where they are not here."""
     force: bool = False
-    """Export although the caps matter, or over a model in the folder that is not an earlier export."""
+    """Export although the caps matter, or over files in the folder that no earlier export wrote."""
 
     def __post_init__(self) -> None:
         if self.packed and self.format != "all":
@@ -103,7 +122,8 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
     model, tokenizer, windows = source.model, source.tokenizer, source.windows
     if part == "hf":
         write_hf(folder, model, tokenizer)
-        checks: dict[str, Any] = {**compare_trits(model, read_hf(folder))}
+        read = read_hf(folder)
+        checks: dict[str, Any] = {**compare_trits(model, read), **check_architecture(model, read, windows)}
         if importlib.util.find_spec("transformers"):
             checks |= check_tokenizer(folder, tokenizer, source.texts) | check_hf_logits(folder, model, windows)
     elif part == "gguf":
@@ -111,7 +131,8 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         kinds = {"gguf_type": options.gguf_type, "embedding_type": options.gguf_embedding}
         write_gguf(file, model, tokenizer, name=source.name, **kinds)
         read = read_gguf(file, model.config.num_layers)
-        checks = {**compare_trits(model, read), **check_gguf_logits(model, read, options.gguf_type, windows)}
+        checks = {**compare_trits(model, read), **check_architecture(model, read, windows)}
+        checks |= check_gguf_logits(model, read, options.gguf_type, windows)
         checks |= check_llama_cpp_tokenizer(file, tokenizer, source.texts)
         checks |= check_llama_server(server_command(file, source.context), source.texts)
         write_text(folder / "Modelfile", modelfile(source.name, file.name, tokenizer, source.context))
@@ -121,9 +142,32 @@ def _write_part(part: str, folder: Path, source: Source, options: ExportOptions)
         checks = {**compare_trits(model, baked_tensors(again).__getitem__)}
         checks["kl_as_trained"], checks["top1_as_trained"] = compare(logits_of(model), logits_of(again), windows)
     wrong = [f"{key} = {checks[key]}" for key in MUST_BE_ZERO if checks.get(key)]
+    where = options.out / options.parts[part]
     if wrong:
-        raise UserError(f"{folder}: read back, the export differs ({', '.join(wrong)}): check the disk and try again")
+        raise UserError(f"{where}: read back, the export differs ({', '.join(wrong)}): check the disk and try again")
+    _check_same(where, checks, force=options.force)
     return checks
+
+
+def _check_same(folder: Path, checks: dict[str, Any], *, force: bool) -> None:
+    """UserError where what was written is another model, by what was measured of it."""
+    wrong = {
+        key: f"{key} = {checks[key]:.2g} > {most:g}"
+        for key, most in MOST.items()
+        if key in checks and not checks[key] <= most
+    }
+    wrong |= {
+        key: f"{key} = {checks[key]:.2f} < {least:g}"
+        for key, least in LEAST.items()
+        if key in checks and not checks[key] >= least
+    }
+    if force:  # that leaving caps out or rounding otherwise changes it was to be accepted; other code was not
+        wrong.pop("kl_as_trained", None)
+    if wrong:
+        fix = "smelter/model.py computes what Qwen3 does not, and no reader of the export would: put it back"
+        if wrong.keys() == {"kl_as_trained"}:
+            fix = "train with its readers' rounding of activations (docs/deploy.md), or --force"
+        raise UserError(f"{folder}: the exported model is another ({', '.join(wrong.values())}): {fix}")
 
 
 def _report(part: str, folder: Path, source: Source, options: ExportOptions, checks: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +191,11 @@ def _report(part: str, folder: Path, source: Source, options: ExportOptions, che
 
 def export(options: ExportOptions) -> dict[str, Any]:
     """Write and check; returns the report that export.json holds. Nothing is changed in `out` if it fails."""
+    with only_writer(options.out, "--out"):
+        return _export(options)
+
+
+def _export(options: ExportOptions) -> dict[str, Any]:
     source = _source(options)
     objections = source.caps.objections()
     if objections and not options.force:
@@ -168,10 +217,14 @@ def export(options: ExportOptions) -> dict[str, Any]:
             if part == "hf":
                 write_text(folder / "README.md", model_card(source, reports, {part: Path()}))
                 reports[part]["files"]["README.md"] = (folder / "README.md").stat().st_size
-            write_json(folder / "export.json", reports[part])
+            reports[part]["sha256"] = _digests(folder, options.out / below)
+            write_json(folder / REPORT, reports[part])
         if options.format == "all":
             write_text(work / "README.md", model_card(source, reports, options.parts))
-            write_json(work / "export.json", {"format": "all", "parts": reports})
+            digests = _digests(work, options.out)
+            write_json(work / REPORT, {"format": "all", "parts": reports, "sha256": digests})
+        if not options.force:  # once more, with every name: it may have taken minutes
+            check_ours(options.out / path.relative_to(work) for path in work.rglob("*") if path.is_file())
         fsync_all(work)
         for path in sorted(work.rglob("*")):
             target = options.out / path.relative_to(work)
@@ -184,21 +237,20 @@ def export(options: ExportOptions) -> dict[str, Any]:
     return reports
 
 
+def _digests(folder: Path, target: Path) -> dict[str, str]:
+    """SHA-256 of the files written into `folder`, and of what an earlier export left in the `target` of them."""
+    written = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: digest for name, digest in (still_there(target) | written).items() if name != REPORT}
+
+
 def _check_out(options: ExportOptions) -> None:
-    """UserError where `out` is no folder, or holds a model that we did not write."""
-    for part, below in options.parts.items():
-        folder = options.out / below
-        for path in (options.out, folder):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"{path}: is a file: give a folder")
-        if part == "gguf" or not (folder / "config.json").exists() or options.force:
-            continue
-        try:
-            ours = json.loads((folder / "export.json").read_text(encoding="utf-8"))["format"] == part
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
-            raise UserError(f"{folder}: holds another model: give another folder, or --force to overwrite it")
+    """UserError where a folder is none, or a file stands in the way that no export wrote."""
+    folders = {part: options.out / below for part, below in options.parts.items()} | {options.format: options.out}
+    for part, folder in folders.items():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file: give a folder")
+        if not options.force:
+            check_ours(folder / name for name in FIRST[part])
 
 
 def main(argv: list[str]) -> int:

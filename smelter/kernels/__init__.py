@@ -6,7 +6,7 @@
 from smelter.kernels import reference
 from smelter.kernels.capability import capability as capability_of
 from smelter.kernels.capability import int8_product, uses_triton
-from smelter.kernels.decoder import Decoder, LayerWeights
+from smelter.kernels.decoder import Decoder, LayerWeights, Scratch
 from smelter.kernels.head import ScreenedHead
 from smelter.kernels.linear import Stacked, ternary_linears
 from smelter.kernels.operations import Documents, attention, decodes_natively, documents, quantize_together

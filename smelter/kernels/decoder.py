@@ -33,6 +33,21 @@ class KeyCache(Protocol):
     first: int
 
 
+@dataclass
+class Scratch:
+    """A cache for one row that is read once."""
+
+    keys: Tensor
+    values: Tensor
+    first: int = 0
+
+    @classmethod
+    def of(cls, num_layers: int, num_kv_heads: int, length: int, dim: int) -> "Scratch":
+        """Room for `length` tokens."""
+        keys, values = torch.zeros(2, num_layers, 1, num_kv_heads, length, dim)
+        return cls(keys, values)
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """A block's ternary layers, and its gains, or None where it has no such norm."""

@@ -7,13 +7,13 @@ from smelter.run.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    prepare_run_dir,
     run_folder,
     save_checkpoint,
     write_tensors,
 )
 from smelter.run.device import Machine, Precision, pick_device, pick_dtype
 from smelter.run.distributed import print0
+from smelter.run.folder import in_place, prepare_run_dir
 from smelter.run.load import load_initial_weights, load_model
 from smelter.run.metrics import (
     METRICS_FILE,
@@ -41,6 +41,7 @@ from smelter.run.results import (
     Solved,
     Suggester,
     Typed,
+    check_results_file,
     read_cases,
     read_results,
     write_editor,

@@ -1,8 +1,8 @@
-"""Run folders and checkpoints that survive a kill, a full disk and a careless copy.
+"""Checkpoints that survive a kill, a full disk and a careless copy.
 
 A checkpoint is a folder `checkpoints/step_0001000/`: the weights (`model.safetensors`), the tokenizer,
 the configuration, and `state/` with what only training needs. It appears whole and on the disk, or not
-at all (`base.files`). `config.json` holds each file's size and SHA-256: a copy that was cut short is
+at all (`base.files`). `config.json` holds each file's size and SHA-256, and its own: a copy that was cut short is
 refused by name instead of training on from noise. The trade-off is disk: while a checkpoint is written,
 its predecessors are all still there.
 """
@@ -14,7 +14,7 @@ import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,53 +25,21 @@ from smelter import __version__
 from smelter.base import (
     DISK_FULL,
     CheckpointError,
-    ConfigError,
     file_sha256,
     free_bytes,
+    is_intact,
     megabytes,
+    sealed,
     whole_folder,
     write_json,
-    write_text,
 )
-from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
-from smelter.run.distributed import is_main
+from smelter.config import Config, config_from_dict, config_to_dict
 
 FORMAT = "smelter-checkpoint"
 FORMAT_VERSION = 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 TOKENIZER_FILE, STATE_FILE = "tokenizer.json", "state/state.pt"
 STEP_NAME = re.compile(r"step_(\d{7,})")
-
-MAY_DIFFER = {
-    f"training.{name}"
-    for name in (
-        *("run_dir", "resume", "device", "device_batch_size", "loss_chunk_size", "num_steps", "train_minutes"),
-        *("log_every", "eval_every", "eval_tokens", "sample_every", "checkpoint_every", "keep_checkpoints"),
-        *("trackers", "use_torch_compile", "use_gradient_checkpointing"),
-    )
-}
-"""Keys that may change when a run is resumed: they say how long, how often and where, not what is learned."""
-
-README = """# {name}
-
-A training run of Smelter {version}. This folder can be moved or copied as it is.
-
-| file | what it is |
-|---|---|
-| `config.toml` | the whole resolved configuration |
-| `metrics.jsonl` | one JSON object per logged step |
-| `samples.jsonl` | code the model wrote along the way |
-| `checkpoints/step_N/` | weights, tokenizer, configuration and training state after N steps |
-| `results.json`, `report.html`, `export/` | written by the commands below |
-
-    smelter train {config} --resume must    # go on from the last checkpoint
-    smelter evaluate {run}                  # bits per byte and infilling -> results.json
-    smelter report {run}                    # curves and results -> report.html
-    smelter export {run} --format gguf --out {run}/export/gguf
-
-A checkpoint is published by a rename once it is whole on disk; folders named `.tmp_*` are left
-over from a save that was killed and are removed by the next one.
-"""
 
 
 @dataclass(frozen=True)
@@ -155,7 +123,7 @@ def _write_files(
         "config": config_to_dict(config.at_step(step)),
         "files": files,
     }
-    write_json(folder / CONFIG_FILE, manifest, ensure_ascii=True)
+    write_json(folder / CONFIG_FILE, sealed(manifest), ensure_ascii=True)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -178,7 +146,7 @@ def load_checkpoint(path: Path, *, with_state: bool) -> Checkpoint:
     Raises CheckpointError that names the damaged file and the newest whole checkpoint before it.
     """
     path = find_checkpoint(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     problem = _problem(path, manifest, with_state)
     if problem:
         raise _damaged(path, *problem)
@@ -188,7 +156,7 @@ def load_checkpoint(path: Path, *, with_state: bool) -> Checkpoint:
     return Checkpoint(path, manifest["step"], config, tensors, state)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint. Raises CheckpointError where it is missing, damaged or of another kind."""
     file = path / CONFIG_FILE
     try:
@@ -206,6 +174,8 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"install the Smelter that wrote it"
         )
     typed = {"step": int, "config": dict, "files": dict}
+    if not is_intact(manifest):
+        raise _damaged(path, file, "is damaged (its SHA-256 is not the one that it names)")
     wrong = [key for key, kind in typed.items() if type(manifest.get(key)) is not kind]
     if wrong or not all(type(entry) is dict for entry in manifest["files"].values()):
         wrong = wrong or ["files"]
@@ -241,9 +211,9 @@ def _previous_good(path: Path) -> Path | None:
         if match and number < int(match[1]) and (other / CONFIG_FILE).is_file():
             try:
                 manifest = json.loads((other / CONFIG_FILE).read_text(encoding="utf-8"))
-                if _problem(other, manifest, with_state=True) is None:
+                if is_intact(manifest) and _problem(other, manifest, with_state=True) is None:
                     return other
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
                 continue  # damaged as well: look further back
     return None
 
@@ -274,55 +244,6 @@ def find_checkpoint(run_or_ckpt: Path) -> Path:
             return newest
         raise CheckpointError(f"{path}: no checkpoint here: give a run folder that has been trained, or a checkpoint")
     raise CheckpointError(f"{path}: no such folder: give a run folder or a checkpoint inside one")
-
-
-def prepare_run_dir(run_dir: Path, config: Config, resume: Literal["auto", "must", "never"]) -> Path | None:
-    """Make the run folder (config.toml, README.md) and return the checkpoint to go on from, or None.
-
-    Call it on every rank; only the main one writes. Raises CheckpointError where `must` finds no checkpoint or
-    `never` finds one, and ConfigError naming the keys where the checkpoint was trained otherwise (keys in
-    `MAY_DIFFER` may change).
-    """
-    checkpoint = latest_checkpoint(run_dir)
-    if resume == "must" and checkpoint is None:
-        raise CheckpointError(f"{run_dir}: no checkpoint to resume from: use --resume auto to start a new run")
-    if resume == "never" and checkpoint is not None:
-        raise CheckpointError(
-            f"{run_dir}: already holds {checkpoint.name}, which --resume never would overwrite: use --resume auto to "
-            f"go on, or another --run-dir to start anew"
-        )
-    if checkpoint is not None:
-        _check_resumable(checkpoint, config)
-    if is_main():
-        write_text(run_dir / "config.toml", config_to_toml(config))
-        names = {"name": run_dir.resolve().name, "config": run_dir / "config.toml", "run": run_dir}
-        write_text(run_dir / "README.md", README.format(version=__version__, **names))
-    return checkpoint
-
-
-def _check_resumable(checkpoint: Path, config: Config) -> None:
-    """ConfigError where `config` would go on with something else than what the checkpoint has learned."""
-    manifest = _manifest(checkpoint)
-    new = _flat(config_to_dict(config.at_step(manifest["step"])))
-    # A key that the version which saved it did not know had its default.
-    old = _flat(config_to_dict(Config())) | _flat(manifest["config"])
-    # A checkpoint says the cap that its model had, which training with this option lowers.
-    changing = {"model.final_logit_soft_cap"} if new["training.final_cap_anneal_fraction"] else set()
-    differing = [
-        f"{key} = {new.get(key)!r} (was {old.get(key)!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in MAY_DIFFER | changing
-    ]
-    if differing:
-        raise ConfigError(
-            f"{checkpoint}: cannot resume with {', '.join(differing)}: set them back, or start a new run with another "
-            f"--run-dir"
-        )
-
-
-def _flat(table: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration's tables by `section.key`."""
-    return {f"{section}.{key}": value for section, values in table.items() for key, value in values.items()}
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

@@ -31,6 +31,7 @@ from typing import Any, SupportsFloat
 from smelter.base import (
     ConfigError,
     DataError,
+    fsync,
     make_folder,
     short_duration,
     short_number,
@@ -100,6 +101,14 @@ class MetricsLogger:
         with (self.run_dir / SAMPLES_FILE).open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n")
+
+    def sync(self) -> None:
+        """Bring what was logged to the disk: a checkpoint that is safe has its metrics, too."""
+        if not self.enabled:
+            return
+        for path in (self.run_dir / METRICS_FILE, self.run_dir / SAMPLES_FILE, self.run_dir):
+            if path.exists():
+                fsync(path)
 
     def close(self) -> None:
         """End the trackers and close the file; safe to call twice."""

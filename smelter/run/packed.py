@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from smelter import __version__
-from smelter.base import CheckpointError, UserError, write_json
+from smelter.base import CheckpointError, UserError, is_intact, sealed, write_json
 from smelter.bitnet import bit_linears, pack_trits, unpack_trits
 from smelter.config import Config, config_from_dict, config_to_dict
 from smelter.model import Model
@@ -54,7 +54,7 @@ def write_packed(folder: Path, model: Model, tokenizer: Tokenizer, config: Confi
         "step": step,
         "config": config_to_dict(config),
     }
-    write_json(folder / CONFIG_FILE, values, ensure_ascii=True)
+    write_json(folder / CONFIG_FILE, sealed(values), ensure_ascii=True)
 
 
 def is_packed(path: Path) -> bool:
@@ -72,6 +72,11 @@ def load_packed(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: format version {manifest.get('format_version')!r}, this Smelter reads "
             f"{FORMAT_VERSION}: install the one that wrote it ({manifest.get('smelter_version')})"
+        )
+    if not is_intact(manifest):
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: damaged (its SHA-256 is not the one that it names): copy the folder again from its "
+            f"source"
         )
     try:
         config = config_from_dict(manifest["config"], str(path / CONFIG_FILE))

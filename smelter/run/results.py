@@ -6,12 +6,13 @@ how it was judged: two evaluations are compared by those. The classes are the fo
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smelter.base import ConfigError, DataError, from_table, write_text
+from smelter.base import ConfigError, DataError, from_table, whole_file, write_text
 from smelter.run.metrics import Sample
 
 RESULTS_FILE = "results.json"
@@ -198,9 +199,27 @@ def cases_path(results: Path) -> Path:
 
 
 def write_results(path: Path, results: Results, cases: Iterable[Case]) -> None:
-    """The figures, and the cases beside them."""
-    write_text(cases_path(path), "".join(f"{_json(case)}\n" for case in cases))
-    write_text(path, f"{_json(results, indent=2)}\n")
+    """The figures, and the cases beside them; both are on the disk before either takes its name."""
+    with whole_file(cases_path(path)) as file:
+        file.writelines(f"{_json(case)}\n" for case in cases)
+        file.flush()
+        os.fsync(file.fileno())
+        write_text(path, f"{_json(results, indent=2)}\n")
+
+
+def check_results_file(path: Path) -> None:
+    """DataError where a result file or its cases have the name of a file that `smelter evaluate` did not write."""
+    for file, keys in ((path, {"val_bpb", "editor"}), (cases_path(path), {"measure"})):
+        if not file.exists():
+            continue
+        try:
+            data = file.read_bytes()
+            values = json.loads(data if file == path else data.partition(b"\n")[0] or b'{"measure": ""}')
+            ours = isinstance(values, dict) and bool(keys & values.keys())
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise DataError(f"{file}: `smelter evaluate` did not write this: move it, or choose another --out")
 
 
 def write_editor(path: Path, editor: Editor) -> None:

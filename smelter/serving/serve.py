@@ -215,7 +215,11 @@ def _serve_llama_cpp(options: ServeOptions, rules: "Rules", listener: socket.soc
 
 
 def _name(options: ServeOptions, checkpoint: "Checkpoint") -> str:
-    return options.name or Path(checkpoint.config.training.run_dir).name or "smelter"
+    from smelter.run import run_folder
+
+    folder = run_folder(checkpoint.path)  # what it is called now, not when it was trained
+    own = folder if folder != checkpoint.path.resolve() else Path(checkpoint.config.training.run_dir)
+    return options.name or own.name or "smelter"
 
 
 def _announce(options: ServeOptions, rules: "Rules", listener: socket.socket, about: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smelter.base import DataError, file_sha256
+from smelter.base import DataError, file_sha256, is_intact
 from smelter.tokens.tokenizer import Tokenizer
 
 FORMAT = "smelter-shards"
@@ -194,6 +194,8 @@ def read_index(file: Path, kind: str, version: int, command: str, fix: str) -> d
         raise DataError(f"{file}: not what `{command}` writes: {fix}")
     if index.get("version") != version:
         raise DataError(f"{file}: format version {index.get('version')}, this program reads {version}: {fix}")
+    if not is_intact(index):
+        raise DataError(f"{file}: damaged: its SHA-256 is not the one that it names: {fix}")
     return index
 
 

@@ -29,7 +29,9 @@ from smelter.base import (
     Progress,
     file_sha256,
     megabytes,
+    only_writer,
     parse,
+    sealed,
     whole_folder,
     write_json,
 )
@@ -226,6 +228,11 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
 
 def tokenize(options: TokenizeOptions) -> Path:
     """Do what `smelter tokenize` does and say what was done; returns the folder. Raises DataError and ConfigError."""
+    with only_writer(options.out, "--out", beside=True):
+        return _tokenize(options)
+
+
+def _tokenize(options: TokenizeOptions) -> Path:
     start = time.monotonic()
     _check_target(options.out)
     records = Records(
@@ -265,7 +272,8 @@ def tokenize(options: TokenizeOptions) -> Path:
             "teacher_weights": records.teacher_weights,
             "splits": {name: writer.finish() for name, writer in writers.items()},
         }
-        write_json(partial / "index.json", index, indent=1)
+        write_json(partial / "index.json", sealed(index), indent=1)
+        _check_target(options.out)  # once more: that was long ago
     for name, writer in writers.items():
         split, size = index["splits"][name], writer.num_content_bytes
         chats = f", {writer.num_chats:,} of them conversations" if writer.num_chats else ""

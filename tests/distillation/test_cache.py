@@ -127,9 +127,17 @@ def change_byte(path: Path, place: int) -> None:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """As an older version wrote it: without a digest of its own."""
     values = json.loads(path.read_text())
+    values.pop("sha256", None)
     change(values)
     path.write_text(json.dumps(values))
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +153,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: shorten(c / "index.json", 9), "index.json: damaged"),
         (lambda c: (c / "index.json").write_text("[]"), "not what `smelter teach` writes"),
         (lambda c: edit(c / "index.json", lambda v: v.update(version=2)), "format version 2, this program reads 1"),
+        (lambda c: replace_in(c / "index.json", '"mean_entropy": ', '"mean_entropy": 1'), "index.json: damaged"),
         (lambda c: edit(c / "index.json", lambda v: v.pop("files")), "an entry is missing or damaged"),
         (lambda c: edit(c / "index.json", lambda v: v["arrangement"].pop("seed")), "an entry is missing or damaged"),
     ],

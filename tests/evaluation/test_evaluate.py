@@ -171,6 +171,36 @@ def test_mistakes_are_one_line(
     assert not (run / "results.json").exists()
 
 
+@pytest.mark.parametrize("name", ["results.json", "results_cases.jsonl"])
+def test_a_file_that_evaluate_did_not_write_is_not_replaced(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards))
+    (run / name).write_text('{"mine": 1}\n')
+    command = ["evaluate", str(run), "--device", "cpu", "--max-infill", "0"]
+    assert main(command) == 2
+    assert f"{run / name}: `smelter evaluate` did not write this" in capsys.readouterr().err
+    assert (run / name).read_text() == '{"mine": 1}\n'
+    (run / name).unlink()
+    assert main(command) == main(command) == 0
+
+
+@pytest.mark.parametrize("free", [0, 2**12])
+def test_on_a_full_disk_the_table_is_printed_and_nothing_is_left(
+    tmp_path: Path, shards: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], free: int
+) -> None:
+    """Whether there is room for nothing, or for one of the two files."""
+    run, out = tiny.checkpoint(tmp_path / "run", tiny.model(), shards=str(shards)), small_disk / "results.json"
+    (small_disk / "others").write_bytes(bytes(2**21 - free))
+    assert main(["evaluate", str(run), "--device", "cpu", "--max-infill", "0", "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert "bits per byte" in said.out
+    assert f"error: {small_disk}/results" in said.err
+    assert "No space left on device" in said.err
+    assert said.err.count("\n") == 1
+    assert [path.name for path in small_disk.iterdir()] == ["others"]
+
+
 def test_a_model_or_a_comparison_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate"]) == 2
     assert "give a run or a checkpoint" in capsys.readouterr().err

@@ -287,6 +287,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert opened == [out.as_uri()]
 
 
+def test_a_page_that_report_did_not_write_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fake_run(tmp_path / "run", results=False)
+    (run / "report.html").write_text("<title>My report</title>")
+    assert smelter(["report", str(run)]) == 2
+    assert f"{run / 'report.html'}: `smelter report` did not write this" in capsys.readouterr().err
+    assert (run / "report.html").read_text() == "<title>My report</title>"
+    (run / "report.html").unlink()
+    assert smelter(["report", str(run)]) == smelter(["report", str(run)]) == 0
+
+
 def test_trit_shares_and_information() -> None:
     rows = trit_shares({"down_proj": {-1: 1, 0: 1, 1: 1}, "q_proj": {-1: 0, 0: 2, 1: 2}})
     assert rows[0] == TritShares("q_proj", 4, [0.0, 0.5, 0.5], 1.0)

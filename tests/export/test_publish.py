@@ -192,6 +192,9 @@ def test_damaged_packed_folders_are_named(published: Path, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(values | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="format version 99"):
         load_packed(folder)
+    (folder / "config.json").write_text(json.dumps(values | {"step": 8}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_packed(folder)
 
 
 def test_packed_needs_ternary_weights(tmp_path: Path) -> None:
@@ -261,3 +264,79 @@ def test_several_prompts_are_padded_at_their_beginning(tmp_path: Path) -> None:
     for prompt, ids in zip(prompts, written, strict=True):
         alone = tokenizer(prompt, return_tensors="pt")
         assert model.generate(**alone, max_new_tokens=8, do_sample=False)[0, -8:].tolist() == ids.tolist()
+
+
+# ---------------------------------------------------------------- what is not ours to replace
+
+
+def foreign(capsys: pytest.CaptureFixture[str], run: Path, out: Path, path: Path, *options: str) -> None:
+    """Export is refused with one line because of `path`, and leaves everything in `out` as it is."""
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run_export(run, out, *options) == 2
+    error = capsys.readouterr().err
+    assert f"error: {path}: no export wrote this, or it was changed since" in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("README.md", ("--format", "hf")),
+        ("README.md", ("--format", "all")),
+        ("export.json", ("--format", "all")),
+        ("tokenizer.json", ("--format", "hf")),
+        ("Modelfile", ("--format", "gguf")),
+        ("run-TQ2_0.gguf", ("--format", "gguf")),
+        ("gguf/Modelfile", ("--format", "all")),
+        ("packed/config.json", ("--format", "all", "--packed")),
+    ],
+)
+def test_a_file_that_no_export_wrote_is_not_replaced(
+    tmp_path: Path, name: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tiny.checkpoint(tmp_path / "run", calm_model(**GGUF_SHAPE)), tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text('{"mine": "all mine"}')
+    foreign(capsys, run, out, out / name, *options)
+    assert run_export(run, out, *options, "--force") == 0
+    assert "mine" not in (out / name).read_bytes().decode("utf-8", "replace")[:100]
+
+
+@pytest.mark.parametrize("name", ["README.md", "hf/README.md", "gguf/Modelfile"])
+def test_a_file_that_somebody_changed_is_not_replaced(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tiny.checkpoint(tmp_path / "run", calm_model(**GGUF_SHAPE)), tmp_path / "out"
+    assert run_export(run, out, "--format", "all") == 0
+    (out / "notes.md").write_text("mine")
+    assert run_export(run, out, "--format", "all") == 0
+    text = (out / name).read_text()
+    (out / name).write_text(text.swapcase())  # of the same length
+    foreign(capsys, run, out, out / name, "--format", "all")
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_each_kind_of_file_can_be_written_again(tmp_path: Path) -> None:
+    run, out = tiny.checkpoint(tmp_path / "run", calm_model(**GGUF_SHAPE)), tmp_path / "out"
+    for kind in ("TQ2_0", "TQ1_0", "F16", "TQ2_0"):
+        assert run_export(run, out, "--format", "gguf", "--gguf-type", kind) == 0
+    assert len(json.loads((out / "export.json").read_text())["sha256"]) == 4
+
+
+def test_exports_of_an_older_version_are_replaced_where_nobody_changed_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They know the sizes alone, and of the card above all formats nothing."""
+    run, out = tiny.checkpoint(tmp_path / "run", calm_model(**GGUF_SHAPE)), tmp_path / "out"
+    assert run_export(run, out, "--format", "all") == 0
+    for path in out.rglob("export.json"):
+        report = json.loads(path.read_text())
+        del report["sha256"]
+        path.write_text(json.dumps(report))
+    with (out / "gguf" / "Modelfile").open("a") as file:
+        file.write("# mine\n")
+    foreign(capsys, run, out, out / "gguf" / "Modelfile", "--format", "all")
+    (out / "gguf" / "Modelfile").unlink()
+    assert run_export(run, out, "--format", "all") == 0

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smelter.bitnet import RMSNorm, apply_together
 from smelter.decoding.engine import Engine
 from smelter.decoding.kv_cache import KVCache
 from smelter.decoding.request import Piece, Request
 from smelter.kernels import decoder as decode
 from smelter.kernels.capability import cpu_has_kernels
-from smelter.model import Model
+from smelter.model import MLP, Model
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not cpu_has_kernels(), reason="no AVX-512 VNNI, or no C++ compiler")
@@ -127,6 +128,37 @@ def test_what_is_outside_is_refused(tokens: list[list[int]], position: int, firs
     with pytest.raises(TypeError, match=r"a cache in torch\.bfloat16: the kernel reads float32"):
         model.decoder(torch.tensor([[1]]), torch.tensor([[0]]), half)
     assert model.decoder(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), cache).numel() == 0
+
+
+def test_another_activation_gets_no_decoder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing in the configuration says so: the code was changed."""
+
+    def gelu(self: MLP, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = apply_together(x, [self.gate_proj, self.up_proj], norm)
+        hidden: Tensor = self.down_proj(torch.nn.functional.gelu(gate) * up)
+        return hidden
+
+    for changes in SHAPES[:2] + SHAPES[3:]:
+        model = tiny.model(**{"head_dim": 32, **changes})
+        monkeypatch.setattr(MLP, "forward", gelu)
+        model.freeze()
+        assert model.decoder is None
+        assert "PyTorch writes instead" in capsys.readouterr().err
+        monkeypatch.undo()
+        model.freeze()
+        assert model.decoder is not None
+        assert capsys.readouterr().err == ""
+
+
+def test_a_broken_model_is_not_said_to_be_another(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.model(head_dim=32)
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    model.freeze()
+    assert model.decoder is not None
+    assert capsys.readouterr().err == ""
 
 
 def test_who_gets_no_decoder() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever happens while they are written, and damage is named."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +18,21 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 from smelter.base.errors import CheckpointError, ConfigError
-from smelter.config import Config, config_to_dict, load_config, preset
-from smelter.run import checkpoint
 from smelter.run.checkpoint import (
-    MAY_DIFFER,
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    prepare_run_dir,
-    save_checkpoint,
     write_tensors,
 )
-
-CONFIG = preset("tiny")
+from tests.run.saving import CONFIG, names, one_line, rewrite, save, some_tensors, write_tokenizer
 
 
 @pytest.fixture
 def tokenizer_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tokenizer.json"
-    Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])).save(str(path))
-    return path
-
-
-def some_tensors(seed: int = 0, size: int = 64) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(size, size, generator=generator)
-    return {
-        "embed_tokens.weight": weight,
-        "transposed": weight.t(),
-        "half": weight.half(),
-        "bf16": weight.bfloat16(),
-        "trits": torch.randint(-1, 2, (size,), dtype=torch.int8, generator=generator),
-    }
-
-
-def save(run: Path, step: int, tokenizer_file: Path, **changes: Any) -> Path:
-    given: dict[str, Any] = {
-        "config": CONFIG,
-        "tensors": some_tensors(step),
-        "tokenizer_file": tokenizer_file,
-        "state": {"step": step, "rng": torch.get_rng_state()},
-        "keep": 0,
-    }
-    return save_checkpoint(run, step, **(given | changes))
-
-
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
+    return write_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -316,10 +275,46 @@ def test_a_foreign_manifest_is_refused(
 ) -> None:
     path = save(tmp_path, 1, tokenizer_file)
     manifest = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(manifest | change))
+    rewrite(path / "config.json", manifest | change)
     with pytest.raises((CheckpointError, ConfigError), match=expected) as error:
         load_checkpoint(path, with_state=False)
     assert str(path / "config.json") in one_line(error)
+
+
+def test_every_flipped_bit_of_the_manifest_is_noticed(tmp_path: Path, tokenizer_file: Path) -> None:
+    """But for those that leave what it says as it is, which are few."""
+    path = save(tmp_path, 4, tokenizer_file)
+    file = path / "config.json"
+    content, silent = file.read_bytes(), 0
+    whole = load_checkpoint(path, with_state=False)
+    for place in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7  # no bit that makes it other than ASCII
+        file.write_bytes(flipped)
+        with contextlib.suppress(CheckpointError):
+            loaded = load_checkpoint(path, with_state=False)
+            assert (loaded.step, loaded.config) == (whole.step, whole.config)
+            silent += 1
+    assert silent < 10
+
+
+def test_a_digit_of_the_manifest_is_no_other_model(tmp_path: Path, tokenizer_file: Path) -> None:
+    for step in (4, 12):
+        save(tmp_path, step, tokenizer_file)
+    file = tmp_path / "checkpoints" / "step_0000012" / "config.json"
+    text = file.read_text()
+    for old, new in (('"final_logit_soft_cap": 30.0', '"final_logit_soft_cap": 70.0'), ('"step": 12', '"step": 13')):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match="is damaged") as error:
+            load_checkpoint(tmp_path, with_state=True)
+        assert f"to go on from {tmp_path / 'checkpoints' / 'step_0000004'}" in one_line(error)
+
+
+def test_checkpoints_of_older_versions_load(tmp_path: Path, tokenizer_file: Path) -> None:
+    path = save(tmp_path, 4, tokenizer_file)
+    rewrite(path / "config.json", json.loads((path / "config.json").read_text()))
+    assert load_checkpoint(path, with_state=True).step == 4
 
 
 def test_finding_a_checkpoint(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -340,21 +335,6 @@ def test_finding_a_checkpoint(tmp_path: Path, tokenizer_file: Path) -> None:
         assert str(path) in one_line(error)
 
 
-def test_a_new_run_folder_explains_itself(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "new"
-    assert prepare_run_dir(run, CONFIG, "auto") is None
-    assert load_config(run / "config.toml") == CONFIG
-    readme = (run / "README.md").read_text()
-    assert f"smelter train {run / 'config.toml'} --resume must" in readme
-    assert sorted(path.name for path in run.iterdir()) == ["README.md", "config.toml"]
-
-
-def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, disk_events: list[str]) -> None:
-    prepare_run_dir(tmp_path / "runs" / "new", CONFIG, "auto")
-    assert {tmp_path.name, "runs"} <= set(disk_events[: disk_events.index("-> config.toml")])
-    assert disk_events[-1] == "new"
-
-
 def test_tensors_are_written_like_any_file(small_disk: Path) -> None:
     (small_disk / "any").touch()
     write_tensors(small_disk / "t.safetensors", {"a": torch.ones(2)})
@@ -363,72 +343,3 @@ def test_tensors_are_written_like_any_file(small_disk: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(small_disk / "t.safetensors")["a"], torch.ones(2))
     with pytest.raises(OSError, match=f"No space left on device: '{small_disk}/large'"):
         write_tensors(small_disk / "large", {"a": torch.ones(2**20)})
-
-
-def test_resume_must_and_never(tmp_path: Path, tokenizer_file: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from") as error:
-        prepare_run_dir(tmp_path, CONFIG, "must")
-    assert str(tmp_path) in one_line(error)
-    assert not (tmp_path / "config.toml").exists()
-    assert prepare_run_dir(tmp_path, CONFIG, "never") is None
-    path = save(tmp_path, 3, tokenizer_file)
-    assert prepare_run_dir(tmp_path, CONFIG, "auto") == path
-    assert prepare_run_dir(tmp_path, CONFIG, "must") == path
-    with pytest.raises(CheckpointError, match="--resume auto to go on, or another --run-dir") as error:
-        prepare_run_dir(tmp_path, CONFIG, "never")
-    one_line(error)
-    assert names(tmp_path) == ["step_0000003"]
-
-
-def flat_keys() -> list[str]:
-    return [f"{section}.{key}" for section, table in config_to_dict(CONFIG).items() for key in table]
-
-
-def test_keys_that_may_differ_exist() -> None:
-    assert set(flat_keys()) >= MAY_DIFFER
-
-
-def test_resuming_with_another_configuration(tmp_path: Path, tokenizer_file: Path) -> None:
-    path = save(tmp_path, 3, tokenizer_file)
-    manifest = json.loads((path / "config.json").read_text())
-    for dotted in flat_keys():
-        section, key = dotted.split(".")
-        changed = json.loads(json.dumps(manifest))
-        changed["config"][section][key] = "something else"
-        (path / "config.json").write_text(json.dumps(changed))
-        if dotted in MAY_DIFFER:
-            assert prepare_run_dir(tmp_path, CONFIG, "auto") == path
-        else:
-            with pytest.raises(ConfigError) as error:
-                prepare_run_dir(tmp_path, CONFIG, "auto")
-            message = one_line(error)
-            assert f"{dotted} = " in message
-            assert "(was 'something else')" in message
-
-
-def test_keys_that_are_newer_than_the_checkpoint(tmp_path: Path, tokenizer_file: Path) -> None:
-    path = save(tmp_path, 3, tokenizer_file)
-    manifest = json.loads((path / "config.json").read_text())
-    del manifest["config"]["distillation"]["cached"]
-    (path / "config.json").write_text(json.dumps(manifest))
-    assert prepare_run_dir(tmp_path, CONFIG, "must") == path
-    other = replace(CONFIG, distillation=replace(CONFIG.distillation, cached=("c",)))
-    with pytest.raises(ConfigError, match=r"distillation\.cached = \['c'\] \(was \[\]\)"):
-        prepare_run_dir(tmp_path, other, "must")
-
-
-def test_a_longer_run_resumes_and_saves_its_configuration(tmp_path: Path, tokenizer_file: Path) -> None:
-    path = save(tmp_path, 3, tokenizer_file)
-    longer = replace(CONFIG, training=replace(CONFIG.training, num_steps=9_000, keep_checkpoints=5))
-    assert prepare_run_dir(tmp_path, longer, "must") == path
-    assert load_config(tmp_path / "config.toml") == longer
-    other = Config(model=replace(CONFIG.model, hidden_size=512), data=CONFIG.data, training=CONFIG.training)
-    with pytest.raises(ConfigError, match=r"model\.hidden_size = 512 \(was 256\)"):
-        prepare_run_dir(tmp_path, other, "must")
-    assert load_config(tmp_path / "config.toml") == longer
-
-
-def test_only_the_main_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "is_main", lambda: False)
-    assert prepare_run_dir(tmp_path / "run", CONFIG, "auto") is None
-    assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 
 from smelter.__main__ import main
 from smelter.base.errors import UserError
+from smelter.run.checkpoint import load_checkpoint
 from smelter.serving.gate import LOOPBACK_NAMES
-from smelter.serving.serve import ServeOptions, is_loopback, listen, rules_of
+from smelter.serving.serve import ServeOptions, _name, is_loopback, listen, rules_of
 from tests import tiny
 from tests.servers import ROOT, command, raw_request, wait_until
 
@@ -229,3 +231,15 @@ def test_answers_are_sent_at_once() -> None:
             return is_set
 
     assert asyncio.run(option()) != 0
+
+
+def test_the_models_name_is_its_folders(tmp_path: Path) -> None:
+    """Also in a copy of the run, or after it was renamed; a checkpoint by itself has the name of its run."""
+    run = tiny.checkpoint(tmp_path / "first", tiny.model())
+    copied = tmp_path / "second"
+    shutil.copytree(run, copied)
+    alone = shutil.copytree(run / "checkpoints" / "step_0000007", tmp_path / "alone")
+    for path, name in ((run, "first"), (copied, "second"), (alone, "first")):
+        options = ServeOptions(path)
+        assert _name(options, load_checkpoint(path, with_state=False)) == name
+    assert _name(ServeOptions(run, name="mine"), load_checkpoint(run, with_state=False)) == "mine"

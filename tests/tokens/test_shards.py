@@ -287,7 +287,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "other json": lambda s: (s / "index.json").write_text("[]"),
     "other version": lambda s: _edit(s / "index.json", version=3),
     "version 1": lambda s: _edit(s / "index.json", version=1),
-    "no splits": lambda s: _edit(s / "index.json", splits={}),
+    "no splits": lambda s: _edit(s / "index.json", splits={}, sha256=""),
+    "no splits, as older versions wrote it": lambda s: (s / "index.json").write_text(
+        json.dumps(
+            {k: v for k, v in json.loads((s / "index.json").read_text()).items() if k not in ("splits", "sha256")}
+        )
+    ),
+    "other teacher weights": lambda s: _edit(s / "index.json", teacher_weights={"a": 0.5}),
     "cut shard": lambda s: os.truncate(s / "train_00000.bin", 100),
     "no shard": lambda s: (s / "val_00000.bin").unlink(),
     "cut table": lambda s: os.truncate(s / "train_documents.npy", 200),
