@@ -6,8 +6,10 @@ import re
 from collections.abc import Sequence
 
 from foundry.teacher import Answer, GarbledAnswerError
-from smelter.base import SandboxError, UserError, run_python
+from smelter.base import Limits, SandboxError, UserError, run_python
 
+LIMITS = Limits(wall_seconds=40.0, cpu_seconds=10)
+"""Of an answer's code: of the clock's time more than of the processor's, so that a busy machine judges alike."""
 _CODE = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -31,7 +33,7 @@ def is_good(answer: Answer) -> bool:
 async def runs(answer: Answer) -> bool:
     """Whether an answer's code runs to its end in the sandbox. Raises UserError where there is no sandbox."""
     try:
-        result = await asyncio.to_thread(run_python, code_of(answer.text))
+        result = await asyncio.to_thread(run_python, code_of(answer.text), limits=LIMITS)
     except SandboxError as error:
         raise UserError(f'judge = "execution": {error}: name a teacher as the judge instead') from None
     return result.reason == "ok"

@@ -8,17 +8,19 @@ A file holds a JSON object on each line (`.gz` as well). The keys decide the for
 - MBPP (google-research/mbpp, README; Austin et al., arXiv 2108.07732): `task_id, text, code, test_list,
   test_setup_code`, or, in the sanitized file, `prompt` and `test_imports`. The prompt is the README's `MBPP_PROMPT`,
   three-shot with tasks 2, 3 and 4 where the file has them; `[DONE]` ends a completion. Of the whole file the test
-  split, tasks 11 to 510, is taken.
+  split, tasks 11 to 510, is taken. The program is imports + completion + setup (which uses its classes) + tests.
 - HumanEval-Infilling (github.com/openai/human-eval-infilling): HumanEval's keys and `suffix`. The program is
   prompt + completion + suffix + "\n" + test + "\n" + `check(entry_point)`.
 - SAFIM (github.com/gonglinyuan/safim, its data and evaluate.py; Gong et al., arXiv 2403.04814): `task_id, lang,
   prompt, eval_prompt, ground_truth, unit_tests`. `prompt` has a TODO comment in the place of the gap, `eval_prompt`
   (the program) `{{completion}}`; every unit test is an `input` and a list of accepted `output`s. Programs in Python
-  are run; in other languages, and without unit tests, the completion is compared with the ground truth, blanks apart.
-  SAFIM itself also accepts Python calls that differ in the order of keyword arguments; this does not.
+  are run; in other languages, and without unit tests (calls of an API), the completion is compared with the ground
+  truth.
 
-`SingleLine...` tasks and SAFIM's `control` and `api` tasks end at the first line break after something was written,
-the others where the model ends them.
+`SingleLine...` tasks, and SAFIM's `control...` tasks and calls where the ground truth is one line, end at the first
+line break after something was written, the others where the model ends them. A gap whose solution ends with a line
+break has one at its end whether the model writes it or not. Only Python is run: files with HumanEval's keys in another
+language (HumanEvalPack, HumanEval-X) are refused, their gaps compared.
 """
 
 import gzip
@@ -42,6 +44,14 @@ MBPP_PROMPT = (
 MBPP_SHOTS = (2, 3, 4)
 MBPP_TEST = range(11, 511)
 GAP = "{{completion}}"
+LANGUAGES = {
+    **{
+        name: name
+        for name in ("cpp", "csharp", "go", "java", "javascript", "php", "python", "ruby", "rust", "typescript")
+    },
+    **{"c++": "cpp", "c#": "csharp", "js": "javascript", "py": "python", "python3": "python", "ts": "typescript"},
+}
+"""What a row may call its language: our name for it."""
 SAFIM_PLACEHOLDERS = ("# TODO: Your code here", "/* TODO: Your code here */")
 OWN_PROBLEMS = Path(__file__).with_name("problems.jsonl")
 """Small problems of our own, in HumanEval's format with a `difficulty` from 1 to 4."""
@@ -51,8 +61,8 @@ OWN_PROBLEMS = Path(__file__).with_name("problems.jsonl")
 class Problem:
     """What the model is asked, and how its answer is judged.
 
-    The program is `before + completion + after`. It passes where it ends well and, for every (input, accepted
-    outputs) in `cases`, prints one of them; without either there is only the solution to compare with.
+    The program (`program`) passes where it ends well and, for every (input, accepted outputs) in `cases`, prints one
+    of them; without either there is only the solution to compare with.
     """
 
     task_id: str
@@ -62,12 +72,25 @@ class Problem:
     after: str = ""
     cases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     is_runnable: bool = True
+    language: str = "python"
     difficulty: int | None = None
 
     @property
     def is_infill(self) -> bool:
         """Whether there is text after the gap."""
         return self.prompt.suffix is not None
+
+    def program(self, completion: str) -> str:
+        """What is run: a line that the solution ends is ended, which the stop of a single line cuts off."""
+        is_open = self.solution.endswith("\n") and not completion.endswith("\n")
+        return self.before + completion + ("\n" if is_open else "") + self.after
+
+
+def _language(row: dict[str, Any]) -> str:
+    """As the row says it, by a key or at the beginning of its task_id, as in `JavaScript/0`."""
+    if named := str(row.get("language") or row.get("lang") or "").lower():
+        return LANGUAGES.get(named, named)
+    return LANGUAGES.get(str(row["task_id"]).partition("/")[0].lower(), "python")
 
 
 def _human_eval(row: dict[str, Any]) -> Problem:
@@ -78,6 +101,7 @@ def _human_eval(row: dict[str, Any]) -> Problem:
         solution=row["canonical_solution"],
         before=row["prompt"],
         after=test,
+        language=_language(row),
         difficulty=row.get("difficulty"),
     )
 
@@ -85,16 +109,16 @@ def _human_eval(row: dict[str, Any]) -> Problem:
 def _infilling(row: dict[str, Any]) -> Problem:
     has_test = bool(row.get("test")) and bool(row.get("entry_point"))
     stops = [END_OF_LINE] if str(row["task_id"]).startswith("SingleLine") else []
-    # What ends the line is cut off with it.
-    line_break = "\n" if stops and row["canonical_solution"].endswith("\n") else ""
+    language = _language(row)
     test = f"\n{row['test']}\ncheck({row['entry_point']})\n" if has_test else ""
     return Problem(
         task_id=str(row["task_id"]),
         prompt=Prompt(row["prompt"], row["suffix"], stops),
         solution=row["canonical_solution"],
         before=row["prompt"],
-        after=line_break + row["suffix"] + test,
-        is_runnable=has_test,
+        after=row["suffix"] + test,
+        is_runnable=has_test and language == "python",
+        language=language,
         difficulty=row.get("difficulty"),
     )
 
@@ -104,13 +128,13 @@ def _mbpp_prompt(row: dict[str, Any]) -> str:
 
 
 def _mbpp(row: dict[str, Any], shots: str) -> Problem:
-    setup = "\n".join(row["test_imports"]) if row.get("test_imports") else row.get("test_setup_code") or ""
+    setup = f"{row['test_setup_code']}\n" if row.get("test_setup_code") else ""
     return Problem(
         task_id=str(row["task_id"]),
         prompt=Prompt(shots + _mbpp_prompt(row), stops=["[DONE]"]),
         solution=row["code"],
-        before=f"{setup}\n",
-        after="\n" + "\n".join(row["test_list"]) + "\n",
+        before="".join(f"{line}\n" for line in row.get("test_imports") or ()),
+        after="\n" + setup + "\n".join(row["test_list"]) + "\n",
     )
 
 
@@ -123,7 +147,8 @@ def _safim(row: dict[str, Any]) -> Problem:
     tests = row.get("unit_tests") or []
     tests = json.loads(tests) if isinstance(tests, str) else tests  # the data set's server keeps them as text
     outputs = [test["output"] if isinstance(test["output"], list) else [test["output"]] for test in tests]
-    is_line = str(row["task_id"]).startswith(("control", "api"))
+    # The published calls of an API are named as blocks are, and have no tests.
+    is_line = (not tests or str(row["task_id"]).startswith("control")) and "\n" not in row["ground_truth"].strip()
     return Problem(
         task_id=str(row["task_id"]),
         prompt=Prompt(prefix, suffix, [END_OF_LINE] if is_line else []),
@@ -131,7 +156,8 @@ def _safim(row: dict[str, Any]) -> Problem:
         before=before,
         after=after,
         cases=tuple((test["input"], tuple(accepted)) for test, accepted in zip(tests, outputs, strict=True)),
-        is_runnable=bool(tests) and row["lang"] == "python",
+        is_runnable=bool(tests) and _language(row) == "python",
+        language=_language(row),
     )
 
 
@@ -190,6 +216,9 @@ def load_problems(path: Path) -> list[Problem]:
             raise DataError(
                 f"{path}:{number}: {what}: not a problem as HumanEval, MBPP, HumanEval-Infilling or SAFIM have them"
             ) from None
+        if not problems[-1].is_infill and problems[-1].language != "python":
+            what = f"{problems[-1].task_id} is in {problems[-1].language}"
+            raise DataError(f"{path}:{number}: {what}, and only Python is run: give the file for Python")
     return problems
 
 

