@@ -88,6 +88,15 @@ class Arranger:
             if number < len(middles) and suffix > 0 and tokens[suffix - 1] != self._tokenizer.fim_prefix_id:
                 targets[suffix - 1 : suffix + 1] = tokens[middles[number] + 1]
 
+    def is_masked(self, index: int) -> bool:
+        """Whether row `index` keeps its documents apart: with `use_document_mask`, of a share of them.
+
+        A prompt has one gap; in a packed row those of other pieces are in the way of learning to find it. But pieces that
+        see each other teach to look far back.
+        """
+        rate = self._config.document_mask_rate
+        return rate == 1 or bool(self._draw("masks", index).random() < rate)
+
     def positions(self, inputs: Ids, index: int) -> NDArray[np.int64] | None:
         """[T]: positions of row `index`, which skip up to `fim_position_skip` at each [fim_middle]; None without that.
 
