@@ -163,8 +163,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        tokens = {self.fim_prefix_token, self.fim_middle_token, self.fim_suffix_token}
-        require(len(tokens) == 3 and all(tokens), "fim_*_token: the three must differ and not be empty")
+        tokens = {self.fim_prefix_token, self.fim_middle_token, self.fim_suffix_token} - {""}
+        require(len(tokens) == 3, "fim_*_token: the three must differ and not be empty")
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,7 @@ class TrainingConfig:
     use_gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     int8_gradients: bool = False
-    """Round what the backward pass multiplies with ternary weights to int8, per token (SwitchBack, arXiv 2304.13013).
-    Faster where int8 products are; the weights' own gradients stay as they are."""
+    """Round what the backward pass multiplies with ternary weights to int8, per token (SwitchBack, arXiv 2304.13013)."""
     log_every: Annotated[int, Gt(0)] = 10
     """Steps between progress lines and metrics."""
     eval_every: Annotated[int, Ge(0)] = 250

@@ -91,8 +91,8 @@ class Arranger:
     def is_masked(self, index: int) -> bool:
         """Whether row `index` keeps its documents apart: with `use_document_mask`, of a share of them.
 
-        A prompt has one gap; in a packed row those of other pieces are in the way of learning to find it. But pieces that
-        see each other teach to look far back.
+        A prompt has one gap; in a packed row those of other pieces are in the way of learning to find it. But pieces
+        that see each other teach to look far back.
         """
         rate = self._config.document_mask_rate
         return rate == 1 or bool(self._draw("masks", index).random() < rate)

@@ -76,7 +76,8 @@ def test_a_share_of_the_rows_keeps_documents_apart(shards: ShardSet) -> None:
     num_apart = 0
     for step in range(40):
         every, some = whole.batch(step, 0, 0, 1), half.batch(step, 0, 0, 1)
-        assert every.doc_ids is not None and some.doc_ids is not None
+        assert every.doc_ids is not None
+        assert some.doc_ids is not None
         assert torch.equal(every.inputs, some.inputs)
         for apart, row in zip(every.doc_ids, some.doc_ids, strict=True):
             assert torch.equal(row, apart) or not row.any()
