@@ -33,7 +33,7 @@ class Arranger:
         self._shares = Shares(config.fim_spm_rate, config.fim_split_rate, config.fim_cursor_rate, config.fim_cut_rate)
 
     def lengths(self, size: int, rng: np.random.Generator) -> Iterator[int]:
-        """Lengths that sum up to `size`: from half to one and a half `fim_piece_tokens`, or, once in four, all of it.
+        """Lengths that sum up to `size`: from half to one and a half `fim_piece_tokens`, or, half of the time, all of it.
 
         A model that has seen short pieces only is lost in an editor's long ones.
         """
@@ -115,7 +115,7 @@ class Arranger:
         return np.cumsum(steps)
 
 
-WHOLE = 0.25
+WHOLE = 0.5
 """Share of the documents in a window that stay whole."""
 HEAVY_TOKENS = 3
 """Behind a peek, those that weigh as a middle does."""
