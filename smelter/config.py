@@ -154,8 +154,6 @@ class DataConfig:
     """Token before the suffix."""
     use_document_mask: bool = False
     """Attention does not cross from one packed document into another."""
-    document_mask_rate: Annotated[float, Interval(ge=0, le=1)] = 1.0
-    """Share of the rows of which use_document_mask is true."""
     instruct_share: Annotated[float, Le(1), "must lie between 0 and 1, or be negative for as they come"] = -1.0
     """Share of the rows drawn from conversations (records of kind "instruct"); negative: as they come."""
     instruct_weight: Annotated[float, Gt(0), "must be positive (instruct_share = 0 leaves them out)"] = 1.0

@@ -227,9 +227,7 @@ class BatchStream:
         targets = np.stack([self._targets(row) for row in rows])
         doc_ids = weights = None
         if self.config.use_document_mask:
-            is_masked = [self._arranger.is_masked(index) for index in indices]
-            starts = (inputs == self.tokenizer.eos_id) & np.array(is_masked)[:, None]
-            doc_ids = torch.from_numpy(np.cumsum(starts, axis=1, dtype=np.int32))
+            doc_ids = torch.from_numpy(np.cumsum(inputs == self.tokenizer.eos_id, axis=1, dtype=np.int32))
         if self._weights is not None:
             weights = torch.from_numpy(np.stack([row.weights[1:] for row in rows]))
         skipping = [self._arranger.positions(*each) for each in zip(inputs, indices, strict=True)]
@@ -357,7 +355,7 @@ def _kinds(split: Split, share: float) -> tuple[Fraction, list[NDArray[np.int64]
     return Fraction(share).limit_denominator(1_000_000), [plain, chats]
 
 
-_STREAMS = ("documents", "rows", "offset", "fim", "teacher", "lengths", "peeks", "skips", "masks")
+_STREAMS = ("documents", "rows", "offset", "fim", "teacher", "lengths", "peeks", "skips")
 
 
 def philox(seed: int, purpose: str, *counter: int) -> np.random.Generator:

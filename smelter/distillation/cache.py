@@ -72,12 +72,11 @@ class Arrangement:
     fim_piece_tokens: int = 0
     fim_peek_tokens: int = 0
     fim_cut_rate: float = 0.0
-    document_mask_rate: float = 1.0
 
 
 FIM_KEYS = ("fim_spm_rate", "fim_split_rate", "fim_cursor_rate")
 PIECE_KEYS = ("fim_piece_tokens", "fim_peek_tokens", "fim_cut_rate")
-DATA_KEYS = ("fim_rate", *FIM_KEYS, *PIECE_KEYS, "use_document_mask", "document_mask_rate", "instruct_share")
+DATA_KEYS = ("fim_rate", *FIM_KEYS, *PIECE_KEYS, "use_document_mask", "instruct_share")
 """Those that are keys of [data], too; `FIM_KEYS` mean nothing where nothing is rearranged."""
 
 

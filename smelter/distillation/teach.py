@@ -70,8 +70,6 @@ class TeachOptions:
     """The student's data.fim_cut_rate."""
     use_document_mask: bool | None = None
     """The student's data.use_document_mask."""
-    document_mask_rate: Annotated[float | None, Interval(ge=0, le=1)] = None
-    """The student's data.document_mask_rate."""
     instruct_share: Annotated[float | None, Le(1)] = None
     """The student's data.instruct_share."""
     epochs: Annotated[int, Ge(1)] = 1

@@ -33,7 +33,7 @@ class Arranger:
         self._shares = Shares(config.fim_spm_rate, config.fim_split_rate, config.fim_cursor_rate, config.fim_cut_rate)
 
     def lengths(self, size: int, rng: np.random.Generator) -> Iterator[int]:
-        """Lengths that sum up to `size`: from half to one and a half `fim_piece_tokens`, or, half of the time, all of it.
+        """Lengths that sum up to `size`: from half to one and a half `fim_piece_tokens`, or as often, all of it.
 
         A model that has seen short pieces only is lost in an editor's long ones.
         """
@@ -87,15 +87,6 @@ class Arranger:
         for suffix, number in zip(suffixes.tolist(), after.tolist(), strict=True):
             if number < len(middles) and suffix > 0 and tokens[suffix - 1] != self._tokenizer.fim_prefix_id:
                 targets[suffix - 1 : suffix + 1] = tokens[middles[number] + 1]
-
-    def is_masked(self, index: int) -> bool:
-        """Whether row `index` keeps its documents apart: with `use_document_mask`, of a share of them.
-
-        A prompt has one gap; in a packed row those of other pieces are in the way of learning to find it. But pieces
-        that see each other teach to look far back.
-        """
-        rate = self._config.document_mask_rate
-        return rate == 1 or bool(self._draw("masks", index).random() < rate)
 
     def positions(self, inputs: Ids, index: int) -> NDArray[np.int64] | None:
         """[T]: positions of row `index`, which skip up to `fim_position_skip` at each [fim_middle]; None without that.
