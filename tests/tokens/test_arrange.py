@@ -70,21 +70,6 @@ def test_words_are_cut_in_what_is_rearranged_and_in_what_is_not(shards: ShardSet
         assert 1.05 < whole / cut < 1.25, fim_rate
 
 
-def test_a_share_of_the_rows_keeps_documents_apart(shards: ShardSet) -> None:
-    whole = stream(shards, DataConfig(use_document_mask=True))
-    half = stream(shards, DataConfig(use_document_mask=True, document_mask_rate=0.5))
-    num_apart = 0
-    for step in range(40):
-        every, some = whole.batch(step, 0, 0, 1), half.batch(step, 0, 0, 1)
-        assert every.doc_ids is not None
-        assert some.doc_ids is not None
-        assert torch.equal(every.inputs, some.inputs)
-        for apart, row in zip(every.doc_ids, some.doc_ids, strict=True):
-            assert torch.equal(row, apart) or not row.any()
-            num_apart += bool(row.any())
-    assert 40 < num_apart < 80  # of 120
-
-
 def test_positions_skip_where_a_middle_begins_and_nowhere_else(shards: ShardSet) -> None:
     data = DataConfig(fim_rate=0.5, fim_peek_tokens=8)
     assert stream(shards, data, seq_len=512).batch(0, 0, 0, 1).positions is None
