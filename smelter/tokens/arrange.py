@@ -33,13 +33,9 @@ class Arranger:
         self._shares = Shares(config.fim_spm_rate, config.fim_split_rate, config.fim_cursor_rate, config.fim_cut_rate)
 
     def lengths(self, size: int, rng: np.random.Generator) -> Iterator[int]:
-        """Lengths that sum up to `size`: from half to one and a half `fim_piece_tokens`, or as often, all of it.
-
-        A model that has seen short pieces only is lost in an editor's long ones.
-        """
+        """Lengths from half to one and a half `fim_piece_tokens` that sum up to `size`, or `size` alone."""
         mean = self._config.fim_piece_tokens
-        is_whole = not mean or size <= mean // 2 or rng.random() < WHOLE
-        while not is_whole and size > mean // 2:
+        while mean and size > mean // 2:
             length = max(1, int(rng.integers(mean // 2, mean + mean // 2 + 1)))
             if size - length < mean // 4:
                 break
@@ -106,8 +102,6 @@ class Arranger:
         return np.cumsum(steps)
 
 
-WHOLE = 0.5
-"""Share of the documents in a window that stay whole."""
 HEAVY_TOKENS = 3
 """Behind a peek, those that weigh as a middle does."""
 SKIPPING = 0.7
