@@ -4,8 +4,8 @@ A study (recipes/ablations/*.toml; `study.py` explains the file) names a recipe,
 which values it sweeps. Every arm is swept on the first seed and repeated over the other seeds at its best; the table
 gives mean and standard deviation of the held-out loss at the end of decay, and the difference to the first arm seed by
 seed (same order of the data, same initial weights where shapes agree). Runs are `smelter train` in processes of their
-own, kept under a hash of their configuration: what was interrupted goes on, what is done is not done again, and studies
-share runs.
+own, kept under a hash of configuration, sources and data: what was interrupted goes on, what is done is not done again,
+and studies share runs. Other code or other shards are other runs.
 
     python benchmarks/recipes.py [STUDY.toml] [--jobs 2] [--threads 1] [--only ARM ...] [--quick] [--json]
 """
@@ -34,6 +34,7 @@ import torch
 from study import ROOT, Arm, Study, as_tables, load_study, merge, prepare, quick_form
 
 from smelter.base.errors import UserError, nearest
+from smelter.base.files import file_sha256
 from smelter.config import Config, config_from_dict, config_to_dict, config_to_toml
 from smelter.decoding.prompts import make_prompt
 from smelter.evaluation.bpb import validation_loss
@@ -101,7 +102,7 @@ class Runner:
         config = replace(config, training=training)
         if arm.teach:
             config = self._taught(arm, config)
-        digest = hashlib.sha256(identity(config).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(identity(config, sources(ROOT)).encode()).hexdigest()[:10]
         folder = self.out / "runs" / digest
         label = ", ".join([arm.name, *(f"{key.rpartition('.')[2]} {value:g}" for key, value in choice.items())])
         recipe = self.out / "recipes" / f"{digest}.toml"
@@ -139,7 +140,7 @@ class Runner:
         options = [str(option) for option in arm.teach["options"]]
         arrangement = {"data": config_to_dict(config.data), "seed": config.training.seed}
         steps = round(config.training.num_steps / arm.scale_steps)  # a shorter run reads the beginning of the same rows
-        name = json.dumps([teacher, options, arrangement, steps])
+        name = json.dumps([teacher, options, arrangement, steps, sources(ROOT), shards_of(config)])
         cache = self.out / "teachers" / hashlib.sha256(name.encode()).hexdigest()[:10]
         rows = math.ceil(steps * config.training.total_batch_size / config.model.max_seq_len)
         recipe = cache.with_suffix(".toml")
@@ -201,13 +202,27 @@ def line_bpb(model: Model, tokenizer: Tokenizer, cases: Sequence[InfillCase], *,
     return bits / num_bytes
 
 
-def identity(config: Config) -> str:
-    """What sets a run apart: every value that is not the default, so that new options leave old runs valid."""
+def identity(config: Config, code: str) -> str:
+    """What sets a run apart: every value that is not the default, the shards, and the `code` that trained on them."""
     values, default = config_to_dict(config), config_to_dict(Config())
-    return json.dumps(
-        {key: {name: value for name, value in values[key].items() if value != default[key][name]} for key in values},
-        sort_keys=True,
-    )
+    chosen = {key: {n: value for n, value in values[key].items() if value != default[key][n]} for key in values}
+    return json.dumps([chosen, shards_of(config), code], sort_keys=True)
+
+
+def shards_of(config: Config) -> str:
+    """SHA-256 of the shards' index, which holds that of all their files."""
+    return file_sha256(Path(config.data.shards) / "index.json")
+
+
+def sources(root: Path) -> str:
+    """SHA-256 of all that trains and measures: Smelter but for what comes after it, and the benchmark's own files."""
+    files = [path for path in (root / "smelter").rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    files = [path for path in files if path.relative_to(root).parts[1] not in ("serving", "export")]
+    files += [root / "benchmarks" / name for name in ("recipes.py", "study.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def spread(values: list[float]) -> tuple[float, float | None]:

@@ -24,7 +24,17 @@ from foundry.ledger import BudgetReachedError
 from foundry.seeds import Seed, iterate
 from foundry.settings import Settings, load_settings
 from foundry.teachers import Ensemble, Member, Outcome, StoppedError, make_teacher
-from smelter.base import Progress, Record, Response, UserError, parse, require, write_records
+from smelter.base import (
+    Progress,
+    Record,
+    Response,
+    UserError,
+    left_alone,
+    parse,
+    require,
+    stop_signals,
+    write_records,
+)
 
 MAX_LISTED = 5
 """Failed seeds that the summary lists; the journal has all."""
@@ -81,7 +91,8 @@ class Run:
     async def run(self) -> None:
         """Work on every seed, or until a signal, an error or the loss of every teacher; then see `signal`, `error`."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        handlers = {number: signal.getsignal(number) for number in stop_signals()}
+        for number in handlers:
             loop.add_signal_handler(number, self._on_signal, number)
         self._workers = [asyncio.create_task(self._work()) for _ in range(self.settings.generate.in_flight)]
         progress = asyncio.create_task(self._show_progress())
@@ -95,14 +106,16 @@ class Run:
             for task in (*self._workers, progress):
                 task.cancel()
             await asyncio.gather(*self._workers, progress, return_exceptions=True)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number, handler in handlers.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
             self._print_progress(last=True)
             for member in self.members:
                 await member.teacher.close()
 
     def _on_signal(self, number: int) -> None:
         """The first lets calls in flight end, as far as our patience goes; the second does not."""
+        left_alone(number)
         if self.signal:
             self._cut()
         self.signal = self.signal or number

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smelter.bitnet import bit_linears
+from smelter.config import Config, DataConfig
 from smelter.loss import Loss, LossConfig, dense_loss
 from tests import tiny
 
@@ -214,3 +215,29 @@ def test_gpu_script_stops_in_time(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stdout.count("no time left") >= 5
     assert all(each["exit_code"] == 124 and each["result"] is None for each in found.values())
+
+
+def test_a_run_is_known_by_its_code_and_its_data_too(tmp_path: Path) -> None:
+    recipes: Any = importlib.import_module("recipes")
+    for name in ("smelter/a.py", "smelter/kernels/b.cpp", "smelter/serving/c.py", "benchmarks/recipes.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / "benchmarks" / "study.py").touch()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    config = Config(data=DataConfig(shards=str(tmp_path / "shards")))
+
+    def identity() -> str:
+        return str(recipes.identity(config, recipes.sources(tmp_path)))
+
+    before = identity()
+    assert identity() == before
+    (tmp_path / "smelter" / "serving" / "c.py").write_text("2")
+    assert identity() == before, "what comes after training and measuring changes no run"
+    seen = {before}
+    for name in ("smelter/a.py", "smelter/kernels/b.cpp", "benchmarks/recipes.py", "shards/index.json"):
+        (tmp_path / name).write_text("2")
+        seen.add(identity())
+    (tmp_path / "smelter" / "a.py").rename(tmp_path / "smelter" / "z.py")
+    assert len(seen | {identity()}) == 6
+    assert recipes.sources(ROOT)

@@ -24,6 +24,7 @@ from smelter.run.metrics import read_metrics
 from smelter.tokens.tokenize import TokenizeOptions, tokenize
 from smelter.train import Trainer, parse_options
 from tests import tiny
+from tests.base.test_signals import in_a_terminal
 from tests.house import ROOT
 
 SHAPE = (
@@ -143,7 +144,7 @@ def test_killed_again_and_again_it_shows_the_losses_of_the_run_never_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "r"
     start = [sys.executable, "-m", "smelter", *command(shards, run, "--num-steps", "4000")]
@@ -160,6 +161,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Pat
     assert (run / "checkpoints" / f"step_{done:07d}").is_dir()
     assert main(command(shards, run, "--num-steps", str(done + 2))) == 0
     assert len(losses(run)) == done + 2
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves(shards: Path, tmp_path: Path) -> None:
+    """What it says then goes nowhere, which must not be what ends it."""
+    start = ["-m", "smelter", *command(shards, tmp_path / "r", "--num-steps", "4000")]
+    assert in_a_terminal(start, lambda said: "step 3/" in said, OMP_NUM_THREADS="1") == 128 + signal.SIGHUP
+    done = len(losses(tmp_path / "r"))
+    assert (tmp_path / "r" / "checkpoints" / f"step_{done:07d}").is_dir()
 
 
 def everything(folder: Path) -> dict[str, bytes]:

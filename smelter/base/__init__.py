@@ -33,5 +33,6 @@ from smelter.base.record import (
 )
 from smelter.base.sandbox import Limits, Reason, SandboxError, run_python
 from smelter.base.seal import is_intact, sealed
+from smelter.base.signals import left_alone, stop_signals
 from smelter.base.strict import check_ranges, from_table, read_toml
 from smelter.base.terminal import Progress, megabytes, percent, short_duration, short_number, table

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from smelter.base.errors import UserError, nearest
+from smelter.base.signals import Stopped, ending_cleanly
 from smelter.base.strict import check_ranges
 
 T = TypeVar("T")
 
 
 def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None) -> int:
-    """Run one command of a program; 0 on success, 2 on bad input, 130 when interrupted, 141 when nobody reads on.
+    """Run one command of a program; 0 on success, 2 on bad input, 141 when nobody reads on, 128 and a signal's number.
 
     `commands` are the module, whose `main(argv)` is called, and a line of help of each; `usage` has a place for them.
     """
@@ -30,7 +31,8 @@ def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Se
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
         try:
-            return _run(prog, usage, commands, name, rest)
+            with ending_cleanly():
+                return _run(prog, usage, commands, name, rest)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is expected
     except UserError as error:
@@ -45,6 +47,9 @@ def run(prog: str, usage: str, commands: Mapping[str, tuple[str, str]], argv: Se
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     print(f"{prog} {name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

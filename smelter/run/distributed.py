@@ -1,6 +1,6 @@
 """Ranks: start and end a process group, reduce numbers, print once.
 
-Under `torchrun` the environment names rank and world size; without it there is one rank and every
+Under `torchrun` the environment names rank, world size and where to meet; without it there is one rank and every
 function here is a no-op. Gloo carries CPU tensors, NCCL carries CUDA tensors.
 """
 
@@ -12,13 +12,41 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smelter.base import require
+
+ANNOUNCED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What `torchrun` sets, and all of which a process group needs."""
+START = "start with `torchrun --nproc-per-node N -m smelter train ...`, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+
 
 def start(device: torch.device) -> None:
-    """Join the process group that torchrun announced; nothing to do for a single process."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    """Join the process group that torchrun announced; nothing to do for a single process.
+
+    Schedulers and shells set some of its variables too: a WORLD_SIZE of 1 without the others is a single process.
+    ConfigError where there are to be more and something is missing or is no number.
+    """
+    if _is_announced() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def _is_announced() -> bool:
+    """Whether the environment has all that a process group needs. ConfigError where it has a part of it."""
+    size = _announced_number("WORLD_SIZE")
+    _announced_number("RANK"), _announced_number("MASTER_PORT")
+    missing = [name for name in ANNOUNCED if not os.environ.get(name)]
+    if not missing:
+        return True
+    require(size <= 1, f"WORLD_SIZE={size} in the environment, but no {' and no '.join(missing)}: {START}")
+    return False
+
+
+def _announced_number(name: str) -> int:
+    """A number of the environment, 0 where it is not set; ConfigError for something else."""
+    value = os.environ.get(name) or "0"
+    require(value.isdecimal(), f"{name}={value} in the environment: must be a number: {START}")
+    return int(value)
 
 
 def stop() -> None:
@@ -34,7 +62,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """This process's number on its machine: which GPU it takes."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _announced_number("LOCAL_RANK")
 
 
 def world_size() -> int:

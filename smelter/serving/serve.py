@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from annotated_types import Ge
 
-from smelter.base import UserError, key_from_environment, parse
+from smelter.base import UserError, key_from_environment, left_alone, parse, stop_signals
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -117,7 +117,7 @@ def _read_key(file: Path) -> str:
 
 
 def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what is in flight. A second signal ends at once."""
+    """Serve until SIGTERM, SIGHUP or SIGINT; then finish what is in flight. A second signal ends at once."""
     import uvicorn
 
     from smelter.serving.connections import Connection
@@ -128,6 +128,7 @@ def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> N
             ready()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            left_alone(sig)
             if self.should_exit:
                 os._exit(128 + sig)
             self.should_exit = True  # before it is said: who reads it may answer with the second signal
@@ -144,7 +145,7 @@ def run(app: "ASGIApp", listener: socket.socket, ready: Callable[[], None]) -> N
     )
     # Set here too: a signal may come before uvicorn listens for it.
     server = Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, server.handle_exit)
     server.run(sockets=[listener])
 

@@ -270,7 +270,10 @@ def test_kill_9_and_the_same_command_again_give_the_same_bytes(teacher: Path, sh
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_after_the_rows_at_hand(teacher: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_after_the_rows_at_hand(
+    teacher: Path, shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     words = ["--seq-len", "64", "--rows", "20000", "--batch-size", "3", "--device", "cpu"]
     command = ["--teacher", str(teacher), "--shards", str(shards), *words, "--out", str(tmp_path / "c")]
     process = subprocess.Popen(
@@ -283,9 +286,9 @@ def test_ctrl_c_ends_after_the_rows_at_hand(teacher: Path, shards: Path, tmp_pat
     assert process.stderr is not None
     assert "20,000 of 20,000 rows to go, about" in process.stderr.readline()
     assert "rows/s" in process.stderr.readline()  # the first of the lines that come every few seconds
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "the same command goes on" in out
     assert "Traceback" not in error
     assert (tmp_path / "c" / "row_bytes.bin").stat().st_size > 0

@@ -194,15 +194,16 @@ def test_the_cap_holds_and_a_higher_one_goes_on(tmp_path: Path) -> None:
         assert set(stub.prompts.values()) == {1}
 
 
-def test_after_an_interruption_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_after_an_interruption_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     prompts, out = prompts_of(40), tmp_path / "t.jsonl"
     with StubTeacher(latency=0.05) as stub:
         settings = write_settings(tmp_path, stub, prompts, generate="in_flight = 2\ngrace_seconds = 60")
         process = start(settings, out)
         wait_until(lambda: stub.prompts.total() >= 5, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         code, _, stderr = finish(process)
-        assert code == 130, stderr
+        assert code == 128 + number, stderr
         assert "interrupted: " in stderr
         assert "the same command goes on" in stderr
         assert not out.exists()

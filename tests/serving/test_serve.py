@@ -39,11 +39,12 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_is_in_flight(run: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_what_is_in_flight(run: Path, number: signal.Signals) -> None:
     with command(run, "--slots", "1") as (process, url):
         connections = [raw_request(url, LONG) for _ in range(2)]  # one is decoded, one waits
         wait_until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         for connection in connections:
             answer = read_all(connection)
             assert b" 200 OK" in answer
@@ -55,7 +56,7 @@ def test_sigterm_finishes_what_is_in_flight(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_ends_at_once(run: Path, second: signal.Signals) -> None:
     with command(run) as (process, url):
         connection = raw_request(url, LONG.replace(b"1000", b"4000"))
