@@ -3,7 +3,8 @@
 `foundry corpus --source stdlib` reads the running Python's own standard library (PSF-2.0), some 10 MB of
 careful code that every machine has; any other folder works the same. What cannot teach a small model
 anything is left out and counted: tests (long, repetitive, little logic), generated files (codec tables,
-Sphinx's topics), minified or data files, exact duplicates.
+Sphinx's topics), minified or data files, exact duplicates. So is what its owner keeps to himself: files that
+`.gitignore` names (`ignored`), hidden ones, files of keys and files with a credential in them (`credentials`).
 
 One pass over the files in sorted order and one file in memory at a time. A file's split follows from the
 hash of its name alone, so growing the corpus never moves a file from validation to training.
@@ -19,12 +20,14 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import tyro
 from annotated_types import Ge, Interval
 
+from foundry.credentials import is_key_file, secret
+from foundry.ignored import Ignored
 from smelter.base import ConfigError, DataError, Progress, Record, megabytes, nearest, parse, write_records
 
 LANGUAGES = {
@@ -109,6 +112,8 @@ class Tree:
     root: Path
     license: str
     languages: tuple[str, ...]
+    is_published: bool = False
+    """Whether everybody has it: a file that is named for secrets (the standard library has one) then holds none."""
 
 
 @dataclass
@@ -136,7 +141,7 @@ def find_trees(options: Options) -> list[Tree]:
     trees: dict[str, Tree] = {}
     for source in options.source:
         if source == "stdlib":
-            tree = Tree("stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0", options.language or ("python",))
+            tree = Tree("stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0", options.language or ("python",), True)
         else:
             match = re.fullmatch(r"([\w.-]+)=(.+)", source)
             path = Path(match[2] if match and not Path(source).exists() else source).expanduser()
@@ -196,8 +201,8 @@ def corpus_records(trees: Iterable[Tree], options: Options, summary: Summary) ->
 
 
 def _files(tree: Tree, options: Options, summary: Summary) -> list[Path]:
-    """Candidate files of a tree, sorted by path; tests and links are counted as left out."""
-    root = tree.root
+    """Candidate files of a tree, sorted by path; what is private, tests and links are counted as left out."""
+    root, ignored = tree.root, Ignored(tree.root)
 
     def fail(error: OSError) -> None:
         if not isinstance(error, PermissionError):
@@ -207,7 +212,8 @@ def _files(tree: Tree, options: Options, summary: Summary) -> list[Path]:
     wanted = {ext for ext, language in _BY_EXTENSION.items() if language in tree.languages}
     paths = []
     for folder, folders, names in os.walk(root, onerror=fail):
-        below = Path(folder).relative_to(root).parts
+        below = PurePosixPath(Path(folder).relative_to(root))
+        is_ignored = ignored.in_folder(below)
         folders[:] = [
             name
             for name in folders
@@ -216,11 +222,21 @@ def _files(tree: Tree, options: Options, summary: Summary) -> list[Path]:
             # A virtual environment holds other people's code, under other licences.
             and not os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
         ]
+        num_folders = len(folders)
+        folders[:] = [name for name in folders if not is_ignored(name, True)]
+        if len(folders) < num_folders:
+            summary.left_out["folders that .gitignore names"] += num_folders - len(folders)
         for name in names:
             path = Path(folder, name)
             if path.suffix.lower() not in wanted:
                 continue
-            if not options.include_tests and (_TESTS & set(below) or _TEST_FILE.fullmatch(path.stem)):
+            if is_ignored(name, False):
+                summary.left_out["named by .gitignore"] += 1
+            elif name.startswith("."):
+                summary.left_out["hidden"] += 1
+            elif is_key_file(name) and not tree.is_published:
+                summary.left_out["files of keys"] += 1
+            elif not options.include_tests and (_TESTS & set(below.parts) or _TEST_FILE.fullmatch(path.stem)):
                 summary.left_out["tests"] += 1
             elif not stat.S_ISREG(path.lstat().st_mode):
                 summary.left_out["links and special files"] += 1
@@ -243,7 +259,7 @@ def _read(path: Path, source: str, language: str, options: Options, summary: Sum
     except PermissionError:
         summary.left_out["without permission"] += 1
         return None
-    reason = unfit(text)
+    reason = unfit(text) or ("with a credential" if secret(text) else None)
     if reason:
         summary.left_out[reason] += 1
         return None

@@ -11,6 +11,8 @@
 #   TOKENIZER   use this tokenizer.json or folder instead            (none)
 #   NUM_GPUS    processes, one for each GPU                          (all that nvidia-smi lists, else 1)
 #   LICENSE     licence of the code in FOLDER, an SPDX identifier    (unknown)
+#   CLEAN       0: take the records as they are, without
+#               `foundry clean`, which drops secrets among others    (1)
 #
 # Safe to repeat: training goes on from its last checkpoint.
 set -euo pipefail
@@ -38,22 +40,28 @@ if ! command -v smelter >/dev/null; then
     exit 2
 fi
 
-if [[ -d $source ]]; then
-    foundry corpus --source "$source" --license "${LICENSE:-unknown}" --out "$data/corpus.jsonl"
-    records=$data/corpus.jsonl
-elif [[ -f $source ]]; then
-    records=$source
-else
+if [[ ! -e $source ]]; then
     echo "train.sh: $source: no such file or folder: give a folder of code or a JSONL file of records" >&2
     exit 2
 fi
 
 # The shards fix the tokenizer, and a run that goes on must find the ones it began with.
-if [[ ! -e $data/shards/index.json || $records -nt $data/shards/index.json && ! -d $run/checkpoints ]]; then
-    if [[ -n ${TOKENIZER:-} ]]; then
-        smelter tokenize "$records" --tokenizer "$TOKENIZER" --out "$data/shards"
-    else
-        smelter tokenize "$records" --vocab-size "${VOCAB_SIZE:-32000}" --out "$data/shards"
+if [[ ! -e $data/shards/index.json || ! -d $run/checkpoints ]]; then
+    records=$source
+    if [[ -d $source ]]; then
+        foundry corpus --source "$source" --license "${LICENSE:-unknown}" --out "$data/corpus.jsonl"
+        records=$data/corpus.jsonl
+    fi
+    if [[ ! -e $data/shards/index.json || $records -nt $data/shards/index.json ]]; then
+        if [[ ${CLEAN:-1} != 0 ]]; then
+            foundry clean "$records" --out "$data/clean.jsonl"
+            records=$data/clean.jsonl
+        fi
+        if [[ -n ${TOKENIZER:-} ]]; then
+            smelter tokenize "$records" --tokenizer "$TOKENIZER" --out "$data/shards"
+        else
+            smelter tokenize "$records" --vocab-size "${VOCAB_SIZE:-32000}" --out "$data/shards"
+        fi
     fi
 fi
 

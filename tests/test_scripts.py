@@ -218,6 +218,57 @@ def test_train_explains_itself_and_its_mistakes(tmp_path: Path) -> None:
     assert "/no/such/code: no such file or folder" in missing.stderr
 
 
+def test_train_cleans_what_it_trains_on(tmp_path: Path) -> None:
+    """In a checkout of its own, with stand-ins that say how they were called and make what they are asked for."""
+    (tmp_path / "scripts").mkdir()
+    script = shutil.copy(ROOT / "scripts/train.sh", tmp_path / "scripts")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "bin").mkdir()
+    for program in ("smelter", "foundry"):
+        file = tmp_path / "bin" / program
+        file.write_text(
+            f"""#!/usr/bin/env bash
+echo "{program} $*"
+while (($#)); do
+    if [[ $1 == --out ]]; then mkdir -p "$(dirname "$2")"; out=$2; fi
+    if [[ $1 == --run-dir ]]; then mkdir -p "$2/checkpoints"; fi
+    shift
+done
+if [[ ${{out:-}} == *.jsonl ]]; then touch "$out"; fi
+if [[ ${{out:-}} == */shards ]]; then mkdir -p "$out"; touch "$out/index.json"; fi
+"""
+        )
+        file.chmod(0o755)
+
+    def train(source: str, **environment: str) -> list[str]:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        run = subprocess.run(
+            [script, source],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path, "NUM_GPUS": "1"} | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [
+            line for line in run.stdout.splitlines() if line.startswith(("foundry", "smelter tok", "smelter train"))
+        ]
+
+    corpus, clean, tokenize, begin = train("code")
+    assert corpus.startswith("foundry corpus --source ")
+    assert clean == "foundry clean data/train/corpus.jsonl --out data/train/clean.jsonl"
+    assert tokenize.startswith("smelter tokenize data/train/clean.jsonl ")
+    assert begin.startswith("smelter train ")
+    assert train("code") == [begin]  # it goes on from what it has
+    (tmp_path / "records.jsonl").touch()
+    records = str(tmp_path / "records.jsonl")
+    clean, tokenize, _ = train("records.jsonl", NAME="b")
+    assert clean == f"foundry clean {records} --out data/b/clean.jsonl"
+    assert tokenize.startswith("smelter tokenize data/b/clean.jsonl ")
+    tokenize, _ = train("records.jsonl", NAME="c", CLEAN="0")
+    assert tokenize.startswith(f"smelter tokenize {records} ")
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_alone_lists_every_target() -> None:
     listed = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -30,10 +30,10 @@ from foundry.cleaning.filter import (
     is_session,
     parse_error,
     repetition,
-    secret,
     unfinished,
     wrong_length,
 )
+from foundry.credentials import masked, secret
 from smelter.base import (
     ConfigError,
     DataError,
@@ -80,7 +80,7 @@ class Options:
     finished: bool = True
     """Drop answers that were cut off."""
     secrets: bool = True
-    """Drop texts with a credential in them."""
+    """Drop texts with a credential in them; the rejects show its kind in its place."""
     min_chars: Annotated[int, Ge(0)] = 20
     """Shortest text or answer; 0 for any."""
     max_chars: int = 200_000
@@ -203,6 +203,8 @@ class Cleaner:
         if allowed and record.license not in allowed:
             self._drop(record, Drop("licence", record.license or "not given"))
             return None
+        if self.options.secrets and (meta := masked(record.meta)) != record.meta:
+            record = replace(record, meta=meta)  # nobody trains on it, so the rest may stay
         if record.kind == "text":
             return None if self._drop(record, self._bad_text(record.text, [(record.language, record.text)])) else record
         if self._drop(record, self._secret(record.prompt)):
@@ -303,6 +305,7 @@ class Cleaner:
 
     def _reject(self, record: Record, drop: Drop) -> None:
         line = {"reason": drop.reason, "detail": drop.detail, "record": record.to_values()}
+        line = masked(line) if self.options.secrets else line
         self._rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _keep(self, record: Record) -> None:

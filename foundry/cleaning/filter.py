@@ -5,8 +5,7 @@ in which order, and counts. Limits were set so that of the standard library's ow
 teacher writes when it loops, stops short or recites a key lies far beyond them.
 
 Python is parsed by the running Python, other languages by tree-sitter where the grammar's package is installed
-(the extra "grammars"). Secrets are found by detect-secrets, by the patterns of its plugins that name a provider:
-its entropy and keyword plugins take every hash and every `password = "..."` of a test for a secret.
+(the extra "grammars").
 """
 
 import ast
@@ -18,23 +17,6 @@ import warnings
 import zlib
 from collections import Counter
 from typing import Any
-
-from detect_secrets.plugins import (
-    aws,
-    azure_storage_key,
-    github_token,
-    gitlab_token,
-    jwt,
-    mailchimp,
-    npm,
-    openai,
-    private_key,
-    pypi_token,
-    sendgrid,
-    slack,
-    square_oauth,
-    stripe,
-)
 
 from smelter.base import Response
 
@@ -74,23 +56,6 @@ _MAX_BROKEN = 0.05
 """Share of a file that tree-sitter may fail to understand: C's macros are beyond any grammar."""
 _MIN_LOOK = 400
 """Characters below which a text is too short to be called repetitive."""
-_DETECTORS = (
-    aws.AWSKeyDetector(),
-    azure_storage_key.AzureStorageKeyDetector(),
-    github_token.GitHubTokenDetector(),
-    gitlab_token.GitLabTokenDetector(),
-    jwt.JwtTokenDetector(),
-    mailchimp.MailchimpDetector(),
-    npm.NpmDetector(),
-    openai.OpenAIDetector(),
-    pypi_token.PypiTokenDetector(),
-    sendgrid.SendGridDetector(),
-    slack.SlackDetector(),
-    square_oauth.SquareOAuthDetector(),
-    stripe.StripeDetector(),
-    private_key.PrivateKeyDetector(),
-)
-_KEY_BODY = re.compile(r"PRIVATE KEY(?: BLOCK)?-----[\s\\nr\"'+]*[A-Za-z0-9+/=]{40}")
 
 
 def code_blocks(answer: str, language: str = "") -> list[tuple[str, str]]:
@@ -188,21 +153,3 @@ def repetition(text: str, max_repeated_lines: float, min_compressed: float) -> s
     data = text.encode()
     share = len(zlib.compress(data[:100_000], 1)) / min(len(data), 100_000)
     return f"compresses to {share:.1%}" if share < min_compressed else ""
-
-
-def secret(text: str) -> str:
-    """The kind of a credential in a text, and its line; never the credential itself."""
-    for detector in _DETECTORS:
-        for pattern in detector.denylist:
-            for match in pattern.finditer(text):
-                credential = match[0]
-                if "EXAMPLE" in credential.upper():  # as every provider's own documentation has it
-                    continue
-                if detector.secret_type == "Private Key" and not _KEY_BODY.match(
-                    text, max(0, text.find("PRIVATE KEY", match.start()))
-                ):
-                    continue  # code that looks for keys names the header alone
-                if isinstance(detector, jwt.JwtTokenDetector) and not detector.is_formally_valid(credential):
-                    continue
-                return f"{detector.secret_type} in line {text.count(chr(10), 0, match.start()) + 1}"
-    return ""

@@ -15,6 +15,9 @@ from foundry.corpus import Options, Summary, corpus_records, decode_source, find
 from smelter.base.errors import UserError
 from smelter.base.record import Record, read_records
 
+KEY = "ghp_" + "a1B2c3D4e5F6" * 3
+"""Looks like a token and is none."""
+
 
 def write(root: Path, files: dict[str, str | bytes]) -> None:
     for name, content in files.items():
@@ -52,6 +55,15 @@ def test_each_file_is_kept_or_counted_with_its_reason(tmp_path: Path) -> None:
             "pkg/__pycache__/f.py": "f = 1\n",
             "site-packages/g.py": "g = 1\n",
             ".hidden/h.py": "h = 1\n",
+            ".env.sh": "export TOKEN=hunter2\n",
+            "pkg/wifi_secrets.h": '#define PASSWORD "hunter2"\n',
+            "pkg/token.py": f"TOKEN = '{KEY}'\n",
+            ".gitignore": "/local/\n*.own.py\n!good.own.py\n",
+            "local/j.py": "j = 1\n",
+            "pkg/k.own.py": "k = 1\n",
+            "pkg/good.own.py": "l = 1\n",
+            "pkg/.gitignore": "m.py\n",
+            "pkg/m.py": "m = 1\n",
             "venv/pyvenv.cfg": "",
             "venv/lib/i.py": "i = 1\n",
         },
@@ -63,6 +75,7 @@ def test_each_file_is_kept_or_counted_with_its_reason(tmp_path: Path) -> None:
         "tree/a.py": "python",
         "tree/pkg/b.c": "c",
         "tree/pkg/B.JS": "javascript",
+        "tree/pkg/good.own.py": "python",
     }
     assert {record.license for record in records.values()} == {"MIT"}
     assert summary.left_out == {
@@ -74,9 +87,14 @@ def test_each_file_is_kept_or_counted_with_its_reason(tmp_path: Path) -> None:
         "minified or data": 1,
         "tests": 3,
         "links and special files": 2,
+        "named by .gitignore": 2,
+        "folders that .gitignore names": 1,
+        "hidden": 1,
+        "files of keys": 1,
+        "with a credential": 1,
     }
-    assert summary.files.total() == 3
-    assert summary.num_bytes.total() == len("a = 1\nint b;\nlet b\n")
+    assert summary.files.total() == 4
+    assert summary.num_bytes.total() == len("a = 1\nint b;\nlet b\nl = 1\n")
 
 
 def test_tests_are_kept_on_demand_and_languages_chosen(tmp_path: Path) -> None:

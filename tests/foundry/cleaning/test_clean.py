@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,42 @@ def test_each_bad_text_has_its_reason(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     kept, rejects = clean(tmp_path, [text(SLUGIFY), *bad.values(), text(MEDIAN)])
     assert [record.text for record in kept] == [SLUGIFY, MEDIAN]
-    assert {reject["reason"]: Record(**reject["record"]) for reject in rejects} == bad
+    shown = bad | {"secret": replace(bad["secret"], text=bad["secret"].text.replace(KEY, "<GitHub Token>"))}
+    assert {reject["reason"]: Record(**reject["record"]) for reject in rejects} == shown
     assert all(reject["detail"] for reject in rejects)
-    assert KEY not in "".join(reject["detail"] for reject in rejects)
     table = capsys.readouterr().out
     for reason in bad:
         assert any(line.split("  ")[1:] and line.strip().startswith(reason) for line in table.splitlines()), table
+
+
+def test_no_secret_is_written_for_whatever_reason(tmp_path: Path) -> None:
+    """Beside another reason, in a prompt, beside an answer that stays, in what nobody trains on."""
+    records = [
+        text(f"x = '{KEY}'\n"),  # too short
+        text(f"def f(:\n    return '{KEY}'\n", license="Proprietary"),
+        instruct(f"Log in with {KEY}.", answer(MEDIAN)),
+        instruct("Write median.", answer(MEDIAN), answer(f"{SLUGIFY}\nKEY = '{KEY}'\n")),
+        text(SLUGIFY, meta={"reasoning": ["so", f"the key is {KEY}, they say"]}),
+    ]
+    kept, rejects = clean(tmp_path, records, "--min-chars", "60", "--allow-license", "", "--allow-license", "MIT")
+    assert [len(record.responses) for record in kept] == [1, 0]
+    assert kept[1].meta == {"reasoning": ["so", "the key is <GitHub Token>, they say"]}
+    assert reasons(rejects) == ["length", "licence", "secret", "secret"]
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert KEY in written.pop("in.jsonl")
+    assert KEY not in "".join(written.values())
+    # Who keeps secrets keeps them.
+    kept, rejects = clean(tmp_path, records, "--no-secrets", "--min-chars", "0")
+    assert KEY in "".join(record.text for record in kept)
+    assert KEY in json.dumps(rejects)
+
+
+def test_rejects_are_on_the_disk_before_the_kept_take_their_name(tmp_path: Path, disk_events: list[str]) -> None:
+    write_records(tmp_path / "in.jsonl", [text(SLUGIFY), text("x\n")])
+    disk_events.clear()
+    assert main(["clean", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    folder = tmp_path.name
+    assert disk_events == ["~", "~", "-> out.jsonl", folder, "~", "-> out.rejects.jsonl", folder]
 
 
 def test_a_bad_answer_goes_and_the_others_stay(tmp_path: Path) -> None:
