@@ -145,7 +145,7 @@ class DataConfig:
     fim_bridge: bool = False
     """Before the suffix and at its token, predict what the middle begins with, and not the suffix."""
     fim_middle_weight: Annotated[float, Gt(0), "must be positive"] = 1.0
-    """Multiplies the loss weight of middles in prefix-suffix-middle order, and of the first tokens behind peeks."""
+    """Multiplies the loss weight of middles in prefix-suffix-middle order."""
     fim_prefix_token: str = "<|fim_prefix|>"
     """Token before the prefix."""
     fim_middle_token: str = "<|fim_middle|>"

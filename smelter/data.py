@@ -279,7 +279,7 @@ class BatchStream:
             if self._weights is not None:
                 row.weights[filled:answer] = 0
                 row.weights[answer:end] = self._weights[doc]
-                row.weights[filled:end][self._arranger.is_heavy(piece)] *= self.config.fim_middle_weight
+                row.weights[filled + self._arranger.middle_in_psm(piece) : end] *= self.config.fim_middle_weight
             for chunks, teacher in zip(row.chunks, self.chunk_teachers, strict=True):
                 shift, num_read = alignment.read_as_written(ids, piece, self.tokenizer)
                 chunks.put(filled + shift, teacher.chunks(doc, begin, num_read))

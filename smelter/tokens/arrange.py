@@ -57,17 +57,12 @@ class Arranger:
             return with_peeks(self._tokenizer, ids, room, rng, data.fim_peek_tokens, data.fim_cut_rate)
         return ids[:room]
 
-    def is_heavy(self, piece: Arranged) -> NDArray[np.bool_]:
-        """Which tokens `fim_middle_weight` is for: a middle in prefix-suffix-middle order, the first behind a peek."""
-        tokenizer, ids = self._tokenizer, np.asarray(piece)
-        heavy = np.zeros(len(ids), dtype=np.bool_)
-        middles = np.flatnonzero(ids == tokenizer.fim_middle_id)
-        if len(ids) < 2 or ids[0] != tokenizer.fim_prefix_id:
-            for middle in middles.tolist():
-                heavy[middle + 1 : middle + 1 + HEAVY_TOKENS] = True
-        elif ids[1] != tokenizer.fim_suffix_id:
-            heavy[middles[0] + 1 :] = True
-        return heavy
+    def middle_in_psm(self, piece: Arranged) -> int:
+        """Where the middle begins in a piece in prefix-suffix-middle order, at the end of any other."""
+        tokenizer = self._tokenizer
+        if len(piece) < 2 or piece[0] != tokenizer.fim_prefix_id or piece[1] == tokenizer.fim_suffix_id:
+            return len(piece)
+        return list(piece).index(tokenizer.fim_middle_id) + 1
 
     def bridge(self, tokens: Ids, targets: NDArray[np.int64]) -> None:
         """With `fim_bridge`, change `targets`: [fim_suffix] and the token before it say what the middle begins with.
@@ -102,8 +97,6 @@ class Arranger:
         return np.cumsum(steps)
 
 
-HEAVY_TOKENS = 3
-"""Behind a peek, those that weigh as a middle does."""
 SKIPPING = 0.7
 """Share of the middles where positions skip; at the others they go on as they will when the model is used."""
 

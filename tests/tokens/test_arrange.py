@@ -120,17 +120,3 @@ def test_middles_in_prefix_first_order_weigh_more(shards: ShardSet) -> None:
                     is_psm = at + 1 < len(inputs) and inputs[at + 1] != SENTINELS[1]
                 in_middle = (in_middle or token == SENTINELS[2]) and token != EOS
                 assert weights[at] == (3.0 if is_psm and in_middle else 1.0)
-
-
-def test_what_stands_behind_a_peek_weighs_more_for_three_tokens(shards: ShardSet) -> None:
-    batch = stream(shards, DataConfig(fim_rate=0.0, fim_peek_tokens=8, fim_middle_weight=3.0), seq_len=256).batch(
-        0, 0, 0, 1
-    )
-    assert batch.weights is not None
-    num_heavy = 0
-    for inputs, weights in zip(batch.inputs.tolist(), batch.weights.tolist(), strict=True):
-        for at in range(3, len(inputs)):
-            is_behind = SENTINELS[2] in inputs[at - 2 : at + 1]  # weight i is that of token i + 1
-            num_heavy += is_behind
-            assert weights[at] == (3.0 if is_behind else 1.0)
-    assert num_heavy > 30
