@@ -178,7 +178,7 @@ class Stub(torch.nn.Module):
         self.hidden, self.head = hidden, head
         self.config = replace(tiny.TINY, final_logit_soft_cap=soft_cap)
 
-    def forward(self, inputs: Tensor, doc_ids: Tensor | None) -> Tensor:
+    def forward(self, inputs: Tensor, doc_ids: Tensor | None, positions: Tensor | None = None) -> Tensor:
         return self.hidden
 
 
