@@ -70,7 +70,8 @@ def _locked(file: Path, folder: Path, option: str) -> int:
                 f"{folder}: {_named(holder)} is writing there: wait for its end, or choose another {option}"
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in NO_LOCKS:  # no room for our name, say
+                file.unlink(missing_ok=True)
                 os.close(descriptor)
                 raise
             print(f"{folder}: no locks on this file system: start nothing else that writes there", file=sys.stderr)

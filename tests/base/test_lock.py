@@ -102,6 +102,14 @@ def test_where_there_are_no_locks_it_says_so(
     assert f"{tmp_path}: no locks on this file system" in capsys.readouterr().err
 
 
+def test_on_a_full_disk_nothing_is_left(small_disk: Path) -> None:
+    (small_disk / "others").write_bytes(bytes(2**21))
+    said = f"No space left on device: '{small_disk}/run'"
+    with pytest.raises(OSError, match=said), only_writer(small_disk / "run", "--out"):
+        pass
+    assert [path.name for path in small_disk.iterdir()] == ["others"]
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = "file: exists and is not a folder: choose another --out"
