@@ -303,7 +303,8 @@ class TrainingConfig:
     use_gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     int8_gradients: bool = False
-    """Round what the backward pass multiplies with ternary weights to int8 per token (SwitchBack, arXiv 2304.13013)."""
+    """Round what the backward pass multiplies with ternary weights to int8, per token (SwitchBack, arXiv 2304.13013).
+    Faster where int8 products are; the weights' own gradients stay as they are."""
     log_every: Annotated[int, Gt(0)] = 10
     """Steps between progress lines and metrics."""
     eval_every: Annotated[int, Ge(0)] = 250

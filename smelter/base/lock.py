@@ -55,12 +55,13 @@ def only_writer(folder: Path, option: str, *, beside: bool = False) -> Iterator[
 def _locked(file: Path, folder: Path, option: str) -> int:
     """The descriptor of `file`, locked by us and with our name in it."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor, is_ours = os.open(file, os.O_RDWR | os.O_CREAT, 0o666), False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(descriptor, file):  # its holder removed it between the two lines above
                 os.close(descriptor)
                 continue
+            is_ours = True
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {os.uname().nodename}\n".encode(), 0)
         except BlockingIOError:
@@ -70,8 +71,9 @@ def _locked(file: Path, folder: Path, option: str) -> int:
                 f"{folder}: {_named(holder)} is writing there: wait for its end, or choose another {option}"
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:  # no room for our name, say
+            if is_ours:  # no room for our name, say
                 file.unlink(missing_ok=True)
+            if is_ours or error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
             print(f"{folder}: no locks on this file system: start nothing else that writes there", file=sys.stderr)
